@@ -1,0 +1,336 @@
+"""The immutable graph: `OpNode`, `SubGraph`, and what they promise.
+
+A `SubGraph` is a type-checked, topologically ordered list of ops over named values. Values are SSA: every name is
+defined once, as a graph input or as an output of one node. A write in place defines a new name for the tensor it
+wrote; two values that share memory have the same `TensorMeta.storage`, which is what `order_edges` works from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import networkx
+import torch
+
+from graph_capture.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """Stands for ``inputs[index]`` inside an attribute, where tensors come in a list (``cat``, ``index``)."""
+
+    index: int
+
+    def __repr__(self) -> str:
+        return f"${self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an op was called: the module path, and the file and line of the user's code."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        at = f"{self.file}:{self.line}" if self.file else ""
+        return ", ".join(part for part in (self.module, at) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """What is known of a value without its data.
+
+    `stride` and `offset` count elements. Values with the same non-negative `storage` share memory (an alias set);
+    -1 means that nothing is known to share it.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    offset: int = 0
+    storage: int = -1
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, storage: int = -1) -> TensorMeta:
+        strided = tensor.layout == torch.strided
+        return cls(
+            shape=tuple(tensor.shape),
+            stride=tuple(tensor.stride()) if strided else (),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            offset=tensor.storage_offset() if strided else 0,
+            storage=storage,
+        )
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"
+
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
+    {
+        torch.float64: "f64",
+        torch.float32: "f32",
+        torch.float16: "f16",
+        torch.bfloat16: "bf16",
+        torch.int64: "i64",
+        torch.int32: "i32",
+        torch.int16: "i16",
+        torch.int8: "i8",
+        torch.uint8: "u8",
+        torch.bool: "b8",
+        torch.complex64: "c64",
+        torch.complex128: "c128",
+    }
+)
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """One op call.
+
+    `op_type` names a row of the op table (`graph_capture.ops`). `inputs` are the tensor arguments in the order of the
+    op's parameters; `attrs` holds every other argument that differs from its default as sorted ``(parameter, value)``
+    pairs (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound, and an attribute
+    may refer to an input inside a list as ``Arg(i)``.
+
+    `source` and `origin` do not take part in equality. `origin` holds the recorded nodes that this node replaced
+    (empty for a recorded node): running them instead is always right, bit for bit.
+    """
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: tuple[tuple[str, Any], ...] = ()
+    source: Source | None = field(default=None, compare=False, repr=False)
+    origin: tuple[OpNode, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(self, "outputs", tuple(self.outputs))
+        object.__setattr__(self, "attrs", tuple(sorted((key, freeze(value)) for key, value in attrs)))
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """The value of attribute `name`, or `default`."""
+        return next((value for key, value in self.attrs if key == name), default)
+
+    @property
+    def recorded(self) -> tuple[OpNode, ...]:
+        """The recorded nodes that this node stands for (itself, where it was recorded)."""
+        return self.origin or (self,)
+
+    def rename(self, names: Mapping[str, str]) -> OpNode:
+        """The same node over other value names; names not in `names` stay. Drops `origin`."""
+        return replace(
+            self,
+            inputs=tuple(names.get(name, name) for name in self.inputs),
+            outputs=tuple(names.get(name, name) for name in self.outputs),
+            origin=(),
+        )
+
+
+@dataclass(frozen=True)
+class SubGraph:
+    """An immutable, hashable dataflow graph in topological order, verified when built.
+
+    `values` maps value names to `TensorMeta` where they are known (always for a recorded graph); it does not take part
+    in equality or hashing.
+
+    Raises:
+        CaptureError: the graph is malformed; see `check_subgraph`.
+    """
+
+    nodes: tuple[OpNode, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    values: Mapping[str, TensorMeta] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "input_names", tuple(self.input_names))
+        object.__setattr__(self, "output_names", tuple(self.output_names))
+        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
+        check_subgraph(self)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __iter__(self) -> Iterator[OpNode]:
+        return iter(self.nodes)
+
+    @cached_property
+    def producers(self) -> Mapping[str, int]:
+        """Value name -> index of the node that defines it; graph inputs are absent."""
+        return {name: index for index, node in enumerate(self.nodes) for name in node.outputs}
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[int, ...]]:
+        """Value name -> indices of the nodes that read it, each once, in order."""
+        found: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in dict.fromkeys(node.inputs):
+                found.setdefault(name, []).append(index)
+        return {name: tuple(indices) for name, indices in found.items()}
+
+    @cached_property
+    def _structure(self) -> str:
+        numbers: dict[str, int] = {}
+
+        def number(name: str) -> int:
+            return numbers.setdefault(name, len(numbers))
+
+        parts = [repr([number(name) for name in self.input_names])]
+        for node in self.nodes:
+            inputs, outputs = [number(n) for n in node.inputs], [number(n) for n in node.outputs]
+            parts.append(f"{node.op_type}{inputs}{outputs}{_stable(node.attrs)}")
+        parts.append(repr([number(name) for name in self.output_names]))
+        return "\n".join(parts)
+
+    def cache_key(
+        self,
+        input_dtypes: Mapping[str, Any] | Sequence[Any] = (),
+        input_shapes: Mapping[str, Any] | Sequence[Any] = (),
+    ) -> str:
+        """A key (64 hex digits) for this structure at these dtypes and shapes.
+
+        Equal in every process; value names do not count. Both arguments follow `input_names`, or map names.
+        """
+        dtypes, shapes = (
+            [table[name] for name in self.input_names if name in table] if isinstance(table, Mapping) else list(table)
+            for table in (input_dtypes, input_shapes)
+        )
+        text = "\n".join((self._structure, repr([str(d) for d in dtypes]), repr([list(s) for s in shapes])))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """Nodes are indices into `nodes` (attributes ``op_type``, ``node``) and input names (``op_type="input"``).
+
+        Edges carry ``name`` (the value) and ``position`` (in the consumer's inputs), or ``order=True``.
+        """
+        graph = networkx.MultiDiGraph()
+        for name in self.input_names:
+            graph.add_node(name, op_type="input", node=None)
+        for index, node in enumerate(self.nodes):
+            graph.add_node(index, op_type=node.op_type, node=node)
+            for position, name in enumerate(node.inputs):
+                graph.add_edge(self.producers.get(name, name), index, name=name, position=position, order=False)
+        for before, after in order_edges(self):
+            graph.add_edge(before, after, name=None, position=-1, order=True)
+        return graph
+
+    def __str__(self) -> str:
+        from graph_capture.printing import format_subgraph
+
+        return format_subgraph(self)
+
+
+def freeze(value: Any) -> Any:
+    """`value` with lists as tuples and dicts as sorted tuples of pairs, so that it can be hashed."""
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((key, freeze(item)) for key, item in value.items()))
+    return value
+
+
+def _stable(value: Any) -> str:
+    """A text of an attribute value that is the same in every process."""
+    if isinstance(value, tuple):
+        return "(" + ",".join(_stable(item) for item in value) + ")"
+    if isinstance(value, SubGraph):
+        return "{" + value._structure + "}"
+    return f"{type(value).__name__}:{value!r}"
+
+
+def check_subgraph(graph: SubGraph) -> None:
+    """Verify that `graph` is well formed.
+
+    Raises:
+        CaptureError: a value is defined twice, used before it is defined, or an output does not exist. A graph that
+            passes has no cycle, for its nodes are in topological order.
+    """
+    defined: set[str] = set()
+
+    def define(name: str, where: str) -> None:
+        if name in defined:
+            raise CaptureError(f"value {name!r} is defined twice, the second time by {where}")
+        defined.add(name)
+
+    for name in graph.input_names:
+        define(name, "the graph's inputs")
+    for index, node in enumerate(graph.nodes):
+        where = f"node {index} ({node.op_type})"
+        for name in node.inputs:
+            if name not in defined:
+                raise CaptureError(f"{where} reads {name!r} before it is defined; nodes must be in topological order")
+        for name in node.outputs:
+            define(name, where)
+    for name in graph.output_names:
+        if name not in defined:
+            raise CaptureError(f"output {name!r} is not defined by any node or input")
+
+
+RNG = ("rng",)  # the alias set that every random op writes
+
+
+def order_edges(graph: SubGraph) -> list[tuple[int, int]]:
+    """Pairs of node indices ``(before, after)`` that must keep their order although no value flows between them.
+
+    A write is ordered after every earlier and before every later use of its alias set; random ops keep the order in
+    which they draw. Linear in the number of uses.
+    """
+    from graph_capture.ops import is_random, written_inputs
+
+    edges: list[tuple[int, int]] = []
+    last_write: dict[Any, int] = {}
+    uses_since: dict[Any, list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        writes: set[Any] = {_alias_set(graph, node.inputs[position]) for position in written_inputs(node)}
+        touched: set[Any] = {_alias_set(graph, name) for name in (*node.inputs, *node.outputs)} | writes
+        if is_random(node):
+            writes.add(RNG)
+            touched.add(RNG)
+        for key in touched:
+            if key in last_write:
+                edges.append((last_write[key], index))
+            if key in writes:
+                edges.extend((use, index) for use in uses_since.pop(key, ()) if use != last_write.get(key))
+                last_write[key] = index
+            else:
+                uses_since.setdefault(key, []).append(index)
+    return sorted(set(edges))
+
+
+def _alias_set(graph: SubGraph, name: str) -> Any:
+    meta = graph.values.get(name)
+    return name if meta is None or meta.storage < 0 else meta.storage
+
+
+def topological_order(count: int, edges: Iterable[tuple[int, int]]) -> list[int] | None:
+    """Kahn's algorithm, lowest index first, so that a list already in order stays as it is; None if there is a cycle."""
+    graph: networkx.DiGraph = networkx.DiGraph()
+    graph.add_nodes_from(range(count))
+    graph.add_edges_from(edges)
+    try:
+        return list(networkx.lexicographical_topological_sort(graph))
+    except networkx.NetworkXUnfeasible:
+        return None

@@ -1,0 +1,198 @@
+"""The op table: each op that a pass or a kernel knows by name, once.
+
+Adding an op is adding a row. Ops without a row are recorded and replayed all the same (see `graph_capture.ops`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graph_capture.graph import Arg
+from graph_capture.ops import Expression, Kind, Op, parameters_of
+
+TABLE: dict[str, Op] = {}
+aten = torch.ops.aten
+
+
+def _row(
+    name: str,
+    function: Callable[..., Any],
+    kind: Kind,
+    expression: Expression | None = None,
+    *,
+    commutative: bool = False,
+) -> None:
+    TABLE[name] = Op(name, function, kind, parameters_of(function), expression, commutative)
+
+
+def _pointwise(name: str, function: Callable[..., Any], expression: Expression, *, commutative: bool = False) -> None:
+    _row(name, function, Kind.POINTWISE, expression, commutative=commutative)
+
+
+def _only(*allowed: str) -> Callable[[str], Expression]:
+    """An expression for calls that give only tensors and the `allowed` parameters."""
+
+    def make(text: str) -> Expression:
+        return lambda given, dtype: text if all(isinstance(v, Arg) or k in allowed for k, v in given.items()) else None
+
+    return make
+
+
+# --- pointwise: arithmetic
+
+
+def _scaled(operator: str) -> Expression:
+    def make(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+        return f"self {operator} other * alpha" if "alpha" in given else f"self {operator} other"
+
+    return make
+
+
+_pointwise("add", aten.add.Tensor, _scaled("+"), commutative=True)
+_pointwise("sub", aten.sub.Tensor, _scaled("-"))
+_pointwise("mul", aten.mul.Tensor, "self * other", commutative=True)
+_pointwise("div", aten.div.Tensor, "self / other")
+_pointwise("add.Scalar", aten.add.Scalar, _scaled("+"))
+_pointwise("sub.Scalar", aten.sub.Scalar, _scaled("-"))
+_pointwise("rsub.Scalar", aten.rsub.Scalar, _only("other")("other - self"))
+_pointwise("mul.Scalar", aten.mul.Scalar, "self * other")
+_pointwise("div.Scalar", aten.div.Scalar, "self / other")
+
+
+def _power(given: Mapping[str, Any], dtype: torch.dtype) -> str | None:
+    by_hand = {2: "self * self", 3: "self * self * self", 0.5: "sqrt(self)", -0.5: "rsqrt(self)", -1: "1 / self"}
+    exponent = given["exponent"]
+    if not dtype.is_floating_point and (not isinstance(exponent, int) or exponent < 0):
+        return None
+    return by_hand.get(exponent, "pow(self, exponent)" if dtype.is_floating_point else None)
+
+
+_pointwise("pow", aten.pow.Tensor_Scalar, _power)
+_pointwise("neg", aten.neg.default, "-self")
+_pointwise("abs", aten.abs.default, "abs(self)")
+_pointwise("reciprocal", aten.reciprocal.default, "1 / self")
+_pointwise("maximum", aten.maximum.default, "maximum(self, other)", commutative=True)
+_pointwise("minimum", aten.minimum.default, "minimum(self, other)", commutative=True)
+
+
+def _clamp(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    text = "self"
+    if given.get("min") is not None:
+        text = f"maximum({text}, min)"
+    if given.get("max") is not None:
+        text = f"minimum({text}, max)"
+    return text
+
+
+_pointwise("clamp", aten.clamp.default, _clamp)
+
+# --- pointwise: functions
+
+for _name in ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "sigmoid", "floor"):
+    _pointwise(_name, getattr(aten, _name).default, f"{_name}(self)")
+_pointwise("silu", aten.silu.default, "self * sigmoid(self)")
+_pointwise("relu", aten.relu.default, "maximum(self, 0)")
+
+
+def _gelu(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    if given.get("approximate") == "tanh":
+        inner = f"{math.sqrt(2 / math.pi)!r} * (self + 0.044715 * self * self * self)"
+        return f"0.5 * self * (1 + tanh({inner}))"
+    return f"0.5 * self * (1 + erf(self * {math.sqrt(0.5)!r}))"
+
+
+_pointwise("gelu", aten.gelu.default, _gelu)
+
+# --- pointwise: comparisons, selection, casts
+
+for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
+    _symmetric = _name in ("eq", "ne")
+    _pointwise(_name, getattr(aten, _name).Tensor, f"self {_operator} other", commutative=_symmetric)
+    _pointwise(f"{_name}.Scalar", getattr(aten, _name).Scalar, f"self {_operator} other")
+_pointwise("where", aten.where.self, "where(condition, self, other)")
+_pointwise("cast", aten._to_copy.default, _only("dtype")("self"))  # the target's dtype is the output's
+
+# --- row ops: over the last dimension (codegen checks that `dim` is the last one)
+
+for _name, _overload in {"sum": aten.sum.dim_IntList, "mean": aten.mean.dim}.items():
+    _row(_name, _overload, Kind.ROW, _only("dim", "keepdim")(f"{_name}(self)"))
+_row("amax", aten.amax.default, Kind.ROW, "max(self)")
+_row("amin", aten.amin.default, Kind.ROW, "min(self)")
+
+
+def softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`torch.nn.functional.softmax`."""
+    return F.softmax(input, dim, dtype=dtype)
+
+
+_row("softmax", softmax, Kind.ROW, _only("dim", "dtype")("exp(input - max(input)) / sum(exp(input - max(input)))"))
+
+
+def rms_norm(input: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None) -> torch.Tensor:
+    """`torch.nn.functional.rms_norm` over the last dimension."""
+    return F.rms_norm(input, (input.shape[-1],), weight, eps)
+
+
+def _rms_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    eps = torch.finfo(dtype).eps if given.get("eps") is None else given["eps"]
+    text = f"input * rsqrt(mean(input * input) + {eps!r})"
+    return text if given.get("weight") is None else f"{text} * weight"
+
+
+_row("rms_norm", rms_norm, Kind.ROW, _rms_norm)
+
+
+def layer_norm(
+    input: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """`torch.nn.functional.layer_norm` over the last dimension."""
+    return F.layer_norm(input, (input.shape[-1],), weight, bias, eps)
+
+
+def _layer_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    centred = "(input - mean(input))"
+    text = f"{centred} * rsqrt(mean({centred} * {centred}) + {given.get('eps', 1e-5)!r})"
+    text += "" if given.get("weight") is None else " * weight"
+    return text if given.get("bias") is None else f"{text} + bias"
+
+
+_row("layer_norm", layer_norm, Kind.ROW, _layer_norm)
+
+# --- whole ops: fused around, never into
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`: [..., K] x [N, K] (+ [N]) -> [..., N]."""
+    return F.linear(input, weight, bias)
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V]."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.matmul`."""
+    return torch.matmul(input, other)
+
+
+for _function in (linear, scaled_dot_product_attention, matmul):
+    _row(_function.__name__, _function, Kind.OPAQUE)
+_row("embedding", aten.embedding.default, Kind.OPAQUE)
