@@ -20,6 +20,9 @@ from graph_capture.errors import CaptureError
 from graph_capture.graph import Arg, OpNode, freeze
 
 
+FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
+
+
 class Kind(Enum):
     """How an op's output depends on its inputs, which decides what may be fused with it."""
 
@@ -61,6 +64,11 @@ class Op:
         """The dispatcher's op that `function` is, if it is one."""
         return self.function if isinstance(self.function, OpOverload) else None
 
+    @property
+    def returns_values(self) -> bool:
+        """False for an op that is called for its effect only."""
+        return self.overload is None or bool(self.overload._schema.returns)
+
 
 def parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The parameters of a dispatcher op (from its schema) or of a Python function (from its signature)."""
@@ -78,6 +86,10 @@ def parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
 _EMPTY = inspect.Parameter.empty
 
 
+def _not_callable(*args: Any, **kwargs: Any) -> Any:
+    raise CaptureError("a fused op runs as a kernel, or as the nodes of its body")
+
+
 def _plain(value: Any) -> Any:
     return freeze(value) if isinstance(value, (list, tuple)) else value
 
@@ -93,6 +105,8 @@ def op(name: str) -> Op:
 
     if name in TABLE:
         return TABLE[name]
+    if name.startswith(FUSED):
+        return Op(name, _not_callable, Kind.OPAQUE, ())
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     try:
@@ -133,7 +147,7 @@ def written_inputs(node: OpNode) -> list[int]:
     written = _written_parameters(node.op_type)
     if not written:
         return []
-    return [index for name, value in arguments(node).items() if name in written for index in _arg_indices(value)]
+    return [index for name, value in arguments(node).items() if name in written for index in arg_indices(value)]
 
 
 @cache
@@ -149,11 +163,12 @@ def is_random(node: OpNode) -> bool:
     )
 
 
-def _arg_indices(value: Any) -> list[int]:
+def arg_indices(value: Any) -> list[int]:
+    """The inputs that an attribute value refers to."""
     if isinstance(value, Arg):
         return [value.index]
     if isinstance(value, tuple):
-        return [index for item in value for index in _arg_indices(item)]
+        return [index for item in value for index in arg_indices(item)]
     return []
 
 
@@ -217,7 +232,7 @@ def arguments(node: OpNode) -> dict[str, Any]:
     """
     target = op(node.op_type)
     attrs = dict(node.attrs)
-    listed = {index for value in attrs.values() for index in _arg_indices(value)}
+    listed = {index for value in attrs.values() for index in arg_indices(value)}
     positional = iter([index for index in range(len(node.inputs)) if index not in listed])
     bound: dict[str, Any] = {}
     for parameter in target.parameters:
@@ -257,7 +272,7 @@ def _filler(value: Any) -> Callable[[Sequence[torch.Tensor]], Any]:
     if isinstance(value, Arg):
         index = value.index
         return lambda tensors: tensors[index]
-    if isinstance(value, tuple) and _arg_indices(value):
+    if isinstance(value, tuple) and arg_indices(value):
         items = [_filler(item) for item in value]
         return lambda tensors: [item(tensors) for item in items]
     if isinstance(value, tuple):

@@ -178,7 +178,6 @@ def scaled_dot_product_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
@@ -196,3 +195,74 @@ def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
+
+# --- torch functions that the recorder keeps whole: their call as (op, arguments), or None to record what they do inside
+
+Call = tuple[str, tuple[Any, ...]]
+SEMANTIC: dict[Any, Callable[..., "Call | None"]] = {}
+
+
+def _keeps(*functions: Any) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
+    def register(adapter: Callable[..., Call | None]) -> Callable[..., Call | None]:
+        SEMANTIC.update(dict.fromkeys(functions, adapter))
+        return adapter
+
+    return register
+
+
+@_keeps(F.linear)
+def _call_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
+    return "linear", (input, weight, bias)
+
+
+@_keeps(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _call_matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> Call | None:
+    return None if out is not None else ("matmul", (input, other))
+
+
+@_keeps(F.softmax, torch.softmax, torch.Tensor.softmax)
+def _call_softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> Call | None:
+    return None if out is not None or not isinstance(dim, int) else ("softmax", (input, dim, dtype))
+
+
+@_keeps(F.rms_norm, torch.rms_norm)
+def _call_rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Any,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> Call | None:
+    return ("rms_norm", (input, weight, eps)) if tuple(normalized_shape) == tuple(input.shape[-1:]) else None
+
+
+@_keeps(F.layer_norm)
+def _call_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Any,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> Call | None:
+    return ("layer_norm", (input, weight, bias, eps)) if tuple(normalized_shape) == tuple(input.shape[-1:]) else None
+
+
+@_keeps(F.scaled_dot_product_attention)
+def _call_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return "scaled_dot_product_attention", arguments
