@@ -276,6 +276,7 @@ class _Writer:
     def finish(self, output: Any) -> RecordedGraph:
         """The immutable graph."""
         outputs = OutputSpec.of(output, self.name_of)
+        outputs.check_objects([leaf.value for leaf in self.inputs.leaves])
         subgraph = SubGraph(
             nodes=tuple(self.nodes),
             input_names=(*self.inputs.tensor_names, *self.captured),

@@ -150,6 +150,20 @@ class OutputSpec:
         """One name for each tensor leaf; a name may come twice."""
         return tuple(leaf.name for leaf in self.leaves if leaf.name is not None)
 
+    def check_objects(self, known: Sequence[Any]) -> None:
+        """Refuse a result that holds an object whose tensors a replay could not renew.
+
+        Raises:
+            CaptureError: a leaf is neither a tensor, nor a plain value, nor one of the `known` objects.
+        """
+        for leaf in self.leaves:
+            if leaf.name is None and not isinstance(leaf.value, _VALUES) and not any(leaf.value is v for v in known):
+                raise CaptureError(
+                    f"{leaf.label} is a {type(leaf.value).__name__}, which is not a pytree: a replay would return the "
+                    "recorded object. Return its tensors, register it with torch.utils._pytree, or leave it out "
+                    "(for transformers: use_cache=False, or pass the cache in)"
+                )
+
     def build(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The result, from one tensor for each of `tensor_names`."""
         rest = iter(tensors)

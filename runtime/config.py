@@ -1,0 +1,58 @@
+"""`FusionConfig`: the knobs of analysis and replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Profile = Literal["measure", "always", "static"]
+Target = Literal["auto", "ninetoothed"]
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How a graph is rewritten and when a fused kernel is used.
+
+    Attributes:
+        enable_fusion: False replays everything as recorded.
+        enable_cache: keep kernels and measured decisions for regions that come again.
+        fallback_on_error: a region whose kernel cannot be made, or fails when it runs, replays as recorded; False raises.
+        debug_mode: log every decision at INFO and check every fused result against the recorded ops.
+        max_graph_size: the most ops in one region.
+        min_tensor_elements: regions whose largest tensor has fewer elements are left alone.
+        min_nodes_for_fusion: the fewest ops that make a region.
+        fusion_ratio: a fused kernel is used if ``t_fused < t_fallback * fusion_ratio``.
+        profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
+            kernel that is compiled to machine code, untimed.
+        target: what makes kernels; "auto" is ninetoothed.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    enable_fusion: bool = True
+    enable_cache: bool = True
+    fallback_on_error: bool = True
+    debug_mode: bool = False
+    max_graph_size: int = 64
+    min_tensor_elements: int = 1
+    min_nodes_for_fusion: int = 2
+    fusion_ratio: float = 0.8
+    profile: Profile = "measure"
+    target: Target = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("profile", self.profile, get_args(Profile))
+        _one_of("target", self.target, get_args(Target))
+        for name in ("max_graph_size", "min_nodes_for_fusion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.min_tensor_elements < 0:
+            raise ValueError(f"min_tensor_elements must not be negative, got {self.min_tensor_elements}")
+        if not self.fusion_ratio > 0:
+            raise ValueError(f"fusion_ratio must be positive, got {self.fusion_ratio}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

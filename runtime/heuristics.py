@@ -1,0 +1,187 @@
+"""Whether a region is fused: first by what is known of it, then by measurement."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
+from graph_capture.errors import FusionError
+from graph_capture.executor import Executor
+from graph_capture.graph import SubGraph, TensorMeta
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.measure import compare
+
+log = logging.getLogger("graph_capture")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a fused kernel is used, why, and what was measured (seconds a call; None: not measured)."""
+
+    use: bool
+    reason: str
+    t_fallback: float | None = None
+    t_fused: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.use
+
+
+def input_metas(graph: SubGraph, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorMeta]:
+    """The layouts of a region's inputs.
+
+    Raises:
+        FusionError: an input is missing.
+    """
+    missing = [name for name in graph.input_names if name not in tensors]
+    if missing:
+        raise FusionError(f"inputs are missing: {', '.join(missing)}; the graph takes {', '.join(graph.input_names)}")
+    return {name: TensorMeta.of(tensors[name]) for name in graph.input_names}
+
+
+class FusionHeuristics:
+    """The rules of a `FusionConfig`, with a cache of what was measured."""
+
+    def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
+        self.config = config or FusionConfig()
+        self.compiler = compiler or KernelCompiler(self.config.target)
+        self._measured: dict[tuple[Any, ...], Decision] = {}
+
+    def should_fuse(
+        self, graph: SubGraph, input_shapes: Mapping[str, Sequence[int]] | Sequence[Sequence[int]] | None = None
+    ) -> Decision:
+        """Whether fusing `graph` is allowed and can pay, from its ops and sizes alone. The result is truthy or falsy.
+
+        `input_shapes` follows ``graph.input_names`` or maps them; without it the shapes in ``graph.values`` are used.
+        """
+        config = self.config
+        if not config.enable_fusion:
+            return Decision(False, "fusion is off (enable_fusion=False)")
+        if len(graph) < config.min_nodes_for_fusion:
+            return Decision(False, f"{len(graph)} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}")
+        if len(graph) > config.max_graph_size:
+            return Decision(False, f"{len(graph)} ops are more than max_graph_size={config.max_graph_size}")
+        if input_shapes is None:
+            shapes = [graph.values[name].shape for name in graph.input_names if name in graph.values]
+        elif isinstance(input_shapes, Mapping):
+            shapes = [tuple(input_shapes[name]) for name in graph.input_names]
+        else:
+            shapes = [tuple(shape) for shape in input_shapes]
+        elements = max((_numel(shape) for shape in shapes), default=0)
+        if elements < config.min_tensor_elements:
+            return Decision(False, f"{elements} elements are fewer than min_tensor_elements={config.min_tensor_elements}")
+        reason = supports(graph)
+        if reason is not None:
+            return Decision(False, f"no kernel: {reason}")
+        return Decision(True, "every op can be fused")
+
+    def profile_and_decide(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> Decision:
+        """Whether the fused kernel of `graph` is used for `inputs`, by measurement (see `FusionConfig.profile`).
+
+        Both sides run on `inputs` themselves; a region holds no op that writes, so they are only read.
+
+        Raises:
+            FusionError: an input is missing, or, with ``fallback_on_error=False``, no kernel can be made.
+        """
+        decision, _ = self.decide(graph, [inputs[name] for name in input_metas(graph, inputs)])
+        return decision
+
+    def decide(
+        self, graph: SubGraph, tensors: Sequence[torch.Tensor], fallback: Callable[[], Any] | None = None
+    ) -> tuple[Decision, CompiledKernel | None]:
+        """`profile_and_decide` on a list of inputs; also returns the kernel where one was made.
+
+        `fallback` runs the recorded ops on the same inputs (default: the graph's own ops).
+        """
+        metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
+        decision = self.should_fuse(graph, [meta.shape for meta in metas.values()])
+        kernel: CompiledKernel | None = None
+        if decision:
+            try:
+                kernel = self.kernel(graph, metas)
+            except FusionError as error:
+                if not self.config.fallback_on_error:
+                    raise
+                decision = Decision(False, f"no kernel: {error}")
+        if kernel is not None:
+            decision = self._by_profile(graph, kernel, tensors, metas, fallback)
+        if self.config.debug_mode:
+            log.info("%s -> %s", " ".join(node.op_type for node in graph.nodes), decision)
+        return decision, kernel
+
+    def kernel(self, graph: SubGraph, metas: Mapping[str, TensorMeta]) -> CompiledKernel:
+        """The kernel of `graph` for inputs of these layouts.
+
+        Raises:
+            FusionError: it cannot be made, for whatever reason.
+        """
+        compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
+        dtypes = {name: meta.dtype for name, meta in metas.items()}
+        shapes = {name: meta.shape for name, meta in metas.items()}
+        try:
+            return compiler.compile(graph, dtypes, shapes)
+        except FusionError:
+            raise
+        except Exception as error:  # a compiler's own failure must not become the user's
+            raise FusionError(f"{type(error).__name__}: {error}") from error
+
+    def _by_profile(
+        self,
+        graph: SubGraph,
+        kernel: CompiledKernel,
+        tensors: Sequence[torch.Tensor],
+        metas: Mapping[str, TensorMeta],
+        fallback: Callable[[], Any] | None,
+    ) -> Decision:
+        config = self.config
+        if config.profile == "always":
+            return Decision(True, 'used: profile="always"')
+        if config.profile == "static":
+            reason = "is interpreted on this machine" if kernel.interpreted else "is machine code"
+            return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}')
+        key = (
+            graph.cache_key({n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}),
+            tuple(meta.stride for meta in metas.values()),
+            tuple(str(meta.device) for meta in metas.values()),
+        )
+        if config.enable_cache and key in self._measured:
+            return self._measured[key]
+        if fallback is None:
+            fallback = fallback_of(graph, tensors)
+        try:
+            device = next(iter(metas.values())).device
+            t_fallback, t_fused = compare(fallback, lambda: kernel(*tensors), device)
+        except Exception as error:
+            if not config.fallback_on_error:
+                raise
+            decision = Decision(False, f"the kernel failed: {type(error).__name__}: {error}")
+        else:
+            decision = self._judge(t_fallback, t_fused, kernel)
+        self._measured[key] = decision
+        return decision
+
+    def _judge(self, t_fallback: float, t_fused: float, kernel: CompiledKernel) -> Decision:
+        ratio = t_fused / t_fallback
+        if ratio < self.config.fusion_ratio:
+            return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused)
+        how = f"{ratio:.2f}x the recorded ops' time" if ratio < 10 else f"{ratio:.0f}x the recorded ops' time"
+        where = " in Triton's interpreter" if kernel.interpreted else ""
+        return Decision(False, f"slower: {how}{where}" if ratio >= 1 else f"gain too small: {how}", t_fallback, t_fused)
+
+
+def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """A call that runs a graph's own ops on `tensors`."""
+    executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+    return lambda: executor.run(tensors)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

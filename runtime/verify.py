@@ -1,0 +1,106 @@
+"""Each region's kernel against its recorded ops and against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graph_capture.executor import Executor
+from graph_capture.graph import OpNode, SubGraph
+
+if TYPE_CHECKING:
+    from graph_capture.runtime.fused import FusedGraph, Region
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of `FusedGraph.verify`.
+
+    Attributes:
+        rows: worst first, one dict for each region that has a kernel: ``region``, ``where``, ``error_recorded``,
+            ``error_fused`` (relative L2 distance to float64, the largest over the outputs), ``ok``.
+    """
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every kernel is at least as close to float64 as the recorded ops, or exact up to one rounding."""
+        return all(row["ok"] for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row['region']:<24} recorded {row['error_recorded']:.2e}  fused {row['error_fused']:.2e}  "
+            f"{'ok' if row['ok'] else 'OFF'}"
+            for row in self.rows
+        ]
+        return "\n".join(lines) or "no region has a kernel"
+
+
+def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
+    """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way."""
+    regions = {region.node.outputs: region for region in fused.regions}
+    rows = []
+    for node in fused.subgraph.nodes:
+        region = regions.get(node.outputs)
+        inputs = [env[name] for name in node.inputs]
+        results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
+        if region is not None and region.kernel is not None:
+            rows.append(_check(region, inputs, results))
+        env.update(zip(node.outputs, results, strict=True))
+    return Verification(sorted(rows, key=lambda row: (row["ok"], -row["error_fused"])))
+
+
+def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> dict[str, Any]:
+    assert region.kernel is not None
+    exact = in_float64(region.body, inputs)
+    outputs = region.kernel(*inputs)
+    worst = {"error_recorded": 0.0, "error_fused": 0.0, "ok": True}
+    for reference, eager, ours in zip(exact, recorded, outputs, strict=True):
+        before, after = distance(eager, reference), distance(ours, reference)
+        # One rounding to the output's dtype is free; Triton's interpreter truncates, which errs twice as much.
+        rounding = torch.finfo(ours.dtype).eps if ours.dtype.is_floating_point else 0.0
+        allowed = max(before, rounding if region.kernel.interpreted else rounding / 2)
+        worst["error_recorded"] = max(worst["error_recorded"], before)
+        worst["error_fused"] = max(worst["error_fused"], after)
+        worst["ok"] = bool(worst["ok"] and after <= allowed)
+    return {"region": region.name, "where": region.where, **worst}
+
+
+def in_float64(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Run a graph with every floating-point value in float64, casts between floats included."""
+    nodes = [
+        OpNode(node.op_type, node.inputs, node.outputs, tuple((k, _widen(v)) for k, v in node.attrs))
+        for node in graph.nodes
+    ]
+    executor = Executor([(node, None) for node in nodes], graph.input_names, graph.output_names)
+    return executor.run([tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs])
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def distance(tensor: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative L2 distance; inf where one has a NaN or an infinity that the other has not."""
+    left, right = tensor.double(), reference.double()
+    if not torch.equal(left.isnan(), right.isnan()):
+        return float("inf")
+    infinite = left.isinf() | right.isinf()
+    if not torch.equal(left[infinite], right[infinite]):
+        return float("inf")
+    keep = ~(infinite | left.isnan())
+    difference, norm = (left[keep] - right[keep]).norm().item(), right[keep].norm().item()
+    return difference / norm if norm else difference
+
+
+def close_enough(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results in one dtype agree up to a few roundings."""
+    if not tensor.dtype.is_floating_point:
+        return torch.equal(tensor, other)
+    return distance(tensor, other) <= 4 * torch.finfo(tensor.dtype).eps
+
+
