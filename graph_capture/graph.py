@@ -326,7 +326,7 @@ def _alias_set(graph: SubGraph, name: str) -> Any:
 
 
 def topological_order(count: int, edges: Iterable[tuple[int, int]]) -> list[int] | None:
-    """Kahn's algorithm, lowest index first, so that a list already in order stays as it is; None if there is a cycle."""
+    """Kahn's algorithm, lowest index first: a list already in order stays as it is. None if there is a cycle."""
     graph: networkx.DiGraph = networkx.DiGraph()
     graph.add_nodes_from(range(count))
     graph.add_edges_from(edges)

@@ -19,7 +19,6 @@ from torch._ops import OpOverload
 from graph_capture.errors import CaptureError
 from graph_capture.graph import Arg, OpNode, freeze
 
-
 FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
 
 

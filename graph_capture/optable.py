@@ -181,7 +181,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V]."""
+    """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V]."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -196,10 +196,10 @@ for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
 
-# --- torch functions that the recorder keeps whole: their call as (op, arguments), or None to record what they do inside
+# --- torch functions that the recorder keeps whole: their call as (op, arguments); None records what they do inside
 
 Call = tuple[str, tuple[Any, ...]]
-SEMANTIC: dict[Any, Callable[..., "Call | None"]] = {}
+SEMANTIC: dict[Any, Callable[..., Call | None]] = {}
 
 
 def _keeps(*functions: Any) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:

@@ -262,8 +262,8 @@ class _Writer:
         tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if not all(map(self.is_static, tensors)):
             raise DataDependentError(
-                f"{what}, at {self.modules.source()}. A replay would keep the recorded value for ever. Keep the decision "
-                "on the device (torch.where, masks), or compute the value outside the recording and pass it in."
+                f"{what}, at {self.modules.source()}. A replay would keep the recorded value for ever. "
+                "Keep the decision on the device (torch.where, masks), or compute the value outside the recording and pass it in."
             )
 
     # --- the end

@@ -108,6 +108,9 @@ class InputSpec:
             )
         return bound
 
+    def __str__(self) -> str:
+        return f"({', '.join(f'{leaf.label}: {leaf.meta or repr(leaf.value)}' for leaf in self.leaves)})"
+
     def _sharing_text(self, sharing: tuple[tuple[int, int], ...]) -> str:
         names = self.tensor_names
         pairs = [f"{names[i]} with {names[first]}" for i, (first, _) in enumerate(sharing) if first != i]
@@ -140,7 +143,9 @@ class OutputSpec:
         return cls(
             spec,
             tuple(
-                Leaf(f"output[{i}]", name_of(leaf)) if isinstance(leaf, torch.Tensor) else Leaf(f"output[{i}]", value=leaf)
+                Leaf(f"output[{i}]", name_of(leaf))
+                if isinstance(leaf, torch.Tensor)
+                else Leaf(f"output[{i}]", value=leaf)
                 for i, leaf in enumerate(flat)
             ),
         )

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from graph_capture.recorder import record
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.scheduler import FusionScheduler
+
+from graph_capture.recorder import record
 from graph_capture.signature import signature_key
 
 
@@ -62,11 +63,7 @@ class Captured:
 
     def explain(self) -> str:
         """The receipts of every signature seen so far."""
-        return "\n\n".join(
-            f"({', '.join(leaf.label + ': ' + str(leaf.meta or repr(leaf.value)) for leaf in fused.recorded.inputs.leaves)})\n"
-            f"{fused.explain()}"
-            for fused in self.graphs
-        )
+        return "\n\n".join(f"{fused.recorded.inputs}\n{fused.explain()}" for fused in self.graphs)
 
     def __repr__(self) -> str:
         return f"<captured {self._function!r:.60}: {len(self._graphs)} signatures>"

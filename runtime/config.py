@@ -16,7 +16,7 @@ class FusionConfig:
     Attributes:
         enable_fusion: False replays everything as recorded.
         enable_cache: keep kernels and measured decisions for regions that come again.
-        fallback_on_error: a region whose kernel cannot be made, or fails when it runs, replays as recorded; False raises.
+        fallback_on_error: a region whose kernel cannot be made or fails replays as recorded; False raises.
         debug_mode: log every decision at INFO and check every fused result against the recorded ops.
         max_graph_size: the most ops in one region.
         min_tensor_elements: regions whose largest tensor has fewer elements are left alone.

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
 from graph_capture.codegen import CompiledKernel
-from graph_capture.executor import Call, Executor
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED, Kind, op
-from graph_capture.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation, explain
 from graph_capture.runtime.heuristics import Decision
 from graph_capture.runtime.verify import Verification, close_enough, verify
+
+from graph_capture.executor import Call, Executor
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.ops import FUSED, Kind, op
+from graph_capture.recorded import RecordedGraph
 
 log = logging.getLogger("graph_capture")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.measure import compare
+
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
-from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.measure import compare
 
 log = logging.getLogger("graph_capture")
 
@@ -63,7 +63,9 @@ class FusionHeuristics:
         if not config.enable_fusion:
             return Decision(False, "fusion is off (enable_fusion=False)")
         if len(graph) < config.min_nodes_for_fusion:
-            return Decision(False, f"{len(graph)} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}")
+            return Decision(
+                False, f"{len(graph)} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
+            )
         if len(graph) > config.max_graph_size:
             return Decision(False, f"{len(graph)} ops are more than max_graph_size={config.max_graph_size}")
         if input_shapes is None:
@@ -74,7 +76,9 @@ class FusionHeuristics:
             shapes = [tuple(shape) for shape in input_shapes]
         elements = max((_numel(shape) for shape in shapes), default=0)
         if elements < config.min_tensor_elements:
-            return Decision(False, f"{elements} elements are fewer than min_tensor_elements={config.min_tensor_elements}")
+            return Decision(
+                False, f"{elements} elements are fewer than min_tensor_elements={config.min_tensor_elements}"
+            )
         reason = supports(graph)
         if reason is not None:
             return Decision(False, f"no kernel: {reason}")

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-
-from graph_capture.executor import Executor
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED
-from graph_capture.passes import canonicalize, find_regions
 from graph_capture.codegen import supports
-from graph_capture.recorded import RecordedGraph
+from graph_capture.passes import canonicalize, find_regions
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.measure import example_inputs
+
+from graph_capture.executor import Executor
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.ops import FUSED
+from graph_capture.recorded import RecordedGraph
 
 
 class FusionScheduler:

@@ -102,5 +102,3 @@ def close_enough(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     if not tensor.dtype.is_floating_point:
         return torch.equal(tensor, other)
     return distance(tensor, other) <= 4 * torch.finfo(tensor.dtype).eps
-
-

@@ -76,7 +76,15 @@ def test_semantic_ops_stay_whole():
         y = F.scaled_dot_product_attention(y, y, y, is_causal=True)
         recording.output(y @ y.mT)
     names = ops(recording.graph)
-    assert names == ["rms_norm", "layer_norm", "softmax", "gelu", "scaled_dot_product_attention", "aten.transpose.int", "matmul"]
+    assert names == [
+        "rms_norm",
+        "layer_norm",
+        "softmax",
+        "gelu",
+        "scaled_dot_product_attention",
+        "aten.transpose.int",
+        "matmul",
+    ]
 
 
 def test_semantic_calls_outside_the_table_are_recorded_by_their_parts():
@@ -215,7 +223,7 @@ def test_an_exception_propagates_and_the_next_recording_works():
     x = torch.randn(2)
     with pytest.raises(ZeroDivisionError), record(x) as broken:
         x + 1
-        1 / 0  # noqa: B018
+        1 / 0
     with pytest.raises(CaptureError, match="ended with an exception"):
         _ = broken.graph
     with record(x) as recording:
