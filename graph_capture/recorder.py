@@ -263,7 +263,8 @@ class _Writer:
         if not all(map(self.is_static, tensors)):
             raise DataDependentError(
                 f"{what}, at {self.modules.source()}. A replay would keep the recorded value for ever. "
-                "Keep the decision on the device (torch.where, masks), or compute the value outside the recording and pass it in."
+                "Keep the decision on the device (torch.where, masks), or compute the value before the recording and "
+                "pass it in."
             )
 
     # --- the end

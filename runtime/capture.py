@@ -48,17 +48,18 @@ class Captured:
         key = signature_key(args, kwargs)
         with self._lock:
             fused = self._graphs.get(key)
-            if fused is not None:
-                self._graphs.move_to_end(key)
-        if fused is not None:
-            return fused(*args, **kwargs)
-        with self._lock:
-            with record(*args, **kwargs) as recording:
-                result = self._function(*args, **kwargs)
-                recording.output(result)
-            self._graphs[key] = self._scheduler.analyze(recording.graph)
-            while len(self._graphs) > self._max_signatures:
-                self._graphs.popitem(last=False)
+            if fused is None:
+                return self._record(key, args, kwargs)
+            self._graphs.move_to_end(key)
+        return fused(*args, **kwargs)
+
+    def _record(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with record(*args, **kwargs) as recording:
+            result = self._function(*args, **kwargs)
+            recording.output(result)
+        self._graphs[key] = self._scheduler.analyze(recording.graph)
+        while len(self._graphs) > self._max_signatures:
+            self._graphs.popitem(last=False)
         return result
 
     def explain(self) -> str:
