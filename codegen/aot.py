@@ -1,0 +1,114 @@
+"""Compiling kernels for a GPU that is not there, and reading what the machine code is like.
+
+Triton's wheel brings ptxas and a disassembler; `aot_worker` runs them in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from graph_capture.codegen.lower import KernelSpec, Layout
+from graph_capture.codegen.ninetoothed_target import Built, rank_of
+
+from graph_capture.errors import FusionError
+
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Machine code of one kernel.
+
+    Attributes:
+        sass: the disassembly.
+        instructions: SASS instructions, padding left out.
+        registers: registers a thread.
+        spills: bytes of local memory stored to spill registers.
+        shared: bytes of shared memory.
+        loads, stores: global accesses by width in bits, ``{128: 4}``.
+    """
+
+    sass: str
+    instructions: int
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def compile_ahead(jobs: Sequence[tuple[KernelSpec, Built, int]], architecture: str) -> list[Binary]:
+    """Compile kernels (with their warps) for ``sm_NN``: contiguous operands, addresses and row sizes aligned.
+
+    Raises:
+        FusionError: the architecture's name is not of that form, or the compiler fails.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", architecture):
+        raise FusionError(f"{architecture!r} is not an architecture such as 'sm_90'")
+    request = [
+        {
+            "file": built.triton_file,
+            "kernel": built.kernel_name,
+            "capability": int(architecture[3:]),
+            "warps": warps,
+            "operands": [
+                {
+                    "pointer": _POINTERS[operand.dtype],
+                    "rank": rank_of(operand, spec),
+                    "aligned": operand.layout is Layout.FULL and (spec.columns or 16) % 16 == 0,
+                }
+                for operand in (*spec.inputs, *spec.outputs)
+            ],
+        }
+        for spec, built, warps in jobs
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("aot_worker.py"))]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise FusionError(f"compiling for {architecture} failed: {done.stderr.strip()[-2000:]}")
+    return [_read(**result) for result in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _read(*, sass: str, shared: int, usage: str) -> Binary:
+    code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+    code = [line for line in code if not line.startswith("NOP")]
+    widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
+    for line in code:
+        for access, found in widths.items():
+            if line.startswith(access):
+                width = re.search(r"\.(128|64|U?16|U?8|S16|S8)\b", line.split()[0])
+                bits = int(re.sub(r"\D", "", width.group(1))) if width else 32
+                found[bits] = found.get(bits, 0) + 1
+    registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
+    return Binary(
+        sass=sass,
+        instructions=len(code),
+        registers=int(registers.group(1)) if registers else 0,
+        spills=int(stack.group(1)) if stack else 0,
+        shared=shared,
+        loads=widths["LDG"],
+        stores=widths["STG"],
+    )

@@ -1,0 +1,57 @@
+"""Compiles kernels with Triton alone: a list of jobs as JSON on standard input, results as JSON on the last line out.
+
+Run as a script by `graph_capture.codegen.aot`, in a process of its own: where Triton's interpreter has run, its
+language module stays patched and compiles no more. Imports nothing of the package, so that it starts fast.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Compile one kernel; `job` and the result are as `graph_capture.codegen.aot` writes and reads them."""
+    spec = importlib.util.spec_from_file_location("generated", job["file"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, job["kernel"])
+    signature: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    attributes: dict[tuple[int], Any] = {}
+    operands = iter(job["operands"])
+    operand: dict[str, Any] = {}
+    for index, name in enumerate(function.arg_names):
+        if name.endswith("_pointer"):
+            operand = next(operands)
+            signature[name] = operand["pointer"]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name.endswith(f"_stride_{operand['rank'] - 1}"):  # contiguous
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if operand["aligned"] and (operand["rank"] == 1 or name.endswith("_stride_0")):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget("cuda", job["capability"], 32),
+        options={"num_warps": job["warps"], "num_stages": 1},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"sass": compiled.asm["sass"], "shared": compiled.metadata.shared, "usage": usage}
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_job(job) for job in json.load(sys.stdin)]))
