@@ -92,7 +92,7 @@ def compile_ahead(jobs: Sequence[tuple[KernelSpec, Built, int]], architecture: s
 
 
 def _read(*, sass: str, shared: int, usage: str) -> Binary:
-    code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
+    code = [line.split("\t")[-1].strip() for line in sass.splitlines() if line.rstrip().endswith(";")]
     code = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
     code = [line for line in code if not line.startswith("NOP")]
     widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}

@@ -117,21 +117,12 @@ def _application(spec: KernelSpec, blocks: Blocks, names: dict[str, str]) -> lis
     return lines
 
 
-_DTYPES = {
-    torch.bool: "int1",
-    **{d: str(d).removeprefix("torch.") for d in (torch.float64, torch.float32, torch.float16)},
-}
-_DTYPES |= {
-    d: str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
-}
-_DTYPES[torch.uint8] = "uint8"
-
-
 def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padded: bool) -> str:
     function = statement.function
     args = [values.get(a, a) if isinstance(a, str) else _number(a) for a in statement.arguments]
     if function == "cast":
-        return f"ntl.cast({args[0]}, ntl.{_DTYPES[statement.dtype]})"
+        name = "int1" if statement.dtype is torch.bool else str(statement.dtype).removeprefix("torch.")
+        return f"ntl.cast({args[0]}, ntl.{name})"
     if function == "neg":
         return f"-{args[0]}"
     if function == "or":
@@ -152,10 +143,10 @@ def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padde
 
 def _tanh(x: str) -> str:
     """From exp, which cancels near 0; there by its series (the next term is below float32's rounding)."""
-    square = f"({x} * {x})"
-    series = (
-        f"{x} * (1.0 - {square} * ({1 / 3} - {square} * ({2 / 15} - {square} * ({17 / 315} - {square} * {62 / 2835}))))"
-    )
+    square, series = f"({x} * {x})", f"{62 / 2835}"
+    for coefficient in (17 / 315, 2 / 15, 1 / 3, 1.0):
+        series = f"({coefficient} - {square} * {series})"
+    series = f"{x} * {series}"
     return f"ntl.where(ntl.abs({x}) < 0.25, {series}, 1.0 - 2.0 / (ntl.exp(2.0 * {x}) + 1.0))"
 
 
