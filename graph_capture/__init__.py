@@ -1,1 +1,58 @@
 """graph_capture: record a PyTorch forward pass, fuse it, replay it, with receipts."""
+
+from importlib.metadata import version
+
+from graph_capture.codegen import CompiledKernel, KernelCompiler
+from graph_capture.convert import convert_recorded_graph_to_subgraph
+from graph_capture.errors import (
+    CacheError,
+    CaptureError,
+    DataDependentError,
+    FusionError,
+    SignatureMismatchError,
+    UnrecordedWriteError,
+)
+from graph_capture.graph import OpNode, SubGraph, TensorMeta, check_subgraph
+from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern, pattern
+from graph_capture.recorded import RecordedGraph
+from graph_capture.recorder import record, start_graph_recording, stop_graph_recording
+from graph_capture.runtime import (
+    FusedGraph,
+    FusionConfig,
+    FusionHeuristics,
+    FusionScheduler,
+    capture,
+    fuse,
+)
+
+__version__ = version("graph-capture")
+
+__all__ = [
+    "CacheError",
+    "CaptureError",
+    "CompiledKernel",
+    "DataDependentError",
+    "FusedGraph",
+    "FusionConfig",
+    "FusionError",
+    "FusionHeuristics",
+    "FusionScheduler",
+    "KernelCompiler",
+    "OpNode",
+    "RecordedGraph",
+    "SignatureMismatchError",
+    "SubGraph",
+    "TensorMeta",
+    "UnrecordedWriteError",
+    "capture",
+    "check_subgraph",
+    "convert_recorded_graph_to_subgraph",
+    "create_add_rms_norm_pattern",
+    "create_geglu_pattern",
+    "create_swiglu_pattern",
+    "fuse",
+    "pattern",
+    "record",
+    "start_graph_recording",
+    "stop_graph_recording",
+]

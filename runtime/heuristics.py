@@ -53,21 +53,24 @@ class FusionHeuristics:
         self._measured: dict[tuple[Any, ...], Decision] = {}
 
     def should_fuse(
-        self, graph: SubGraph, input_shapes: Mapping[str, Sequence[int]] | Sequence[Sequence[int]] | None = None
+        self,
+        graph: SubGraph,
+        input_shapes: Mapping[str, Sequence[int]] | Sequence[Sequence[int]] | None = None,
+        ops: int | None = None,
     ) -> Decision:
         """Whether fusing `graph` is allowed and can pay, from its ops and sizes alone. The result is truthy or falsy.
 
         `input_shapes` follows ``graph.input_names`` or maps them; without it the shapes in ``graph.values`` are used.
+        `ops` is how many recorded ops the graph stands for, where that differs from its length.
         """
         config = self.config
         if not config.enable_fusion:
             return Decision(False, "fusion is off (enable_fusion=False)")
-        if len(graph) < config.min_nodes_for_fusion:
-            return Decision(
-                False, f"{len(graph)} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
-            )
-        if len(graph) > config.max_graph_size:
-            return Decision(False, f"{len(graph)} ops are more than max_graph_size={config.max_graph_size}")
+        ops = len(graph) if ops is None else ops
+        if ops < config.min_nodes_for_fusion:
+            return Decision(False, f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}")
+        if ops > config.max_graph_size:
+            return Decision(False, f"{ops} ops are more than max_graph_size={config.max_graph_size}")
         if input_shapes is None:
             shapes = [graph.values[name].shape for name in graph.input_names if name in graph.values]
         elif isinstance(input_shapes, Mapping):
@@ -96,14 +99,18 @@ class FusionHeuristics:
         return decision
 
     def decide(
-        self, graph: SubGraph, tensors: Sequence[torch.Tensor], fallback: Callable[[], Any] | None = None
+        self,
+        graph: SubGraph,
+        tensors: Sequence[torch.Tensor],
+        fallback: Callable[[], Any] | None = None,
+        ops: int | None = None,
     ) -> tuple[Decision, CompiledKernel | None]:
         """`profile_and_decide` on a list of inputs; also returns the kernel where one was made.
 
-        `fallback` runs the recorded ops on the same inputs (default: the graph's own ops).
+        `fallback` runs the recorded ops on the same inputs (default: the graph's own ops); `ops` is how many they are.
         """
         metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
-        decision = self.should_fuse(graph, [meta.shape for meta in metas.values()])
+        decision = self.should_fuse(graph, [meta.shape for meta in metas.values()], ops)
         kernel: CompiledKernel | None = None
         if decision:
             try:

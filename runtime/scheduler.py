@@ -60,7 +60,7 @@ class FusionScheduler:
                 continue
             kind = node.op_type.removeprefix(FUSED)
             number = counts[kind] = counts.get(kind, -1) + 1
-            values = plan.graph.values
+            values = graph.subgraph.values
             key = (node.attr("body"), *(replace(values[name], offset=0, storage=-1) for name in node.inputs))
             alike = decided.get(key)
             if alike is None:
@@ -74,7 +74,7 @@ class FusionScheduler:
         tensors = dict(zip(node.inputs, example_inputs(node.inputs, values), strict=True))
         executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
         arguments = list(tensors.values())
-        decision, kernel = self.heuristics.decide(body, arguments, lambda: executor.run(arguments))
+        decision, kernel = self.heuristics.decide(body, arguments, lambda: executor.run(arguments), len(node.recorded))
         if kernel is None and decision:
             decision = Decision(False, "no kernel")
         return Region(node.op_type, node, values, decision, kernel)

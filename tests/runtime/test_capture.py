@@ -60,7 +60,7 @@ def test_signatures_are_bounded():
 def test_a_failed_recording_leaves_no_signature():
     fast = capture(lambda x: x.sum().item())
     for _ in range(2):
-        with pytest.raises(CaptureError, match="item|_local_scalar_dense"):
+        with pytest.raises(CaptureError, match="_local_scalar_dense"):
             fast(torch.randn(2))
     assert fast.graphs == ()
 

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_capture.codegen import CompiledKernel
+from graph_capture.runtime import heuristics as heuristics_module
 
 import graph_capture as gc
 from graph_capture import FusionConfig, FusionError, FusionHeuristics, FusionScheduler, OpNode, SubGraph
-from graph_capture.codegen import CompiledKernel
-from graph_capture.runtime import heuristics as heuristics_module
 
 ALWAYS = FusionConfig(profile="always")
 SHAPES = {"gate": (4, 64), "up": (4, 64)}
@@ -156,7 +156,13 @@ def test_debug_mode_reports_decisions_and_checks_results(caplog):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"profile": "guess"}, {"target": "fortran"}, {"fusion_ratio": 0}, {"max_graph_size": 0}, {"min_tensor_elements": -1}],
+    [
+        {"profile": "guess"},
+        {"target": "fortran"},
+        {"fusion_ratio": 0},
+        {"max_graph_size": 0},
+        {"min_tensor_elements": -1},
+    ],
 )
 def test_config_refuses_nonsense(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

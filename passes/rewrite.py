@@ -1,0 +1,156 @@
+"""Contracting sets of nodes into one node each, where that keeps every order.
+
+A set is convex if no path leaves it and comes back, over data and order edges alike. Sets that are convex one by one
+can still form a cycle together; then the later ones are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx
+
+from graph_capture.graph import OpNode, Source, SubGraph, order_edges
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Nodes (ascending indices) and the node that takes their place."""
+
+    nodes: tuple[int, ...]
+    node: OpNode
+
+
+class Dependencies:
+    """What must come before what in a graph: data flow and order edges, by node index."""
+
+    def __init__(self, graph: SubGraph) -> None:
+        self.graph = graph
+        edges = {
+            (graph.producers[n], i) for i, node in enumerate(graph.nodes) for n in node.inputs if n in graph.producers
+        }
+        self.edges = sorted(edges | set(order_edges(graph)))
+
+    @cached_property
+    def successors(self) -> Sequence[Sequence[int]]:
+        """Each node's direct successors."""
+        found: list[list[int]] = [[] for _ in self.graph.nodes]
+        for before, after in self.edges:
+            found[before].append(after)
+        return found
+
+    def detour(self, nodes: Iterable[int]) -> int | None:
+        """A node outside `nodes` on a path that leaves them and comes back, or None: then they are convex.
+
+        Looks only at nodes between the first and the last of them, for the graph is in topological order.
+        """
+        inside = set(nodes)
+        last = max(inside)
+        reached_from: dict[int, int] = {}
+        frontier = [(after, after) for index in inside for after in self.successors[index] if after not in inside]
+        while frontier:
+            index, first = frontier.pop()
+            if index in inside:
+                return first
+            if index > last or index in reached_from:
+                continue
+            reached_from[index] = first
+            frontier.extend((after, first) for after in self.successors[index])
+        return None
+
+    def blocked(self, nodes: Iterable[int]) -> str | None:
+        """Why `nodes` cannot become one node, or None."""
+        detour = self.detour(nodes)
+        if detour is None:
+            return None
+        node = self.graph.nodes[detour]
+        where = f" ({node.source.module})" if node.source and node.source.module else ""
+        return f"would have created a cycle through {node.op_type}{where}"
+
+
+def contract(
+    graph: SubGraph, contractions: Sequence[Contraction], dependencies: Dependencies | None = None
+) -> tuple[SubGraph, list[Contraction]]:
+    """Replace each set by its node; sets must be disjoint and convex.
+
+    Returns:
+        The rewritten graph, in a topological order as close to the old one as can be, and the contractions that were
+        dropped because they would have made a cycle with the others.
+    """
+    dependencies = dependencies or Dependencies(graph)
+    kept, dropped = list(contractions), []
+    while True:
+        owner = {index: len(graph) + number for number, item in enumerate(kept) for index in item.nodes}
+        quotient: networkx.DiGraph = networkx.DiGraph()
+        quotient.add_nodes_from(owner.get(index, index) for index in range(len(graph)))
+        ends = ((owner.get(before, before), owner.get(after, after)) for before, after in dependencies.edges)
+        quotient.add_edges_from((before, after) for before, after in ends if before != after)
+
+        def position(key: int, kept: list[Contraction] = kept) -> int:
+            return key if key < len(graph) else kept[key - len(graph)].nodes[-1]
+
+        try:
+            order = list(networkx.lexicographical_topological_sort(quotient, key=position))
+            break
+        except networkx.NetworkXUnfeasible:
+            cycle = {node for edge in networkx.find_cycle(quotient) for node in edge[:2] if node >= len(graph)}
+            dropped.append(kept.pop(max(cycle) - len(graph)))
+    nodes = [graph.nodes[key] if key < len(graph) else kept[key - len(graph)].node for key in order]
+    alive = {*graph.input_names, *(name for node in nodes for name in node.outputs)}
+    values = {name: meta for name, meta in graph.values.items() if name in alive}
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values), dropped
+
+
+def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
+    """The values made by `nodes` that are read elsewhere or returned, in order."""
+    inside = set(nodes)
+    returned = set(graph.output_names)
+    return [
+        name
+        for index in sorted(inside)
+        for name in graph.nodes[index].outputs
+        if name in returned or any(user not in inside for user in graph.users.get(name, ()))
+    ]
+
+
+def recorded_nodes(graph: SubGraph, nodes: Iterable[int]) -> tuple[OpNode, ...]:
+    """The recorded nodes behind `nodes`, in order."""
+    return tuple(recorded for index in sorted(nodes) for recorded in graph.nodes[index].recorded)
+
+
+def common_source(nodes: Sequence[OpNode]) -> Source | None:
+    """The last node's line, under the module path that all share."""
+    sources = [node.source for node in nodes if node.source is not None]
+    if not sources:
+        return None
+    paths = [source.module.split(".") for source in sources]
+    shared: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return Source(".".join(shared), sources[-1].file, sources[-1].line)
+
+
+def body_of(graph: SubGraph, nodes: Iterable[int], outputs: Sequence[str]) -> tuple[SubGraph, tuple[str, ...]]:
+    """`nodes` as a graph over canonical names (x0, v0, ...), equal for equal regions; and the values of its inputs."""
+    indices = sorted(nodes)
+    made = {name for index in indices for name in graph.nodes[index].outputs}
+    inputs = dict.fromkeys(name for index in indices for name in graph.nodes[index].inputs if name not in made)
+    names = {name: f"x{number}" for number, name in enumerate(inputs)}
+    for index in indices:
+        for name in graph.nodes[index].outputs:
+            names[name] = f"v{len(names) - len(inputs)}"
+    body = SubGraph(
+        tuple(_bare(graph.nodes[index].rename(names)) for index in indices),
+        tuple(names[name] for name in inputs),
+        tuple(names[name] for name in outputs),
+        {names[name]: graph.values[name] for name in names if name in graph.values},
+    )
+    return body, tuple(inputs)
+
+
+def _bare(node: OpNode) -> OpNode:
+    return OpNode(node.op_type, node.inputs, node.outputs, node.attrs)
