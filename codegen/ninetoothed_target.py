@@ -66,11 +66,15 @@ def print_source(spec: KernelSpec, blocks: Blocks) -> str:
 def _names(spec: KernelSpec) -> dict[str, str]:
     """Operand names as identifiers that collide with nothing in the module (its renaming is textual)."""
     names: dict[str, str] = {}
-    for index, operand in enumerate((*spec.inputs, *spec.outputs)):
-        name = operand.name
-        usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) and not keyword.iskeyword(name) and len(name) < 40
-        reserved = re.fullmatch(r"v\d+|ntl|inside|.*_value|.*(application|arrangement|ninetoothed|triton).*", name)
-        names[operand.name] = name if usable and not reserved else f"t{index}"
+    reserved = r"v\d+|ntl|inside|grid|.*_value|.*(application|arrangement|ninetoothed|triton).*"
+    for prefix, operands in (("x", spec.inputs), ("out", spec.outputs)):
+        for index, operand in enumerate(operands):
+            name = operand.name
+            usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name) and not keyword.iskeyword(name)
+            free = not re.fullmatch(reserved, name) and name not in names.values()
+            names[name] = name if usable and free else f"{prefix}{index}"
+            while list(names.values()).count(names[name]) > 1:
+                names[name] += "_"
     return names
 
 
@@ -84,7 +88,7 @@ def _arrangement(spec: KernelSpec, blocks: Blocks, names: dict[str, str]) -> lis
         for operand in operands:
             if operand.layout is Layout.SCALAR:
                 tiles[operand.name] = f"{names[operand.name]}.tile((1,)).expand((grid[0],))"
-        return [*lines, f"return {', '.join(tiles[o.name] for o in operands)},"]
+        return [*lines, *_returned([tiles[o.name] for o in operands])]
     for operand in operands:
         name = names[operand.name]
         if operand.layout is Layout.FULL:
@@ -100,7 +104,11 @@ def _arrangement(spec: KernelSpec, blocks: Blocks, names: dict[str, str]) -> lis
         Layout.COLUMN: f"{{}}.tile(({blocks.rows}, 1)).expand((-1, grid[1]))",
         Layout.SCALAR: "{}.tile((1,)).unsqueeze(0).expand((grid[0], grid[1]))",
     }
-    return [*lines, f"return {', '.join(forms[o.layout].format(names[o.name]) for o in operands)},"]
+    return [*lines, *_returned([forms[o.layout].format(names[o.name]) for o in operands])]
+
+
+def _returned(tiles: list[str]) -> list[str]:
+    return ["return (", *(f"    {tile}," for tile in tiles), ")"]
 
 
 def _application(spec: KernelSpec, blocks: Blocks, names: dict[str, str]) -> list[str]:

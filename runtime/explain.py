@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -35,17 +36,19 @@ class Explanation:
 
     def table(self) -> Table:
         """The regions as a rich table."""
-        table = Table("region", "where", "alike", "ops", "saves", "recorded", "fused", "decision")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in ("region", "where", "alike", "ops", "saves", "recorded", "fused", "decision"):
+            table.add_column(column, no_wrap=column in ("region", "recorded", "fused", "saves"))
         for row in self.rows:
             table.add_row(
                 row["region"],
                 row["where"],
                 str(row["alike"]),
                 str(row["ops"]),
-                f"{row['bytes_saved'] / 1024:.1f} KiB",
+                format_bytes(row["bytes_saved"]),
                 format_seconds(row["t_fallback"]),
                 format_seconds(row["t_fused"]),
-                ("used: " if row["used"] else "not used: ") + row["reason"].removeprefix("used: "),
+                ("used: " if row["used"] else "not used: ") + row["reason"],
             )
         return table
 
@@ -109,6 +112,15 @@ def common_path(paths: list[str]) -> str:
         return paths[0] or "top level"
     shown = [pattern or "top level" for pattern in patterns[:3]]
     return ", ".join(shown) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+
+
+def format_bytes(count: float) -> str:
+    """A size for people: ``96 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
 
 
 def format_seconds(seconds: float | None) -> str:

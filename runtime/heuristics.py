@@ -151,7 +151,7 @@ class FusionHeuristics:
     ) -> Decision:
         config = self.config
         if config.profile == "always":
-            return Decision(True, 'used: profile="always"')
+            return Decision(True, 'profile="always"')
         if config.profile == "static":
             reason = "is interpreted on this machine" if kernel.interpreted else "is machine code"
             return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}')
@@ -180,9 +180,10 @@ class FusionHeuristics:
         ratio = t_fused / t_fallback
         if ratio < self.config.fusion_ratio:
             return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused)
-        how = f"{ratio:.2f}x the recorded ops' time" if ratio < 10 else f"{ratio:.0f}x the recorded ops' time"
-        where = " in Triton's interpreter" if kernel.interpreted else ""
-        return Decision(False, f"slower: {how}{where}" if ratio >= 1 else f"gain too small: {how}", t_fallback, t_fused)
+        if ratio < 1:
+            return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused)
+        how = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
+        return Decision(False, how + (" (interpreted)" if kernel.interpreted else ""), t_fallback, t_fused)
 
 
 def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:

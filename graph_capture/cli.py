@@ -1,0 +1,63 @@
+"""The command line: ``graph-capture demo``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import graph_capture
+
+        print(f"graph-capture {graph_capture.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Record a PyTorch forward pass, fuse it, replay it, with receipts."""
+
+
+@app.command()
+def demo(
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 4,
+    hidden: Annotated[int, typer.Option(min=8, help="Hidden size.")] = 256,
+    intermediate: Annotated[int, typer.Option(min=8, help="Size inside the MLP.")] = 688,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads (grouped-query attention).")] = 2,
+    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size.")] = 1024,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in the prompt.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the prompts.")] = 0,
+    kernel: Annotated[str, typer.Option(help="The kind of region whose kernel is shown.")] = "add_rms_norm",
+    graph: Annotated[bool, typer.Option("--graph", help="Also print the rewritten graph.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON and nothing else.")] = False,
+) -> None:
+    """Record, fuse, check and replay a Llama with random weights; exits with 1 if a number is off."""
+    from graph_capture import demo as implementation
+
+    if hidden % heads or heads % kv_heads:
+        raise typer.BadParameter("--heads must divide --hidden, and --kv-heads must divide --heads")
+    shape = implementation.Shape(layers, hidden, intermediate, heads, kv_heads, vocab, length, seed)
+    console = Console(quiet=json)
+    report = implementation.run(shape, console, kernel=kernel, show_graph=graph)
+    if json:
+        print(report.to_json())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def main() -> None:
+    """The entry point of ``graph-capture``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
