@@ -42,7 +42,7 @@ class Binary:
         sass: the disassembly.
         instructions: SASS instructions, padding left out.
         registers: registers a thread.
-        spills: bytes of local memory stored to spill registers.
+        stack: bytes of local memory a thread: spilled registers, and what sin and cos need for large arguments.
         shared: bytes of shared memory.
         loads, stores: global accesses by width in bits, ``{128: 4}``.
     """
@@ -50,7 +50,7 @@ class Binary:
     sass: str
     instructions: int
     registers: int
-    spills: int
+    stack: int
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
@@ -107,7 +107,7 @@ def _read(*, sass: str, shared: int, usage: str) -> Binary:
         sass=sass,
         instructions=len(code),
         registers=int(registers.group(1)) if registers else 0,
-        spills=int(stack.group(1)) if stack else 0,
+        stack=int(stack.group(1)) if stack else 0,
         shared=shared,
         loads=widths["LDG"],
         stores=widths["STG"],

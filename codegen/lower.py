@@ -269,7 +269,7 @@ class _Builder:
         """The variable that holds ``function(args)``, computed at most once."""
         key = (function, *((type(a), a) for a in args), dtype)
         if key not in self._known:
-            target = f"v{len(self._known)}"
+            target = f"%{len(self._known)}"  # no operand is called so
             self._known[key] = target
             self.dtypes[target] = dtype
             self.statements.append(Statement(target, function, args, dtype))

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from graph_capture.codegen.lower import REDUCTIONS, KernelSpec, Layout, Operand, Statement
 
@@ -119,15 +120,16 @@ def _application(spec: KernelSpec, blocks: Blocks, names: dict[str, str]) -> lis
     if padded and spec.reduces:
         lines.append(f"inside = ntl.arange(0, {blocks.columns})[None, :] < {spec.columns}")
     for statement in spec.statements:
-        lines.append(f"{statement.target} = {_print(statement, values, spec, padded)}")
+        values[statement.target] = f"v{statement.target[1:]}"
+        lines.append(f"{values[statement.target]} = {_print(statement, values, spec, padded)}")
     for operand, stored in zip(spec.outputs, spec.stores, strict=True):
-        lines.append(f"{names[operand.name]} = {values.get(stored, stored)}")
+        lines.append(f"{names[operand.name]} = {values[stored]}")
     return lines
 
 
 def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padded: bool) -> str:
     function = statement.function
-    args = [values.get(a, a) if isinstance(a, str) else _number(a) for a in statement.arguments]
+    args = [values[a] if isinstance(a, str) else _number(a) for a in statement.arguments]
     if function == "cast":
         name = "int1" if statement.dtype is torch.bool else str(statement.dtype).removeprefix("torch.")
         return f"ntl.cast({args[0]}, ntl.{name})"
@@ -138,7 +140,7 @@ def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padde
     if function == "where":
         return f"ntl.where({', '.join(args)})"
     if function == "tanh":
-        return _tanh(args[0])
+        return _tanh(args[0], statement.dtype)
     if function in REDUCTIONS:
         identity = {"max": 'float("-inf")', "min": 'float("inf")'}.get(function, "0.0")
         inner = f"ntl.where(inside, {args[0]}, {identity})" if padded else args[0]
@@ -149,13 +151,14 @@ def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padde
     return f"ntl.{function}({args[0]})"
 
 
-def _tanh(x: str) -> str:
-    """From exp, which cancels near 0; there by its series (the next term is below float32's rounding)."""
+def _tanh(x: str, dtype: torch.dtype) -> str:
+    """From exp, which cancels near 0; there by its series, as far as the next term is below the dtype's rounding."""
+    near = 0.02 if dtype is torch.float64 else 0.25
     square, series = f"({x} * {x})", f"{62 / 2835}"
     for coefficient in (17 / 315, 2 / 15, 1 / 3, 1.0):
         series = f"({coefficient} - {square} * {series})"
     series = f"{x} * {series}"
-    return f"ntl.where(ntl.abs({x}) < 0.25, {series}, 1.0 - 2.0 / (ntl.exp(2.0 * {x}) + 1.0))"
+    return f"ntl.where(ntl.abs({x}) < {near}, {series}, 1.0 - 2.0 / (ntl.exp(2.0 * {x}) + 1.0))"
 
 
 def _number(value: Any) -> str:
@@ -177,9 +180,13 @@ def interpreted() -> bool:
 def workspace() -> Path:
     """A private folder of this process for generated sources (ninetoothed's own cache is shared and not atomic)."""
     path = Path(tempfile.mkdtemp(prefix="graph_capture_"))
-    owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(path, ignore_errors=True))
+    atexit.register(_remove, path, os.getpid())
     return path
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class _NoDevice:
@@ -293,7 +300,7 @@ def _serialised(handle: Callable[..., Any]) -> Callable[..., Any]:
     """The interpreter patches Triton's language module while it runs: one kernel at a time."""
 
     def launch(*tensors: torch.Tensor) -> None:
-        with _lock, _interpreted_reductions():
+        with _lock, _interpreted_reductions(), numpy.errstate(all="ignore"):  # masked lanes divide by zero
             handle(*tensors)
 
     return launch

@@ -66,7 +66,7 @@ class TensorMeta:
             stride=tuple(tensor.stride()) if strided else (),
             dtype=tensor.dtype,
             device=tensor.device,
-            offset=tensor.storage_offset() if strided else 0,
+            offset=int(tensor.storage_offset()) if strided else 0,
             storage=storage,
         )
 

@@ -46,7 +46,7 @@ class Op:
     """A row of the op table.
 
     `expression` is what codegen needs to fuse the op: Python syntax over the op's parameter names, numbers, arithmetic,
-    comparisons, and these functions: exp log sqrt rsqrt sin cos tanh erf sigmoid abs floor pow where maximum minimum
+    comparisons, and these functions: exp log sqrt rsqrt sin cos tanh erf sigmoid abs floor where maximum minimum
     and, over the last dimension, sum mean max min (reductions, kept as a column). It may be a function of the call's
     `arguments` and its first input's dtype, and returns None where the call cannot be expressed.
     """

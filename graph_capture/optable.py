@@ -69,7 +69,7 @@ def _power(given: Mapping[str, Any], dtype: torch.dtype) -> str | None:
     exponent = given["exponent"]
     if not dtype.is_floating_point and (not isinstance(exponent, int) or exponent < 0):
         return None
-    return by_hand.get(exponent, "pow(self, exponent)" if dtype.is_floating_point else None)
+    return by_hand.get(exponent)
 
 
 _pointwise("pow", aten.pow.Tensor_Scalar, _power)
@@ -121,8 +121,9 @@ _pointwise("cast", aten._to_copy.default, _only("dtype")("self"))  # the target'
 
 for _name, _overload in {"sum": aten.sum.dim_IntList, "mean": aten.mean.dim}.items():
     _row(_name, _overload, Kind.ROW, _only("dim", "keepdim")(f"{_name}(self)"))
-_row("amax", aten.amax.default, Kind.ROW, "max(self)")
-_row("amin", aten.amin.default, Kind.ROW, "min(self)")
+for _name, _overload, _reduce in (("amax", aten.amax.default, "max"), ("amin", aten.amin.default, "min")):
+    _any_nan = "sum(where(self != self, 1, 0)) > 0"  # a reduction's max and min pass NaN over; torch's do not
+    _row(_name, _overload, Kind.ROW, f"where({_any_nan}, sum(self), {_reduce}(self))")
 
 
 def softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

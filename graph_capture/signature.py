@@ -204,7 +204,7 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
         if tensor.layout != torch.strided:
             result.append((index, 0))
             continue
-        start = tensor.storage_offset() * tensor.itemsize
+        start = int(tensor.storage_offset()) * tensor.itemsize
         owner, base = first.setdefault(tensor.untyped_storage()._cdata, (index, start))
         result.append((owner, start - base))
     return tuple(result)

@@ -83,7 +83,7 @@ class Pattern:
 
     @cached_property
     def templates(self) -> tuple[Template, ...]:
-        """The recorded forms, each distinct one once.
+        """The recorded forms, each distinct one once, the largest first: it may contain the others.
 
         Raises:
             CaptureError: the function cannot be recorded as a pattern.
@@ -93,7 +93,7 @@ class Pattern:
             for dtype in self.dtypes:
                 graph = self._record(shapes, dtype)
                 found.setdefault(graph, Template(graph))
-        return tuple(found.values())
+        return tuple(sorted(found.values(), key=lambda template: -len(template.graph)))
 
     def _record(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> SubGraph:
         parameters = inspect.signature(self.function).parameters.values()

@@ -36,8 +36,8 @@ class Explanation:
 
     def table(self) -> Table:
         """The regions as a rich table."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in ("region", "where", "alike", "ops", "saves", "recorded", "fused", "decision"):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in ("region", "where", "n", "ops", "saves", "recorded", "fused", "decision"):
             table.add_column(column, no_wrap=column in ("region", "recorded", "fused", "saves"))
         for row in self.rows:
             table.add_row(

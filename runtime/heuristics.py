@@ -183,7 +183,7 @@ class FusionHeuristics:
         if ratio < 1:
             return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused)
         how = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
-        return Decision(False, how + (" (interpreted)" if kernel.interpreted else ""), t_fallback, t_fused)
+        return Decision(False, how + (", interpreted" if kernel.interpreted else ""), t_fallback, t_fused)
 
 
 def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:

@@ -1,0 +1,317 @@
+"""Kernels: every op of the table, dtypes, layouts and odd sizes, against float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_capture.codegen import infer_values, supports
+from graph_capture.runtime.heuristics import fallback_of
+from graph_capture.runtime.verify import distance, in_float64
+
+from graph_capture import FusionError, KernelCompiler, OpNode, SubGraph
+from graph_capture.graph import Arg, TensorMeta
+from graph_capture.ops import Kind, op
+from graph_capture.optable import TABLE
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+COMPILER = KernelCompiler()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(graph, *inputs):
+    kernel = COMPILER.compile(graph, [t.dtype for t in inputs], [t.shape for t in inputs])
+    return kernel(*inputs)
+
+
+def rounding(dtype):
+    """A correct rounding; the interpreter truncates bfloat16, which errs up to twice that."""
+    if not dtype.is_floating_point:
+        return 0.0
+    return torch.finfo(dtype).eps * (1 if dtype is torch.bfloat16 and DEVICE == "cpu" else 0.5)
+
+
+def check(graph, *inputs, slack=1.0):
+    """At least as close to float64 as eager is, or exact up to one rounding; integers and bools equal."""
+    outputs = run(graph, *inputs)
+    eager, exact = fallback_of(graph, inputs)(), in_float64(graph, inputs)
+    for ours, theirs, want in zip(outputs, eager, exact, strict=True):
+        assert ours.dtype is theirs.dtype
+        assert ours.shape == theirs.shape
+        if not ours.dtype.is_floating_point:
+            assert torch.equal(ours, theirs)
+            continue
+        assert distance(ours, want) <= slack * max(distance(theirs, want), rounding(ours.dtype))
+    return outputs
+
+
+def one(name, *, inputs=("x",), **attrs):
+    return SubGraph((OpNode(name, inputs, ("y",), attrs),), inputs, ("y",))
+
+
+def noise(*shape, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(shape).to(dtype).to(DEVICE)
+
+
+# --- every op
+
+ATTRIBUTES = {
+    "add.Scalar": {"other": 1.5},
+    "sub.Scalar": {"other": 1.5},
+    "rsub.Scalar": {"other": 1.5},
+    "mul.Scalar": {"other": 1.5},
+    "div.Scalar": {"other": 1.5},
+    "pow": {"exponent": 3},
+    "clamp": {"min": -0.5, "max": 0.75},
+    "cast": {"dtype": torch.float32},
+    "sum": {"dim": (-1,), "keepdim": True},
+    "mean": {"dim": (-1,), "keepdim": True},
+    "amax": {"dim": (-1,), "keepdim": True},
+    "amin": {"dim": (-1,), "keepdim": True},
+    "softmax": {"dim": -1},
+    "rms_norm": {"eps": 1e-6},
+    **{f"{name}.Scalar": {"other": 0.25} for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+}
+POSITIVE = {"log", "sqrt", "rsqrt", "reciprocal", "div"}
+EXPRESSIBLE = sorted(name for name, row in TABLE.items() if row.kind in (Kind.POINTWISE, Kind.ROW))
+
+
+def call_of(name, dtype):
+    tensors = {"weight": (40,), "bias": (40,)}
+    parameters = [p.name for p in op(name).parameters if p.name in ("self", "other", "input", "condition", *tensors)]
+    parameters = [p for p in parameters if p not in ATTRIBUTES.get(name, {})]
+    inputs = {}
+    for seed, parameter in enumerate(parameters):
+        value = noise(*tensors.get(parameter, (6, 40)), dtype=dtype, seed=seed)
+        if name in POSITIVE:
+            value = value.abs() + 0.25
+        inputs[parameter] = value > 0 if parameter == "condition" else value
+    order = {parameter: Arg(index) for index, parameter in enumerate(inputs)}
+    node = OpNode(name, tuple(inputs), ("y",), ATTRIBUTES.get(name, {}))
+    assert order
+    return SubGraph((node,), tuple(inputs), ("y",)), list(inputs.values())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_every_op_in_every_float(name, dtype):
+    graph, inputs = call_of(name, dtype)
+    # Triton's exp, log, ... are good to a few units in the last place of float32, as torch's vectorised ones are.
+    check(graph, *inputs, slack=4 if dtype in (torch.float32, torch.float64) else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "maximum", "eq", "lt", "neg", "abs", "relu", "ne.Scalar"])
+def test_integers(name, dtype):
+    if name in ("neg", "abs", "sub") and dtype is torch.uint8:
+        pytest.skip("unsigned")
+    names = ("x", "y") if "Scalar" not in name and name not in ("neg", "abs", "relu") else ("x",)
+    attrs = {"other": 3} if "Scalar" in name else {}
+    inputs = [torch.randint(1, 9, (4, 10), device=DEVICE).to(dtype) for _ in names]
+    check(SubGraph((OpNode(name, names, ("z",), attrs),), names, ("z",)), *inputs)
+
+
+def test_casts_and_mixed_dtypes():
+    x, i = noise(3, 20), torch.randint(-5, 5, (3, 20), device=DEVICE)
+    for target in (torch.int32, torch.int64, torch.bool, torch.float16, torch.float64):
+        check(one("cast", dtype=target), x * 3)
+    check(SubGraph((OpNode("mul", ("x", "i"), ("y",)),), ("x", "i"), ("y",)), x, i)
+    check(SubGraph((OpNode("add", ("x", "h"), ("y",)),), ("x", "h"), ("y",)), x, noise(3, 20, dtype=torch.bfloat16))
+    mask = SubGraph(
+        (OpNode("lt", ("i", "j"), ("m",)), OpNode("where", ("m", "x", "y"), ("z",))), ("i", "j", "x", "y"), ("z",)
+    )
+    check(mask, i, i.flip(0), x, x + 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["gelu", "tanh", "sigmoid", "silu", "erf"])
+def test_small_and_large_arguments(name, dtype):
+    x = torch.cat([torch.logspace(-6, 1.5, 40), -torch.logspace(-6, 1.5, 40), torch.zeros(1)]).to(dtype).to(DEVICE)
+    check(one(name), x, slack=4)
+    if name == "gelu":
+        check(one(name, approximate="tanh"), x, slack=4)
+    if name == "tanh" and dtype is torch.float32:
+        relative = (run(one(name), x)[0].double() / x.double().tanh() - 1).abs()
+        assert relative[:-1].max() < 1e-6
+
+
+# --- regions
+
+
+def swiglu():
+    return SubGraph(
+        (OpNode("silu", ("gate",), ("s",)), OpNode("mul", ("s", "up"), ("output",))), ("gate", "up"), ("output",)
+    )
+
+
+def add_rms_norm():
+    nodes = (OpNode("add", ("x", "r"), ("sum",)), OpNode("rms_norm", ("sum", "w"), ("output",), {"eps": 1e-6}))
+    return SubGraph(nodes, ("x", "r", "w"), ("sum", "output"))
+
+
+SIZES = [(1,), (7,), (1000,), (3, 5), (1, 1), (0,), (4, 0), (0, 4), (2, 3, 65), (1, 4096)]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_odd_sizes(shape):
+    check(swiglu(), noise(*shape), noise(*shape, seed=1))
+    if len(shape) > 1 and shape[-1] > 0:
+        check(add_rms_norm(), noise(*shape), noise(*shape, seed=1), noise(shape[-1], seed=2))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_prologue_reduction_epilogue(dtype):
+    nodes = (
+        OpNode("mul", ("x", "scale"), ("a",)),
+        OpNode("softmax", ("a",), ("p",), {"dim": -1}),
+        OpNode("amax", ("p",), ("m",), {"dim": (-1,), "keepdim": True}),
+        OpNode("div", ("p", "m"), ("y",)),
+        OpNode("sum", ("y",), ("total",), {"dim": (-1,)}),
+    )
+    graph = SubGraph(nodes, ("x", "scale"), ("y", "total", "m"))
+    outputs = check(graph, noise(5, 33, dtype=dtype), noise(33, dtype=dtype, seed=1), slack=2)
+    assert [tuple(output.shape) for output in outputs] == [(5, 33), (5,), (5, 1)]
+
+
+def test_padding_never_reaches_a_reduction():
+    shift = OpNode("add", ("x",), ("a",), {"other": 3.0})  # padding would count as 3
+    for name in ("sum", "mean", "amin", "amax"):
+        sign = OpNode("neg", ("a",), ("b",))
+        reduce = OpNode(name, ("b",), ("y",), {"dim": (-1,), "keepdim": True})
+        check(SubGraph((shift, sign, reduce), ("x",), ("y",)), noise(4, 33), slack=2)
+    check(one("softmax", dim=-1), torch.full((2, 33), -50.0, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(4, 6), (6,)], [(4, 6), (4, 1)], [(4, 6), ()], [(4, 6), (1, 6)], [(4, 1), (6,)]], ids=str
+)
+def test_broadcasts(shapes):
+    check(swiglu(), *(noise(*shape, seed=seed) for seed, shape in enumerate(shapes)))
+
+
+def test_strided_inputs_are_read_in_place_or_copied_but_right():
+    merged = noise(3, 4, 20)
+    check(swiglu(), merged[..., :10], merged[..., 10:])
+    check(swiglu(), noise(6, 8).t(), noise(8, 6))
+    check(swiglu(), noise(1, 6).expand(5, 6), noise(5, 6))
+    check(add_rms_norm(), noise(16, 5).t(), noise(5, 32)[:, ::2], noise(16))
+
+
+@pytest.mark.parametrize("name", ["relu", "clamp", "maximum", "amax", "amin", "softmax", "silu", "mean"])
+def test_nan_and_infinity(name):
+    values = torch.tensor([[1.0, math.nan, -1.0], [math.inf, 2.0, -math.inf], [-math.inf] * 3, [0.0, -0.0, 5.0]])
+    graph, inputs = call_of(name, torch.float32)
+    inputs = [values.to(DEVICE)] + [values.flip(1).to(DEVICE)] * (len(inputs) - 1)
+    ours, theirs = run(graph, *inputs)[0], fallback_of(graph, inputs)()[0]
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+# --- one kernel for all row counts; what is refused
+
+
+def test_row_counts_share_a_kernel():
+    compiler = KernelCompiler()
+    kernels = {
+        compiler.compile(add_rms_norm(), [torch.float32] * 3, [(*rows, 64), (*rows, 64), (64,)])
+        for rows in ((5,), (9,), (2, 3), (1, 7))
+    }
+    assert len(kernels) == len(compiler.kernels) == 1
+    compiler.compile(add_rms_norm(), [torch.float32] * 3, [(5, 32), (5, 32), (32,)])
+    assert len(compiler.kernels) == 2
+    flat = {compiler.compile(swiglu(), [torch.float32] * 2, [shape] * 2) for shape in ((5,), (3, 9), (2, 2, 2))}
+    assert len(flat) == 1
+
+
+def test_the_source_is_readable_and_valid():
+    kernel = COMPILER.compile(add_rms_norm(), [torch.bfloat16] * 3, [(5, 64), (5, 64), (64,)])
+    compile(kernel.source, "kernel", "exec")
+    assert "def application(x, r, w, sum, output):" in kernel.source
+    assert "ntl.rsqrt" in kernel.source
+
+
+def test_names_cannot_break_the_source():
+    names = ("ninetoothed", "class", "v0", "a.b", "application")
+    nodes = [OpNode("add", (names[0], names[1]), ("t",))]
+    nodes += [OpNode("add", ("t" if i == 2 else f"t{i - 1}", names[i]), (f"t{i}",)) for i in (2, 3, 4)]
+    graph = SubGraph(tuple(nodes), names, ("t4",))
+    check(graph, *(noise(3, 4, seed=seed) for seed in range(5)), slack=2)
+
+
+@pytest.mark.parametrize(
+    ("graph", "shapes", "reason"),
+    [
+        (one("aten.cumsum.default", dim=-1), [(2, 3)], "not a pointwise or row op"),
+        (one("softmax", dim=0), [(2, 3)], "not over the last dimension"),
+        (one("sum", dim=(0, 1)), [(2, 3)], "not over the last dimension"),
+        (one("mean", dim=(-1,), keepdim=True), [(2, 70000)], "longer than 65536"),
+        (swiglu(), [(2, 3), (2, 4)], "does not accept its inputs|do not broadcast"),
+        (swiglu(), [(2, 3, 4), (2, 1, 4)], "in more than rows and columns"),
+        (one("pow", exponent=2.5), [(2, 3)], "has no scalar expression"),
+        (one("relu"), [(2**16, 2**16)], "64-bit offsets"),
+    ],
+)
+def test_refusals_have_reasons(graph, shapes, reason):
+    with pytest.raises(FusionError, match=reason):
+        COMPILER.compile(graph, [torch.float32] * len(shapes), shapes)
+    metas = {
+        name: TensorMeta(shape, torch.empty(shape, device="meta").stride(), torch.float32, torch.device("cpu"))
+        for name, shape in zip(graph.input_names, shapes, strict=True)
+    }
+    assert supports(graph, metas)
+
+
+def test_complex_is_refused():
+    with pytest.raises(FusionError, match="complex64 is not supported"):
+        COMPILER.compile(swiglu(), [torch.complex64] * 2, [(2, 3)] * 2)
+
+
+def test_a_kernel_checks_what_it_is_given():
+    kernel = COMPILER.compile(add_rms_norm(), [torch.float32] * 3, [(5, 64), (5, 64), (64,)])
+    x, w = noise(5, 64), noise(64)
+    for bad, reason in (
+        ((x, x), "takes 3 inputs"),
+        ((x.double(), x, w), "expected torch.float32"),
+        ((noise(5, 32), noise(5, 32), noise(32)), "rows have"),
+        ((x, noise(1, 64), w), "not a full operand"),
+    ):
+        with pytest.raises(FusionError, match=reason):
+            kernel(*bad)
+    out = [torch.empty(64, 5, device=DEVICE).t(), torch.empty(5, 64, device=DEVICE)]
+    with pytest.raises(FusionError, match="contiguous"):
+        kernel.run((x, x, w), out)
+    with pytest.raises(FusionError, match=r"takes .* got 1 values"):
+        COMPILER.compile(swiglu(), [torch.float32], [(2, 3)])
+    with pytest.raises(FusionError, match="no target"):
+        KernelCompiler("fortran")
+
+
+def test_run_writes_into_given_outputs():
+    x, r, w = noise(5, 64), noise(5, 64, seed=1), noise(64, seed=2)
+    outputs = [torch.full((5, 64), math.nan, device=DEVICE) for _ in range(2)]
+    COMPILER.compile(add_rms_norm(), [torch.float32] * 3, [x.shape, r.shape, w.shape]).run((x, r, w), outputs)
+    torch.testing.assert_close(outputs[0], x + r)
+    torch.testing.assert_close(outputs[1], F.rms_norm(x + r, (64,), w, 1e-6))
+
+
+def test_infer_values_gives_layouts():
+    x = TensorMeta((5, 64), (64, 1), torch.bfloat16, torch.device("cpu"))
+    w = TensorMeta((64,), (1,), torch.bfloat16, torch.device("cpu"))
+    values = infer_values(add_rms_norm(), {"x": x, "r": x, "w": w})
+    assert values["output"] == x
+    with pytest.raises(FusionError, match="does not accept its inputs"):
+        infer_values(swiglu(), {"gate": x, "up": TensorMeta((3,), (1,), torch.float32, torch.device("cpu"))})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096), (128, 4096), (1000, 2816)], ids=str)
+def test_large_sizes_on_a_gpu(shape, dtype):
+    check(swiglu(), noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=1), slack=2)
+    check(
+        add_rms_norm(),
+        noise(*shape, dtype=dtype),
+        noise(*shape, dtype=dtype, seed=1),
+        noise(shape[-1], dtype=dtype),
+        slack=2,
+    )
