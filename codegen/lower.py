@@ -25,7 +25,21 @@ MAX_ELEMENTS = 2**31 - 1  # offsets are 32-bit
 REDUCTIONS = ("sum", "mean", "max", "min")
 COMPARISONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "sigmoid", "abs", "floor")
+FUNCTIONS = (
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tanh",
+    "erf",
+    "sigmoid",
+    "abs",
+    "floor",
+    "maximum",
+    "minimum",
+)
 DTYPES = frozenset(
     {
         torch.float64,
@@ -346,12 +360,6 @@ class _Parser(ast.NodeVisitor):
             condition = self.builder.cast(self.visit(node.args[0]), torch.bool)
             return self._emit("where", condition, self._value(node.args[1]), self._value(node.args[2]))
         args = [self._value(arg) for arg in node.args]
-        if name in ("maximum", "minimum"):  # a NaN on either side wins, as in torch
-            chosen = self.builder.emit(">" if name == "maximum" else "<", tuple(args), torch.bool)
-            if self.dtype.is_floating_point and isinstance(args[0], str):
-                unordered = self.builder.emit("!=", (args[0], args[0]), torch.bool)
-                chosen = self.builder.emit("or", (chosen, unordered), torch.bool)
-            return self._emit("where", chosen, *args)
         if name == "sigmoid":
             exponential = self._emit("exp", self._emit("neg", args[0]))
             return self._emit("/", self.builder.cast(1, self.dtype), self._emit("+", exponential, 1.0))

@@ -135,8 +135,10 @@ def _print(statement: Statement, values: dict[str, str], spec: KernelSpec, padde
         return f"ntl.cast({args[0]}, ntl.{name})"
     if function == "neg":
         return f"-{args[0]}"
-    if function == "or":
-        return f"{args[0]} | {args[1]}"
+    if function in ("maximum", "minimum"):
+        if statement.dtype.is_floating_point:
+            args.append("propagate_nan=ntl.PropagateNan.ALL")
+        return f"ntl.{function}({', '.join(args)})"
     if function == "where":
         return f"ntl.where({', '.join(args)})"
     if function == "tanh":
