@@ -1,0 +1,173 @@
+"""Fused kernels and whole replays on a CUDA device, side by side in one run; prints markdown.
+
+    python -m tests.benchmarks.bench_gpu
+
+Each kernel is timed inside a replayed CUDA graph, over inputs that rotate, so that they come from memory and not from
+the L2 cache; medians over repeats. "of copy" is the bytes that the op must move, over its time, against a
+device-to-device copy of a large tensor in the same run. The last table times whole forwards as a user calls them, with
+Python's cost of launching included.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
+
+from graph_capture import FusionConfig, KernelCompiler, SubGraph, fuse, record
+
+WORKING_SET = 512 * 2**20  # bytes of inputs to rotate over, several times the L2
+SHAPES = [(1, 4096), (16, 4096), (512, 4096), (4096, 4096), (4096, 14336)]
+
+
+def in_graph(calls: Iterable[Callable[[], Any]], repeats: int = 20) -> float:
+    """Median seconds of one call, all calls being captured in one CUDA graph."""
+    calls = list(calls)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return timed(graph.replay, repeats) / len(calls)
+
+
+def timed(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Median seconds of a call on the device's clock, after a warm-up."""
+    samples = []
+    for index in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 3:
+            samples.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(samples)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source))
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The recorded ops of SwiGLU."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The recorded ops of GEGLU."""
+    return F.gelu(gate) * up
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add+RMSNorm as Hugging Face's models spell it."""
+    total = x + residual
+    hidden = total.to(torch.float32)
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return total, weight * hidden.to(x.dtype)
+
+
+def bench_kernel(name: str, graph: SubGraph, eager: Callable[..., Any], shape: tuple[int, int], copy: float) -> str:
+    """One row of the kernels' table."""
+    dtype = torch.bfloat16
+    with_weight = len(graph.input_names) == 3
+
+    def inputs() -> list[torch.Tensor]:
+        tensors = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2)]
+        return tensors + ([torch.randn(shape[-1], device="cuda", dtype=dtype)] if with_weight else [])
+
+    first = inputs()
+    sets = [first] + [inputs() for _ in range(min(63, WORKING_SET // sum(t.nbytes for t in first)))]
+    kernel = KernelCompiler().compile(graph, [t.dtype for t in first], [t.shape for t in first])
+    compiled = torch.compile(eager, dynamic=False)
+    outputs = [torch.empty(shape, device="cuda", dtype=dtype) for _ in graph.output_names]
+    moved = sum(t.nbytes for t in (*first, *outputs))
+    t_eager = in_graph([lambda s=s: eager(*s) for s in sets])
+    t_compiled = in_graph([lambda s=s: compiled(*s) for s in sets])
+    t_fused = in_graph([lambda s=s: kernel(*s) for s in sets])
+    return (
+        f"| {name} | {shape[0]} x {shape[1]} | {t_fused * 1e6:.2f} | {t_eager / t_fused:.2f} | "
+        f"{t_compiled / t_fused:.2f} | {moved / t_fused / copy:.2f} |"
+    )
+
+
+def bench_model(layers: int, hidden: int, intermediate: int, length: int) -> str:
+    """One row of the models' table: a Llama's forward in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        vocab_size=32000,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    ids = torch.randint(0, 32000, (1, length), device="cuda")
+
+    def eager() -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    with torch.no_grad():
+        with record(input_ids=ids) as recording:
+            recording.output(eager())
+        graph = recording.graph
+        fused = fuse(graph, FusionConfig())
+        compiled = torch.compile(lambda ids: model(input_ids=ids, use_cache=False).logits, dynamic=False)
+        t_eager, t_unfused = timed(eager), timed(lambda: graph.run(input_ids=ids))
+        t_fused, t_compiled = timed(lambda: fused(input_ids=ids)), timed(lambda: compiled(ids))
+    used = sum(bool(region.decision) for region in fused.regions)
+    return (
+        f"| {layers} layers, {hidden} wide, {length} tokens | {t_fused * 1e3:.2f} | {t_eager / t_fused:.2f} | "
+        f"{t_unfused / t_fused:.2f} | {t_compiled / t_fused:.2f} | {used} of {len(fused.regions)} |"
+    )
+
+
+def main() -> int:
+    """Print the tables."""
+    if not torch.cuda.is_available():
+        print("needs a CUDA device", file=sys.stderr)
+        return 1
+    import ninetoothed  # noqa: F401
+    import triton
+
+    device = torch.cuda.get_device_name()
+    print(f"{device}; torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}\n")
+    copy = copy_bandwidth()
+    print(f"Copy bandwidth (read and written): {copy / 1e12:.2f} TB/s. Kernels in bfloat16:\n")
+    print("| kernel | shape | us | eager / ours | torch.compile / ours | of copy |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    cases = (
+        ("SwiGLU", create_swiglu_pattern(), swiglu),
+        ("GEGLU", create_geglu_pattern(), geglu),
+        ("Add+RMSNorm", create_add_rms_norm_pattern(), add_rms_norm),
+    )
+    for name, graph, eager in cases:
+        for shape in SHAPES:
+            print(bench_kernel(name, graph, eager, shape, copy), flush=True)
+    print("\nWhole forwards (prefill, no cache), bfloat16, called from Python:\n")
+    print("| Llama | fused, ms | eager / fused | unfused replay / fused | torch.compile / fused | regions used |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for sizes in ((4, 1024, 2816, 16), (8, 4096, 14336, 1), (8, 4096, 14336, 512), (8, 4096, 14336, 2048)):
+        print(bench_model(*sizes), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
