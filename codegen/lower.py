@@ -121,7 +121,7 @@ def infer_values(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> dict[str,
         except Exception as error:
             raise FusionError(f"{node.op_type} does not accept its inputs: {error}") from error
         env.update(zip(node.outputs, results, strict=True))
-    return {name: replace(TensorMeta.of(tensor), device=device) for name, tensor in env.items()}
+    return {name: TensorMeta.of(tensor)._replace(device=device) for name, tensor in env.items()}
 
 
 def supports(graph: SubGraph, metas: Mapping[str, TensorMeta] | None = None) -> str | None:

@@ -8,11 +8,11 @@ wrote; two values that share memory have the same `TensorMeta.storage`, which is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx
 import torch
@@ -30,8 +30,7 @@ class Arg:
         return f"${self.index}"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where an op was called: the module path, and the file and line of the user's code."""
 
     module: str = ""
@@ -43,8 +42,7 @@ class Source:
         return ", ".join(part for part in (self.module, at) if part)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
+class TensorMeta(NamedTuple):
     """What is known of a value without its data.
 
     `stride` and `offset` count elements. Values with the same non-negative `storage` share memory (an alias set);
@@ -60,15 +58,10 @@ class TensorMeta:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int = -1) -> TensorMeta:
-        strided = tensor.layout == torch.strided
-        return cls(
-            shape=tuple(tensor.shape),
-            stride=tuple(tensor.stride()) if strided else (),
-            dtype=tensor.dtype,
-            device=tensor.device,
-            offset=int(tensor.storage_offset()) if strided else 0,
-            storage=storage,
-        )
+        shape = tuple(tensor.shape)
+        if tensor.layout is not torch.strided:
+            return cls(shape, (), tensor.dtype, tensor.device, 0, storage)
+        return cls(shape, tensor.stride(), tensor.dtype, tensor.device, int(tensor.storage_offset()), storage)
 
     @property
     def numel(self) -> int:
@@ -127,7 +120,8 @@ class OpNode:
         attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
         object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(self, "outputs", tuple(self.outputs))
-        object.__setattr__(self, "attrs", tuple(sorted((key, freeze(value)) for key, value in attrs)))
+        if attrs != ():
+            object.__setattr__(self, "attrs", tuple(sorted([(key, freeze(value)) for key, value in attrs])))
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The value of attribute `name`, or `default`."""
@@ -323,14 +317,3 @@ def order_edges(graph: SubGraph) -> list[tuple[int, int]]:
 def _alias_set(graph: SubGraph, name: str) -> Any:
     meta = graph.values.get(name)
     return name if meta is None or meta.storage < 0 else meta.storage
-
-
-def topological_order(count: int, edges: Iterable[tuple[int, int]]) -> list[int] | None:
-    """Kahn's algorithm, lowest index first: a list already in order stays as it is. None if there is a cycle."""
-    graph: networkx.DiGraph = networkx.DiGraph()
-    graph.add_nodes_from(range(count))
-    graph.add_edges_from(edges)
-    try:
-        return list(networkx.lexicographical_topological_sort(graph))
-    except networkx.NetworkXUnfeasible:
-        return None

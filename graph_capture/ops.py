@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from graph_capture.errors import CaptureError
+from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.graph import Arg, OpNode, freeze
 
 FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
+EXTERNAL = "external"  # the op that calls a kernel which is not torch's
+GUARD = "guard."  # prefix of the ops that run another op and compare what it gives Python with the recorded value
 
 
 class Kind(Enum):
@@ -64,6 +66,16 @@ class Op:
         return self.function if isinstance(self.function, OpOverload) else None
 
     @property
+    def positional(self) -> int:
+        """How many parameters can be given by position."""
+        return sum(not parameter.keyword_only for parameter in self.parameters)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether the op writes any of its inputs in place."""
+        return self.name == EXTERNAL or bool(_written_parameters(self.name))
+
+    @property
     def returns_values(self) -> bool:
         """False for an op that is called for its effect only."""
         return self.overload is None or bool(self.overload._schema.returns)
@@ -106,6 +118,8 @@ def op(name: str) -> Op:
         return TABLE[name]
     if name.startswith(FUSED):
         return Op(name, _not_callable, Kind.OPAQUE, ())
+    if name.startswith(GUARD):
+        return _guard(op(name.removeprefix(GUARD)))
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     try:
@@ -128,6 +142,25 @@ def op_of(function: OpOverload) -> Op:
     return op(f"{namespace}.{name}.{function._overloadname}")
 
 
+def _guard(target: Op) -> Op:
+    """The op that runs `target` and raises where its Python result is not the recorded one."""
+
+    def check(*args: Any, expected: Any, **kwargs: Any) -> None:
+        found = target.function(*args, **kwargs)
+        if not same_value(freeze(found), freeze(expected)):
+            raise DataDependentError(
+                f"{target.name} gave Python {_short(expected)} when it was recorded and gives {_short(found)} now: the "
+                "recorded ops may not be those that the code would run. Record again"
+            )
+
+    return Op(GUARD + target.name, check, Kind.OPAQUE, (*target.parameters, Parameter("expected", keyword_only=True)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _is_view(function: OpOverload) -> bool:
     return any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
 
@@ -143,6 +176,8 @@ def _written_parameters(op_type: str) -> frozenset[str]:
 
 def written_inputs(node: OpNode) -> list[int]:
     """Positions in ``node.inputs`` of the tensors that the op writes in place."""
+    if node.op_type == EXTERNAL:  # what a foreign kernel writes is not known
+        return list(range(len(node.inputs)))
     written = _written_parameters(node.op_type)
     if not written:
         return []
@@ -179,10 +214,10 @@ def pack(
     Raises:
         TypeError: the arguments do not fit the op's parameters.
     """
-    names = [p.name for p in target.parameters]
-    if len(args) > len(names):
-        raise TypeError(f"{target.name} takes {len(names)} arguments, got {len(args)}")
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    parameters = target.parameters
+    given = len(args)
+    if given > len(parameters):
+        raise TypeError(f"{target.name} takes {len(parameters)} arguments, got {given}")
     inputs: list[str] = []
     attrs: dict[str, Any] = {}
     skipped: dict[str, Any] = {}  # defaults, spelled out only where a tensor follows them
@@ -192,26 +227,31 @@ def pack(
             inputs.append(name_of(value))
             return Arg(len(inputs) - 1)
         if isinstance(value, (list, tuple)):
-            return tuple(convert(item) for item in value)
+            return tuple([convert(item) for item in value])
         return value
 
-    for parameter in target.parameters:
-        value = given.get(parameter.name, parameter.default)
-        if value is _EMPTY:
-            raise TypeError(f"{target.name} misses its argument {parameter.name!r}")
+    for index, parameter in enumerate(parameters):
+        default = parameter.default
+        value = args[index] if index < given else kwargs.get(parameter.name, default)
         if isinstance(value, torch.Tensor):
-            attrs |= skipped
-            skipped = {}
-            convert(value)
-        elif parameter.default is not _EMPTY and same_value(_plain(value), parameter.default):
-            skipped[parameter.name] = parameter.default
-        else:
+            inputs.append(name_of(value))
+        elif value is default or (default is not _EMPTY and same_value(_plain(value), default)):
+            if value is _EMPTY:
+                raise TypeError(f"{target.name} misses its argument {parameter.name!r}")
+            skipped[parameter.name] = default
+            continue
+        elif type(value) in (list, tuple):
             before = len(inputs)
             attrs[parameter.name] = convert(value)
-            if len(inputs) > before:
-                attrs |= skipped
-                skipped = {}
-    return tuple(inputs), tuple(sorted(attrs.items()))
+            if len(inputs) == before:
+                continue
+        else:
+            attrs[parameter.name] = value
+            continue
+        if skipped:
+            attrs |= skipped
+            skipped = {}
+    return tuple(inputs), tuple(sorted(attrs.items())) if attrs else ()
 
 
 def same_value(left: Any, right: Any) -> bool:
@@ -248,6 +288,9 @@ def arguments(node: OpNode) -> dict[str, Any]:
 def prepare(node: OpNode) -> Callable[[Sequence[torch.Tensor]], Any]:
     """A function that runs the node's op on its input tensors, with everything else bound beforehand."""
     target = op(node.op_type)
+    function = target.function
+    if not node.attrs and len(node.inputs) <= target.positional:
+        return lambda tensors: function(*tensors)
     bound = arguments(node)
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
@@ -259,9 +302,6 @@ def prepare(node: OpNode) -> Callable[[Sequence[torch.Tensor]], Any]:
             keywords[parameter.name] = bound[parameter.name]
         else:
             positional.append(bound[parameter.name])
-    function = target.function
-    if not keywords and positional == [Arg(i) for i in range(len(node.inputs))]:
-        return lambda tensors: function(*tensors)
     fill_args = [_filler(value) for value in positional]
     fill_kwargs = [(name, _filler(value)) for name, value in keywords.items()]
     return lambda tensors: function(*[fill(tensors) for fill in fill_args], **{k: f(tensors) for k, f in fill_kwargs})

@@ -6,7 +6,7 @@ Adding an op is adding a row. Ops without a row are recorded and replayed all th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -197,9 +197,54 @@ for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
 
+# --- what torch's dispatcher does not know
+
+
+def external(function: Callable[..., Any], args: Sequence[Any], kwargs: Any = ()) -> list[torch.Tensor]:
+    """Call a kernel that is not a torch op, for its effect; returns the tensors it got, which it may have written."""
+    keywords = dict(kwargs)
+    function(*args, **keywords)
+    return [value for value in (*args, *keywords.values()) if isinstance(value, torch.Tensor)]
+
+
+def shape(input: torch.Tensor) -> tuple[int, ...]:
+    """The shape, where it depends on data; guarded at replay."""
+    return tuple(input.shape)
+
+
+def values(input: torch.Tensor) -> tuple[str, bytes]:
+    """Dtype and bytes of a tensor whose values Python reads at once; guarded at replay."""
+    flat = input.detach().cpu().contiguous().reshape(-1)
+    return str(input.dtype), flat.view(torch.uint8).numpy().tobytes()
+
+
+for _function in (external, shape, values):
+    _row(_function.__name__, _function, Kind.OPAQUE)
+
+# Composite functions that choose another algorithm while any mode is active: kept whole to stay bit-equal with eager.
+
+
+def svdvals(A: torch.Tensor, driver: str | None = None) -> torch.Tensor:  # noqa: N803
+    """`torch.linalg.svdvals`."""
+    return torch.linalg.svdvals(A, driver=driver)
+
+
+def eigvalsh(A: torch.Tensor, UPLO: str = "L") -> torch.Tensor:  # noqa: N803
+    """`torch.linalg.eigvalsh`."""
+    return torch.linalg.eigvalsh(A, UPLO)
+
+
+def cond(A: torch.Tensor, p: Any = None) -> torch.Tensor:  # noqa: N803
+    """`torch.linalg.cond`."""
+    return torch.linalg.cond(A, p)
+
+
+for _function in (svdvals, eigvalsh, cond):
+    _row(_function.__name__, _function, Kind.OPAQUE)
+
 # --- torch functions that the recorder keeps whole: their call as (op, arguments); None records what they do inside
 
-Call = tuple[str, tuple[Any, ...]]
+Call = tuple[Any, ...]  # (op, args) or (op, args, kwargs)
 SEMANTIC: dict[Any, Callable[..., Call | None]] = {}
 
 
@@ -267,3 +312,11 @@ def _call_attention(
 ) -> Call:
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return "scaled_dot_product_attention", arguments
+
+
+def _call_whole(name: str) -> Callable[..., Call | None]:
+    return lambda *args, out=None, **kwargs: None if out is not None else (name, args, kwargs)
+
+
+for _name in ("svdvals", "eigvalsh", "cond"):
+    _keeps(getattr(torch.linalg, _name))(_call_whole(_name))

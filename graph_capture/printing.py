@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from graph_capture.graph import Arg, OpNode, Source, SubGraph
+from graph_capture.graph import Arg, OpNode, Source, SubGraph, TensorMeta
 from graph_capture.ops import FUSED, arg_indices
 
 
 def format_subgraph(graph: SubGraph, name: str = "graph") -> str:
     """`graph` as a Python function: one op a line with its result's dtype and shape, module and source as comments."""
     lines = [f"def {name}("]
-    lines += [f"    {_typed(graph, value)}," for value in graph.input_names]
+    lines += [f"    {_typed(graph.values, value)}," for value in graph.input_names]
     lines.append("):")
     module, at = None, None
     for node in graph.nodes:
@@ -20,7 +21,7 @@ def format_subgraph(graph: SubGraph, name: str = "graph") -> str:
         if source.module != module:
             lines.append(f"    # {source.module or 'top level'}")
             module = source.module
-        text = f"    {format_node(node, graph)}"
+        text = f"    {format_node(node, graph.values)}"
         where = f"{os.path.basename(source.file)}:{source.line}" if source.file else ""
         if where and where != at:
             text = f"{text:<88}  # {where}"
@@ -30,22 +31,22 @@ def format_subgraph(graph: SubGraph, name: str = "graph") -> str:
     return "\n".join(lines)
 
 
-def format_node(node: OpNode, graph: SubGraph) -> str:
+def format_node(node: OpNode, values: Mapping[str, TensorMeta]) -> str:
     """One op as an assignment."""
     attrs = dict(node.attrs)
     body = attrs.pop("body", None) if node.op_type.startswith(FUSED) else None
     listed = {index for value in attrs.values() for index in arg_indices(value)}
     parts = [value for index, value in enumerate(node.inputs) if index not in listed]
     parts += [f"{key}={_text(value, node)}" for key, value in attrs.items()]
-    targets = ", ".join(_typed(graph, value) for value in node.outputs)
+    targets = ", ".join(_typed(values, value) for value in node.outputs)
     call = f"{node.op_type}({', '.join(parts)})"
     if isinstance(body, SubGraph):
         call += f"  # {' -> '.join(inner.op_type for inner in body.nodes)}"
     return f"{targets} = {call}" if targets else call
 
 
-def _typed(graph: SubGraph, value: str) -> str:
-    meta = graph.values.get(value)
+def _typed(values: Mapping[str, TensorMeta], value: str) -> str:
+    meta = values.get(value)
     return value if meta is None else f"{value}: {meta}"
 
 

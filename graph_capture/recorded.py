@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import networkx
 import torch
 
+from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph
-from graph_capture.ops import written_inputs
-from graph_capture.signature import InputSpec, OutputSpec
+from graph_capture.ledger import Ledger
+from graph_capture.ops import GUARD, written_inputs
+from graph_capture.signature import Call, Signature, Surroundings
+from graph_capture.structure import Template
+from graph_capture.witness import RandomState, Verification, storage_bytes
 
 
 class RecordedGraph:
@@ -21,19 +26,31 @@ class RecordedGraph:
 
     Attributes:
         subgraph: the ops. Its inputs are the example inputs' tensors, then the captured tensors.
-        inputs: the recorded arguments.
-        outputs: the structure of the result.
+        signature: what a call must look like.
+        template: how the result is made, and what a replay changes in the objects of a call.
         captured: the tensors that were used but not passed in, by value name: parameters and buffers under their
             module names, others as ``const``. They are read at each replay, so changes in place are honoured.
+        ledger: the addresses of the captured tensors, and the guards on the modules that ran.
+        verification: what checking the recording cost; None where it was recorded with ``verify=False``.
     """
 
     def __init__(
-        self, subgraph: SubGraph, inputs: InputSpec, outputs: OutputSpec, captured: Mapping[str, torch.Tensor]
+        self,
+        subgraph: SubGraph,
+        signature: Signature,
+        template: Template,
+        captured: Mapping[str, torch.Tensor],
+        ledger: Ledger,
+        verification: Verification | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.subgraph = subgraph
-        self.inputs = inputs
-        self.outputs = outputs
+        self.signature = signature
+        self.template = template
         self.captured = MappingProxyType(dict(captured))
+        self.ledger = ledger
+        self.verification = verification
+        self._surroundings = surroundings
 
     @cached_property
     def _executor(self) -> Executor:
@@ -43,22 +60,74 @@ class RecordedGraph:
     @property
     def writes(self) -> bool:
         """Whether a replay changes memory that the caller can see: an input's or a captured tensor's."""
-        values = self.subgraph.values
-        outer = {values[name].storage for name in self.subgraph.input_names}
-        return any(
-            values[node.inputs[position]].storage in outer
-            for node in self.subgraph.nodes
-            for position in written_inputs(node)
-        )
+        return bool(self._written_inputs(len(self.subgraph)))
+
+    @cached_property
+    def guarded(self) -> bool:
+        """Whether a replay checks values that Python read while recording."""
+        return any(node.op_type.startswith(GUARD) for node in self.subgraph.nodes)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Replay op by op, unfused, on new arguments of the recorded signature; returns what ``output()`` was given.
 
         Raises:
-            SignatureMismatchError: the arguments differ in structure, shape, stride, dtype, device or aliasing.
+            SignatureMismatchError: the arguments differ in structure, shape, stride, dtype, device or aliasing; or a
+                weight, a submodule or a plain attribute of a module that ran was replaced since.
+            DataDependentError: a value that Python read while recording is another one now; nothing has been changed.
         """
-        tensors = self.inputs.bind(args, kwargs)
-        return self.outputs.build(self._executor.run([*tensors, *self.captured.values()]))
+        return self.replay(self.bind(args, kwargs), self._executor)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """A call that fits, with the modules as they were.
+
+        Raises:
+            SignatureMismatchError: as `run`.
+        """
+        call = Call(args, kwargs, self._surroundings)
+        self.signature.check(call)
+        broken = self.ledger.broken()
+        if broken is not None:
+            raise SignatureMismatchError(f"{broken}; record again")
+        return call
+
+    def replay(self, call: Call, executor: Executor) -> Any:
+        """Run `executor` (of this graph or of one made from it) on a call that fits, and make the result."""
+        tensors = [*call.tensors, *self.captured.values()]
+        if self.guarded:
+            with self._undone_on_mismatch(tensors):
+                results = executor.run(tensors)
+        else:
+            results = executor.run(tensors)
+        return self.template.build(results, call.objects)
+
+    @contextlib.contextmanager
+    def _undone_on_mismatch(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Put back what was written before a guard failed."""
+        last = max(i for i, node in enumerate(self.subgraph.nodes) if node.op_type.startswith(GUARD))
+        memories = [storage_bytes(tensors[i]) for i in self._written_inputs(last)]
+        copies = [(memory, memory.clone()) for memory in memories]
+        random = RandomState()
+        try:
+            yield
+        except DataDependentError:
+            for memory, copy in copies:
+                memory.copy_(copy)
+            random.restore()
+            raise
+
+    def _written_inputs(self, until: int) -> list[int]:
+        """Positions of the graph's inputs, one for each memory that the nodes before `until` write."""
+        values = self.subgraph.values
+        written = {
+            values[node.inputs[position]].storage
+            for node in self.subgraph.nodes[:until]
+            for position in written_inputs(node)
+        }
+        first: dict[int, int] = {}  # one position for each storage
+        for position, name in enumerate(self.subgraph.input_names):
+            if values[name].storage in written:
+                first.setdefault(values[name].storage, position)
+        return list(first.values())
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """See `SubGraph.to_networkx`."""

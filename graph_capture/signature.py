@@ -1,199 +1,190 @@
 """What a call looks like: the structure of its arguments, each tensor's layout, which of them share memory.
 
-Structures are torch pytrees. Tensors count by shape, stride, dtype, device and aliasing; Python values by equality and
-type; any other object by identity.
+Tensors count by shape, stride, dtype, device and aliasing; Python values by equality and type; containers and objects
+by what they hold; modules and functions by identity (see `graph_capture.structure`).
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from graph_capture.errors import CaptureError, SignatureMismatchError
+from graph_capture.errors import SignatureMismatchError
 from graph_capture.graph import TensorMeta
-from graph_capture.ops import same_value
+from graph_capture.structure import Path, Spec, Walk
 
-_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One leaf of a pytree: a tensor known by `name`, or a Python `value`."""
-
-    label: str
-    name: str | None = None
-    value: Any = None
-    meta: TensorMeta | None = None
-
-    def mismatch(self, value: Any) -> str | None:
-        """How `value` differs from this leaf, or None."""
-        if self.meta is None:
-            same = same_value(value, self.value) if isinstance(self.value, _VALUES) else value is self.value
-            return None if same else f"expected {self.value!r}, got {_describe(value)}"
-        if not isinstance(value, torch.Tensor):
-            return f"expected {_layout(self.meta)}, got {_describe(value)}"
-        meta = TensorMeta.of(value)
-        same = (
-            meta.shape == self.meta.shape
-            and meta.dtype == self.meta.dtype
-            and meta.device == self.meta.device
-            and _strides(meta) == _strides(self.meta)
-        )
-        return None if same else f"expected {_layout(self.meta)}, got {_layout(meta)}"
+Surroundings = Callable[[], Mapping[str, Any]]  # what a call uses besides its arguments, by name
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """The recorded arguments, without their data."""
+class Call:
+    """The arguments of one call (and its surroundings), walked over once.
 
-    spec: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
-    sharing: tuple[tuple[int, int], ...]
+    Attributes:
+        key: hashable; two calls with equal keys fit one recording. Closed objects count in it by identity, so whoever
+            keeps a key must keep ``walk.closed`` alive.
+        walk: the tensors and objects of the arguments.
+    """
 
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[InputSpec, dict[str, torch.Tensor]]:
-        """The spec of a call, and its distinct tensors by name."""
-        paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-        leaves: list[Leaf] = []
-        tensors: dict[str, torch.Tensor] = {}
-        names: dict[int, str] = {}
-        for path, value in paths:
-            label, name = _label(path)
-            if not isinstance(value, torch.Tensor):
-                leaves.append(Leaf(label, value=value))
-                continue
-            if id(value) not in names:
-                while name in tensors:
-                    name += "_"
-                names[id(value)] = name
-                tensors[name] = value
-            leaves.append(Leaf(label, names[id(value)], meta=TensorMeta.of(value)))
-        return cls(spec, tuple(leaves), _sharing(list(tensors.values()))), tensors
+    __slots__ = ("arguments", "key", "walk")
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], surroundings: Surroundings | None = None
+    ) -> None:
+        walk = self.walk = Walk()
+        named = [(f"arg{index}", value) for index, value in enumerate(args)]
+        named += sorted(kwargs.items()) if kwargs else ()
+        if surroundings is not None:
+            named += surroundings().items()
+        self.arguments = tuple([(label, walk.spec(value, (None, label))) for label, value in named])
+        layouts = tuple([_layout(tensor) for tensor in walk.tensors])
+        self.key = (self.arguments, tuple(walk.contents), layouts, _sharing(walk.tensors))
 
     @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Names of the distinct tensors, in order."""
-        return tuple(dict.fromkeys(leaf.name for leaf in self.leaves if leaf.name is not None))
+    def tensors(self) -> list[torch.Tensor]:
+        """The distinct tensors."""
+        return self.walk.tensors
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The distinct tensors of a call that fits this spec, in the order of `tensor_names`.
+    @property
+    def objects(self) -> list[Any]:
+        """The mutable objects, which a replay brings up to date."""
+        return self.walk.objects
+
+
+class Signature:
+    """The recorded arguments, without their data.
+
+    Attributes:
+        key: see `Call.key`.
+        names: a value name for each distinct tensor.
+        metas: their layouts.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.key = call.key
+        self.names: tuple[str, ...] = _names(call.walk.paths)
+        self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
+        self._closed = call.walk.closed  # kept alive: the key holds their ids
+
+    def check(self, call: Call) -> None:
+        """Refuse a call that does not fit.
 
         Raises:
-            SignatureMismatchError: the call does not fit; the message names the argument, what was expected, and
-                what came.
+            SignatureMismatchError: the message names the argument, what was expected, and what came.
         """
-        values, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self.spec:
-            raise SignatureMismatchError(self._structure_mismatch(args, kwargs))
-        tensors: dict[str, torch.Tensor] = {}
-        for leaf, value in zip(self.leaves, values, strict=True):
-            difference = leaf.mismatch(value)
+        if call.key != self.key:
+            raise SignatureMismatchError(self.difference(call))
+
+    def difference(self, call: Call) -> str:
+        """The first difference between the recorded arguments and those of `call`."""
+        recorded, _, _, sharing = self.key
+        found = dict(call.arguments)
+        missing = [label for label, _ in recorded if label not in found]
+        extra = [label for label in found if label not in dict(recorded)]
+        if missing or extra:
+            parts = [f"expected the arguments ({', '.join(dict(recorded))}), got ({', '.join(found)})"]
+            parts += [f"missing: {', '.join(missing)}"] if missing else []
+            parts += [f"unexpected: {', '.join(extra)}"] if extra else []
+            return "; ".join(parts)
+        compare = _Comparison(self, call)
+        for label, spec in recorded:
+            difference = compare.specs(spec, found[label], label)
             if difference is not None:
-                raise SignatureMismatchError(f"argument {leaf.label}: {difference}; record again for this signature")
-            if leaf.name is not None and tensors.setdefault(leaf.name, value) is not value:
-                raise SignatureMismatchError(
-                    f"argument {leaf.label}: the recording was given one tensor here and as {leaf.name!r}; "
-                    "this call gives two"
-                )
-        bound = list(tensors.values())
-        if _sharing(bound) != self.sharing:
-            raise SignatureMismatchError(
-                "the arguments share memory in another way than the recorded ones did "
-                f"(recorded: {self._sharing_text(self.sharing)}; now: {self._sharing_text(_sharing(bound))})"
-            )
-        return bound
+                return f"argument {difference}; record again for this signature"
+        now = _sharing(call.tensors)
+        return (
+            "the arguments share memory in another way than the recorded ones did "
+            f"(recorded: {self._sharing_text(sharing)}; now: {self._sharing_text(now)})"
+        )
 
     def __str__(self) -> str:
-        return f"({', '.join(f'{leaf.label}: {leaf.meta or repr(leaf.value)}' for leaf in self.leaves)})"
+        return f"({', '.join(f'{label}: {self._text(spec)}' for label, spec in self.key[0])})"
+
+    def _text(self, spec: Spec, depth: int = 0) -> str:
+        if spec[0] == "tensor":
+            return str(self.metas[spec[1]])
+        if spec[0] == "ref":
+            kind, keys, children = self.key[1][spec[1]]
+            if depth > 1 or len(children) > 8:
+                return f"{kind.__name__}({len(children)})"
+            inner = (f"{key}: {self._text(child, depth + 1)}" for key, child in zip(keys, children, strict=False))
+            return f"{kind.__name__}({', '.join(inner)})"
+        if spec[0] == "node":
+            return f"({', '.join(self._text(child, depth + 1) for child in spec[3])})"
+        return _describe(spec)
 
     def _sharing_text(self, sharing: tuple[tuple[int, int], ...]) -> str:
-        names = self.tensor_names
-        pairs = [f"{names[i]} with {names[first]}" for i, (first, _) in enumerate(sharing) if first != i]
+        pairs = [f"{self.names[i]} with {self.names[first]}" for i, (first, _) in enumerate(sharing) if first != i]
         return ", ".join(pairs) or "no two share memory"
 
-    def _structure_mismatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        expected = [leaf.label for leaf in self.leaves]
-        got = [_label(path)[0] for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
-        missing = [label for label in expected if label not in got]
-        extra = [label for label in got if label not in expected]
-        parts = [f"expected the arguments ({', '.join(expected)}), got ({', '.join(got)})"]
-        if missing:
-            parts.append(f"missing: {', '.join(missing)}")
-        if extra:
-            parts.append(f"unexpected: {', '.join(extra)}")
-        return "; ".join(parts)
+
+class _Comparison:
+    """Finds where a call departs from a signature."""
+
+    def __init__(self, signature: Signature, call: Call) -> None:
+        self._signature, self._call = signature, call
+        self._seen: set[int] = set()
+
+    def specs(self, old: Spec, new: Spec, label: str) -> str | None:
+        if old[0] == "tensor" and new[0] == "tensor":
+            given = self._call.tensors[new[1]]
+            if _layout(given) != self._signature.key[2][old[1]]:
+                return f"{label}: expected {_full(self._signature.metas[old[1]])}, got {_full(TensorMeta.of(given))}"
+            if old[1] != new[1]:
+                return f"{label}: the recording was given one tensor here and elsewhere; this call gives two"
+            return None
+        if old[0] != new[0]:
+            return self._unlike(old, new, label)
+        if old[0] == "ref":
+            if old[1] != new[1]:
+                return f"{label}: the recording was given one object here and elsewhere; this call gives two"
+            if old[1] in self._seen:
+                return None
+            self._seen.add(old[1])
+            contents = self._signature.key[1]
+            return self._children(contents[old[1]], self._call.walk.contents[new[1]], old, new, label)
+        if old[0] == "node":
+            return self._children((old[1], old[2], old[3]), (new[1], new[2], new[3]), old, new, label)
+        return None if old == new else self._unlike(old, new, label)
+
+    def _children(self, old: Spec, new: Spec, whole_old: Spec, whole_new: Spec, label: str) -> str | None:
+        if old[0] is not new[0] or old[1] != new[1] or len(old[2]) != len(new[2]):
+            if old[0] is new[0] and isinstance(old[1], tuple) and isinstance(new[1], tuple):
+                keys = [*(k for k in old[1] if k not in new[1]), *(k for k in new[1] if k not in old[1])]
+                if keys:
+                    return f"{label}: {keys[0]!r} is in only one of the recorded and the given {old[0].__name__}"
+            return self._unlike(whole_old, whole_new, label)
+        keys = old[1] if isinstance(old[1], tuple) else range(len(old[2]))
+        for key, before, after in zip(keys, old[2], new[2], strict=True):
+            difference = self.specs(before, after, f"{label}{_step(key)}")
+            if difference is not None:
+                return difference
+        return None
+
+    def _unlike(self, old: Spec, new: Spec, label: str) -> str:
+        expected = self._text(old, self._signature.metas, self._signature.key[1])
+        metas = [TensorMeta.of(tensor) for tensor in self._call.tensors]
+        return f"{label}: expected {expected}, got {self._text(new, metas, self._call.walk.contents)}"
+
+    def _text(self, spec: Spec, metas: Sequence[TensorMeta], contents: Sequence[Spec]) -> str:
+        if spec[0] == "tensor":
+            return _full(metas[spec[1]])
+        if spec[0] == "ref":
+            kind, _, children = contents[spec[1]]
+            return f"a {kind.__name__} of {len(children)}"
+        return _describe(spec)
 
 
-@dataclass(frozen=True)
-class OutputSpec:
-    """The structure of what a recording returns."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
-
-    @classmethod
-    def of(cls, value: Any, name_of: Callable[[torch.Tensor], str]) -> OutputSpec:
-        """The spec of a result whose tensors have the names that `name_of` gives."""
-        flat, spec = pytree.tree_flatten(value)
-        return cls(
-            spec,
-            tuple(
-                Leaf(f"output[{i}]", name_of(leaf))
-                if isinstance(leaf, torch.Tensor)
-                else Leaf(f"output[{i}]", value=leaf)
-                for i, leaf in enumerate(flat)
-            ),
-        )
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """One name for each tensor leaf; a name may come twice."""
-        return tuple(leaf.name for leaf in self.leaves if leaf.name is not None)
-
-    def check_objects(self, known: Sequence[Any]) -> None:
-        """Refuse a result that holds an object whose tensors a replay could not renew.
-
-        Raises:
-            CaptureError: a leaf is neither a tensor, nor a plain value, nor one of the `known` objects.
-        """
-        for leaf in self.leaves:
-            if leaf.name is None and not isinstance(leaf.value, _VALUES) and not any(leaf.value is v for v in known):
-                raise CaptureError(
-                    f"{leaf.label} is a {type(leaf.value).__name__}, which is not a pytree: a replay would return the "
-                    "recorded object. Return its tensors, register it with torch.utils._pytree, or leave it out "
-                    "(for transformers: use_cache=False, or pass the cache in)"
-                )
-
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """The result, from one tensor for each of `tensor_names`."""
-        rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if leaf.name else leaf.value for leaf in self.leaves], self.spec)
-
-
-def signature_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """A hashable key; two calls with equal keys fit one recording.
-
-    Objects count by identity, so the caller must keep those of a kept key alive.
-    """
-    values, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    order = {id(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
-    parts: list[Any] = [str(spec), _sharing(tensors)]
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            meta = TensorMeta.of(value)
-            parts.append((order[id(value)], meta.shape, _strides(meta), meta.dtype, meta.device))
-        elif isinstance(value, _VALUES):
-            # NaN != NaN, so floats go by their text; the type keeps 1, 1.0 and True apart
-            parts.append((type(value), repr(value) if isinstance(value, float | complex) else value))
-        else:
-            parts.append((type(value), id(value)))
-    return tuple(parts)
+def _describe(spec: Spec) -> str:
+    if spec[0] == "value":
+        kind, value = spec[1], spec[2]
+        return f"{value if kind in (float, complex) else repr(value)} ({kind.__name__})"
+    if spec[0] == "node":
+        return f"a {spec[1].__name__} of {len(spec[3])}"
+    if spec[0] == "array":
+        return f"an array {list(spec[2])}"
+    return "an object that counts by identity"
 
 
 def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
@@ -210,29 +201,40 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple(result)
 
 
-def _strides(meta: TensorMeta) -> tuple[int, ...]:
-    """Strides with those of dimensions of size 1 left out: they address nothing."""
-    return tuple(stride for size, stride in zip(meta.shape, meta.stride, strict=False) if size != 1)
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A tensor's shape, strides, dtype and device; strides of dimensions of size 1 address nothing and do not count."""
+    shape = tensor.shape
+    if tensor.layout != torch.strided:
+        return (shape, tensor.layout, tensor.dtype, tensor.device)
+    stride = tensor.stride()
+    if 1 in shape:
+        stride = tuple([step for size, step in zip(shape, stride, strict=True) if size != 1])
+    return (shape, stride, tensor.dtype, tensor.device)
 
 
-def _label(path: tuple[Any, ...]) -> tuple[str, str]:
-    """A key path into ``(args, kwargs)`` as text for people (``mask['a'][0]``) and as a value name (``mask_a_0``)."""
-    positional = path[0].idx == 0
-    if len(path) < 2:
-        raise CaptureError("the arguments of a recording must be ordinary positional and keyword arguments")
-    root = f"arg{path[1].idx}" if positional else str(path[1].key)
-    rest = path[2:]
-    label = root + pytree.keystr(rest)
-    words = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in rest]
-    name = "_".join([root, *words])
-    return label, "".join(char if char.isalnum() or char in "_." else "_" for char in name)
+def _steps(path: Path) -> list[Any]:
+    steps: list[Any] = []
+    while path is not None:
+        path, step = path
+        steps.append(step)
+    return steps[::-1]
 
 
-def _layout(meta: TensorMeta) -> str:
+def _step(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """A distinct value name for each path: ``mask_a_0``."""
+    names: dict[str, None] = {}
+    for path in paths:
+        name = "_".join(str(step) for step in _steps(path))
+        name = "".join(char if char.isalnum() or char in "_." else "_" for char in name)
+        while name in names:
+            name += "_"
+        names[name] = None
+    return tuple(names)
+
+
+def _full(meta: TensorMeta) -> str:
     return f"{meta} with strides {list(meta.stride)} on {meta.device}"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {_layout(TensorMeta.of(value))}"
-    return f"{value!r} ({type(value).__name__})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -13,19 +14,21 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from graph_capture.graph import Source
 
+PLAIN = (bool, int, float, str, type(None))  # attributes of these types are guarded
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_INTERNAL = frozenset(vars(torch.nn.Module())) - {"training"}
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-def _is_user_code(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
+@functools.cache
+def _is_user_file(file: str) -> bool:
     return not file.startswith((_TORCH, _OURS, "<")) and not file.endswith("contextlib.py")
 
 
 def caller() -> Source:
     """The innermost frame outside torch and this package."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_user_code(frame):
+    while frame is not None and not _is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
     return Source() if frame is None else Source("", frame.f_code.co_filename, frame.f_lineno)
 
@@ -35,10 +38,19 @@ class ModulePaths:
 
     A module called by the user's own code is a root; inside it, modules, parameters and buffers go by their names
     under that root. (torch's ModuleTracker is not used: its hooks act on every thread's calls.)
+
+    Attributes:
+        entered: the modules that ran, with their paths.
+        parents: id of a module -> its parent in a root, and its name there.
+        owners: id of a tensor that a module holds -> the table that holds it, the key in it, and its path.
+        attributes: id of a module -> its plain attributes as they were before it ran.
     """
 
     def __init__(self) -> None:
-        self.parameter_names: dict[int, str] = {}  # id of a parameter or buffer -> its name
+        self.entered: dict[torch.nn.Module, str] = {}
+        self.parents: dict[int, tuple[torch.nn.Module, str]] = {}
+        self.owners: dict[int, tuple[dict[str, Any], str, str]] = {}
+        self.attributes: dict[int, dict[str, Any]] = {}
         self._paths: dict[int, str] = {}  # id of a module -> its path
         self._roots: list[torch.nn.Module] = []  # kept alive, so that the ids stay valid
         self._stack: list[str] = []
@@ -54,22 +66,31 @@ class ModulePaths:
         if threading.get_ident() != self._thread:
             return
         if id(module) not in self._paths:
-            self._add_root(module)
-        self._stack.append(self._paths[id(module)])
+            # A module met inside a known one without being its child (built in forward) is named under it.
+            self._roots.append(module)
+            self._add(module, self._stack[-1] if self._stack else "")
+        path = self._paths[id(module)]
+        self.entered[module] = path
+        self._stack.append(path)
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == self._thread and self._stack:
             self._stack.pop()
 
-    def _add_root(self, module: torch.nn.Module) -> None:
-        # A module met inside a known one without being its child (built in forward) is named under it.
-        prefix = self._stack[-1] if self._stack else ""
-        self._roots.append(module)
-        for name, child in module.named_modules():
-            self._paths.setdefault(id(child), ".".join(filter(None, (prefix, name))) or "")
-        for tensors in (module.named_parameters(), module.named_buffers()):
-            for name, tensor in tensors:
-                self.parameter_names.setdefault(id(tensor), ".".join(filter(None, (prefix, name))))
+    def _add(self, module: torch.nn.Module, path: str) -> None:
+        if id(module) in self._paths:
+            return
+        self._paths[id(module)] = path
+        held = vars(module)
+        self.attributes[id(module)] = {k: v for k, v in held.items() if type(v) in PLAIN and k not in _INTERNAL}
+        for table in (module._parameters, module._buffers, held):
+            for name, value in table.items():
+                if isinstance(value, torch.Tensor):
+                    self.owners.setdefault(id(value), (table, name, f"{path}.{name}" if path else name))
+        for name, child in module._modules.items():
+            if child is not None:
+                self.parents.setdefault(id(child), (module, name))
+                self._add(child, f"{path}.{name}" if path else name)
 
     def __enter__(self) -> ModulePaths:
         self._handles = [
@@ -83,4 +104,3 @@ class ModulePaths:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._roots.clear()

@@ -18,6 +18,7 @@ from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.ops import FUSED, Kind, op
 from graph_capture.recorded import RecordedGraph
+from graph_capture.signature import Call as Bound
 
 log = logging.getLogger("graph_capture")
 
@@ -123,10 +124,13 @@ class FusedGraph:
         """Replay on new arguments of the recorded signature; returns what ``output()`` was given.
 
         Raises:
-            SignatureMismatchError: the arguments differ in structure, shape, stride, dtype, device or aliasing.
+            SignatureMismatchError, DataDependentError: as `RecordedGraph.run`.
         """
-        tensors = self.recorded.inputs.bind(args, kwargs)
-        return self.recorded.outputs.build(self._executor.run([*tensors, *self.recorded.captured.values()]))
+        return self.replay(self.recorded.bind(args, kwargs))
+
+    def replay(self, call: Bound) -> Any:
+        """Replay on a call that is known to fit."""
+        return self.recorded.replay(call, self._executor)
 
     def explain(self) -> Explanation:
         """The receipts: what was found, where, what it saves, what was measured and decided."""
@@ -140,7 +144,7 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
-        tensors = self.recorded.inputs.bind(args, kwargs)
+        tensors = self.recorded.bind(args, kwargs).tensors
         names = self.subgraph.input_names
         return verify(self, dict(zip(names, [*tensors, *self.recorded.captured.values()], strict=True)))
 

@@ -61,7 +61,7 @@ class FusionScheduler:
             kind = node.op_type.removeprefix(FUSED)
             number = counts[kind] = counts.get(kind, -1) + 1
             values = graph.subgraph.values
-            key = (node.attr("body"), *(replace(values[name], offset=0, storage=-1) for name in node.inputs))
+            key = (node.attr("body"), *(values[name]._replace(offset=0, storage=-1) for name in node.inputs))
             alike = decided.get(key)
             if alike is None:
                 alike = decided[key] = self._region(node, values)

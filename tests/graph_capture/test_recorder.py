@@ -304,13 +304,26 @@ def test_no_output():
         x + 1
 
 
-def test_an_object_in_the_result_is_refused():
+def test_an_object_in_the_result_is_made_anew():
     class Cache:
         pass
 
     x = torch.randn(2)
-    with pytest.raises(CaptureError, match="is a Cache"), record(x) as recording:
-        recording.output((x + 1, Cache()))
+    with record(x) as recording:
+        cache = Cache()
+        cache.keys, cache.length = [x + 1], 1
+        recording.output((x * 2, cache))
+    _, made = recording.graph.run(x + 1)
+    assert type(made) is Cache
+    assert made is not cache
+    assert torch.equal(made.keys[0], x + 2)
+    assert made.length == 1
+
+
+def test_an_iterator_in_the_result_is_refused():
+    x = torch.randn(2)
+    with pytest.raises(CaptureError, match="generator"), record(x) as recording:
+        recording.output(value for value in (x + 1,))
 
 
 def test_two_threads_record_at_once():

@@ -1,0 +1,248 @@
+"""Checks a recording against what really happened: replays it once and compares.
+
+A `Witness` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured tensors.
+It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters, which
+are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares with the
+state after, and leaves everything as the code left it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graph_capture.errors import UnrecordedWriteError
+from graph_capture.executor import Call, Executor
+from graph_capture.graph import OpNode, SubGraph
+from graph_capture.ops import is_random, prepare
+
+_HINT = (
+    "Something ran that torch does not see: a raw Triton or ctypes kernel, numpy on shared memory, a seed set inside. "
+    "Wrap it as a torch.library custom op; record(..., verify=False) leaves this check out"
+)
+_UNINITIALISED = frozenset(
+    f"aten.{name}"
+    for name in ("empty.memory_format", "empty_like.default", "empty_strided.default", "empty_permuted.default")
+) | {"aten.new_empty.default", "aten.new_empty_strided.default"}
+
+
+SAMPLED = 64  # of a parameter's 8-byte words, one in so many goes into its checksum
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the check of a recording cost: seconds, and bytes of memory copied while it ran."""
+
+    seconds: float
+    bytes: int
+
+
+class RandomState:
+    """The state of torch's global generators (CPU; CUDA's current device once it was used)."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState) or not torch.equal(self._cpu, other._cpu):
+            return False
+        return self._cuda is None or other._cuda is None or torch.equal(self._cuda, other._cuda)
+
+
+class Witness:
+    """Watches one recording; call the methods with recording suspended."""
+
+    def __init__(self) -> None:
+        self._random = RandomState()
+        self._generators: dict[torch.Generator, torch.Tensor] = {}
+        self._unwritten: dict[int, tuple[str, torch.Tensor, _Checksum]] = {}  # storage -> name, bytes, checksum
+        self._copies: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}  # storage -> name, bytes, copy
+        self._broken: str | None = None
+
+    def sees(self, name: str, tensor: torch.Tensor, storage: int) -> None:
+        """`tensor` exists outside the recording."""
+        if storage < 0 or storage in self._unwritten or storage in self._copies or tensor.is_meta:
+            return
+        data = storage_bytes(tensor)
+        checksum = _Checksum(data, SAMPLED if isinstance(tensor, torch.nn.Parameter) else 1)
+        self._unwritten[storage] = (name, data, checksum)
+
+    def before_write(self, storage: int) -> None:
+        """A recorded op is about to write into `storage`."""
+        if storage in self._unwritten:
+            name, data, checksum = self._unwritten.pop(storage)
+            self._expect(name, checksum)
+            self._copies[storage] = (name, data, data.clone())
+
+    def draws(self, generator: Any) -> None:
+        """A recorded op is about to draw from `generator`."""
+        if isinstance(generator, torch.Generator) and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
+
+    def rollback(self, random: bool) -> None:
+        """Put memory back as it was before the recording; and the random generators, if `random`."""
+        for _, data, copy in self._copies.values():
+            data.copy_(copy)
+        if random:  # they belong to all threads: not touched without need
+            self._random.restore()
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+
+    def check(
+        self,
+        graph: SubGraph,
+        inputs: Sequence[torch.Tensor],
+        captured: Mapping[str, torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> Verification:
+        """Replay `graph` and compare with `outputs` and with what was written.
+
+        Raises:
+            UnrecordedWriteError: the replay computes something else than the code did.
+        """
+        start = time.perf_counter()
+        for name, _, checksum in self._unwritten.values():
+            self._expect(name, checksum)
+        if self._broken is not None:
+            raise UnrecordedWriteError(
+                f"the memory of {self._broken!r} changed while recording, but no recorded op wrote it. {_HINT}"
+            )
+        after = {storage: data.clone() for storage, (_, data, _) in self._copies.items()}
+        random = any(map(is_random, graph.nodes))
+        drawn, generators = RandomState(), {g: g.get_state() for g in self._generators}
+        steps: list[tuple[OpNode, Call | None]] = [(node, _poisoned(node)) for node in graph.nodes]
+        try:
+            self.rollback(random)
+            replayed = Executor(steps, graph.input_names, graph.output_names).run([*inputs, *captured.values()])
+            self._compare(graph, outputs, replayed, after)
+            if random and RandomState() != drawn:
+                raise UnrecordedWriteError(
+                    f"the recorded ops drew another amount from the random generator than the code did. {_HINT}"
+                )
+        finally:
+            for storage, (_, data, _) in self._copies.items():
+                data.copy_(after[storage])
+            if random:
+                drawn.restore()
+            for generator, state in generators.items():
+                generator.set_state(state)
+        copied = sum(2 * copy.numel() for _, _, copy in self._copies.values())
+        return Verification(time.perf_counter() - start, copied)
+
+    def _compare(
+        self,
+        graph: SubGraph,
+        outputs: Sequence[torch.Tensor],
+        replayed: Sequence[torch.Tensor],
+        after: Mapping[int, torch.Tensor],
+    ) -> None:
+        for name, expected, found in zip(graph.output_names, outputs, replayed, strict=True):
+            if not alike(expected, found):
+                raise UnrecordedWriteError(
+                    f"replaying the recording gives another {name!r} than the code did{_blame(graph, name)}. {_HINT}"
+                )
+        for storage, (name, data, _) in self._copies.items():
+            if not torch.equal(data, after[storage]) and not self._same_values(graph, name, after[storage]):
+                raise UnrecordedWriteError(
+                    f"replaying the recording leaves other values in {name!r} than the code did. {_HINT}"
+                )
+
+    def _same_values(self, graph: SubGraph, name: str, after: torch.Tensor) -> bool:
+        """Whether two byte images of a written storage agree up to the rounding of ops that are not deterministic."""
+        dtype = graph.values[name].dtype
+        data = next(data for written, data, _ in self._copies.values() if written == name)
+        size = data.numel() - data.numel() % dtype.itemsize
+        return alike(after[:size].view(dtype), data[:size].view(dtype))
+
+    def _expect(self, name: str, checksum: _Checksum) -> None:
+        if self._broken is None and not checksum.holds():
+            self._broken = name
+
+
+class _Checksum:
+    """The sum of a memory's 8-byte words, or of every `step`-th of them."""
+
+    def __init__(self, data: torch.Tensor, step: int) -> None:
+        words = data.numel() // 8 if data.data_ptr() % 8 == 0 else 0
+        parts = (data[: words * 8].view(torch.int64)[::step], data[words * 8 :])
+        self._parts = [part for part in parts if part.numel()]
+        self._sums = [part.sum() for part in self._parts]
+
+    def holds(self) -> bool:
+        """Whether the memory still has that sum."""
+        return all(torch.equal(part.sum(), total) for part, total in zip(self._parts, self._sums, strict=True))
+
+
+def orphaned(tensor: torch.Tensor) -> bool:
+    """Whether the caller and one table hold the only references to `tensor` and to its memory.
+
+    Such a captured tensor was replaced while the code ran (``self.state = self.state + 1``): at the next call the code
+    would read another one.
+    """
+    if sys.getrefcount(tensor) > 4 or tensor.layout != torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    return bool(storage.resizable()) and torch._C._storage_Use_Count(storage._cdata) <= 2
+
+
+def alike(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Bit-equal (NaN equals NaN), or equal up to the rounding of an op that is not deterministic."""
+    if expected.shape != found.shape or expected.dtype != found.dtype or expected.layout != found.layout:
+        return False
+    if expected.layout != torch.strided or expected.device.type == "meta":
+        return True
+    if torch.equal(expected, found):
+        return True
+    if not expected.dtype.is_floating_point and not expected.dtype.is_complex:
+        return False
+    tolerance = 16 * torch.finfo(expected.dtype).eps
+    wide = torch.complex128 if expected.dtype.is_complex else torch.float64
+    return torch.allclose(found.to(wide), expected.to(wide), tolerance, tolerance, equal_nan=True)
+
+
+def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's whole storage as bytes, sharing it."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+
+
+def _poisoned(node: OpNode) -> Call | None:
+    """For an op that leaves memory uninitialised: fill it with what no kernel would leave there."""
+    if node.op_type not in _UNINITIALISED:
+        return None
+    call = prepare(node)
+
+    def run(tensors: list[torch.Tensor]) -> torch.Tensor:
+        result = call(tensors)
+        if result.dtype is torch.bool:
+            return result.fill_(True)
+        return result.fill_(float("nan") if result.is_floating_point() or result.is_complex() else 77)
+
+    return run
+
+
+def _blame(graph: SubGraph, name: str) -> str:
+    """Where the value `name` could have come from without a recorded op: memory that none of them filled."""
+    needed, pending = set(), [name]
+    while pending:
+        index = graph.producers.get(pending.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            pending.extend(graph.nodes[index].inputs)
+    for index in sorted(needed):
+        node = graph.nodes[index]
+        if node.op_type in _UNINITIALISED:
+            return f"; it comes from {node.outputs[0]!r}, uninitialised memory made at {node.source}"
+    last = graph.producers.get(name)
+    return f", made at {graph.nodes[last].source}" if last is not None else ""
