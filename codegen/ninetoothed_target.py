@@ -215,7 +215,7 @@ class _NoDevice:
 
 
 @cache
-def _ninetoothed() -> Any:
+def import_ninetoothed() -> Any:
     """ninetoothed, imported so that it works on this machine.
 
     Raises:
@@ -279,7 +279,7 @@ def build(spec: KernelSpec, blocks: Blocks, kernel_name: str) -> Built:
         FusionError: ninetoothed cannot be used here.
     """
     with _lock, triton_mode(interpreted()):
-        ninetoothed = _ninetoothed()
+        ninetoothed = import_ninetoothed()
         module = _load(f"{kernel_name}_{blocks.rows}x{blocks.columns}", print_source(spec, blocks))
         tensors = tuple(ninetoothed.Tensor(rank_of(operand, spec)) for operand in (*spec.inputs, *spec.outputs))
         generation = sys.modules["ninetoothed.generation"]

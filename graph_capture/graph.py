@@ -117,10 +117,11 @@ class OpNode:
     origin: tuple[OpNode, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
-        object.__setattr__(self, "inputs", tuple(self.inputs))
-        object.__setattr__(self, "outputs", tuple(self.outputs))
-        if attrs != ():
+        if type(self.inputs) is not tuple or type(self.outputs) is not tuple:
+            object.__setattr__(self, "inputs", tuple(self.inputs))
+            object.__setattr__(self, "outputs", tuple(self.outputs))
+        if self.attrs:
+            attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
             object.__setattr__(self, "attrs", tuple(sorted([(key, freeze(value)) for key, value in attrs])))
 
     def attr(self, name: str, default: Any = None) -> Any:

@@ -165,19 +165,31 @@ def _is_view(function: OpOverload) -> bool:
     return any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
 
 
+# Older ops that write in training mode although their schema does not say so.
+_UNDECLARED_WRITES = dict.fromkeys(
+    [
+        *(f"aten.{name}_batch_norm.default" for name in ("native", "cudnn", "miopen")),
+        "aten.batch_norm_update_stats.default",
+    ],
+    frozenset({"running_mean", "running_var"}),
+)
+
+
 @cache
 def _written_parameters(op_type: str) -> frozenset[str]:
     overload = op(op_type).overload
     if overload is None:
         return frozenset()
-    arguments = overload._schema.arguments
-    return frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    declared = (a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return frozenset(declared) | _UNDECLARED_WRITES.get(op_type, frozenset())
 
 
 def written_inputs(node: OpNode) -> list[int]:
     """Positions in ``node.inputs`` of the tensors that the op writes in place."""
     if node.op_type == EXTERNAL:  # what a foreign kernel writes is not known
         return list(range(len(node.inputs)))
+    if node.op_type in _UNDECLARED_WRITES and node.attr("training") is False:
+        return []
     written = _written_parameters(node.op_type)
     if not written:
         return []

@@ -179,6 +179,9 @@ class _DispatchMode(TorchDispatchMode):
         writer = self.writer
         if writer.suspended or not isinstance(func, torch._ops.OpOverload) or func.namespace == "profiler":
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd's keys have done it
+            with self:
+                return func.decompose(*args, **kwargs)
         if func is aten.lift_fresh.default:
             return writer.constant(args[0])
         shape_depends = False

@@ -15,6 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from graph_capture.graph import Source
 
 PLAIN = (bool, int, float, str, type(None))  # attributes of these types are guarded
+# These leave their fast path where a torch function mode is active.
+_SHY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _INTERNAL = frozenset(vars(torch.nn.Module())) - {"training"}
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -54,6 +56,7 @@ class ModulePaths:
         self._paths: dict[int, str] = {}  # id of a module -> its path
         self._roots: list[torch.nn.Module] = []  # kept alive, so that the ids stay valid
         self._stack: list[str] = []
+        self._shy: list[Any] = []  # guards
         self._thread = threading.get_ident()
         self._handles: list[Any] = []
 
@@ -72,10 +75,15 @@ class ModulePaths:
         path = self._paths[id(module)]
         self.entered[module] = path
         self._stack.append(path)
+        if isinstance(module, _SHY):
+            self._shy.append(torch._C.DisableTorchFunction())
+            self._shy[-1].__enter__()
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == self._thread and self._stack:
             self._stack.pop()
+            if isinstance(module, _SHY) and self._shy:
+                self._shy.pop().__exit__(None, None, None)
 
     def _add(self, module: torch.nn.Module, path: str) -> None:
         if id(module) in self._paths:

@@ -9,13 +9,13 @@ import contextlib
 import functools
 import re
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils.weak import TensorWeakRef
 
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
@@ -53,8 +53,8 @@ class Writer:
         self._guard = guard
         self._witness = Witness() if verify else None
         self._constants: set[str] = set()
-        self._made: dict[int, TensorWeakRef] = {}  # tensors that ops made, in order
-        self._names: dict[int, tuple[TensorWeakRef, str]] = {}
+        self._made: dict[int, weakref.ref[torch.Tensor]] = {}  # tensors that ops made, in order
+        self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._views: dict[int, dict[torch.dtype, str]] = {}  # alias set -> a value in it, for each dtype
         self._counts: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Writer:
     def _bind(self, tensor: torch.Tensor, name: str) -> int:
         """Give `tensor` this name; returns its alias set."""
         storage = self._storage(tensor)
-        self._names[id(tensor)] = (TensorWeakRef(tensor), name)
+        self._names[id(tensor)] = (weakref.ref(tensor), name)
         self.values[name] = TensorMeta.of(tensor, storage)
         if storage >= 0:
             self._views.setdefault(storage, {}).setdefault(tensor.dtype, name)
@@ -179,7 +179,7 @@ class Writer:
             known = self._names.get(id(tensor))
             if known is None or known[0]() is not tensor:
                 self._made.pop(id(tensor), None)
-                self._made[id(tensor)] = TensorWeakRef(tensor)
+                self._made[id(tensor)] = weakref.ref(tensor)
             name = self._fresh(stem)
             self._bind(tensor, name)
             names.append(name)
@@ -252,6 +252,8 @@ class Writer:
     def alive(self) -> Any:
         """The tensors that ops made and the user still holds: one as it is, several as a tuple."""
         tensors = tuple(tensor for ref in self._made.values() if (tensor := ref()) is not None)
+        for tensor in tensors:
+            tensor._fix_weakref()  # type: ignore[attr-defined]
         return tensors[0] if len(tensors) == 1 else tensors
 
     def finish(self, output: Any, *, rollback: bool = False) -> RecordedGraph:
@@ -273,7 +275,8 @@ class Writer:
             output_names=names,
             values=self.values,
         )
-        if not names and not template.changes and not any(map(written_inputs, self.nodes)):
+        guarded = any(node.op_type.startswith(GUARD) for node in self.nodes)
+        if not names and not template.changes and not guarded and not any(map(written_inputs, self.nodes)):
             raise CaptureError(
                 "the recording has no output: no op ran, or nothing it produced is still alive; "
                 "call recording.output(y) inside the context"
@@ -283,7 +286,7 @@ class Writer:
             self._check_replaced()
             verification = self._witness.check(subgraph, before.tensors, self.captured, outputs)
             if rollback:
-                self._witness.rollback()
+                self._witness.rollback(random=True)
         ledger = Ledger(self.modules, {k: v for k, v in self.captured.items() if k not in self._constants})
         return RecordedGraph(
             subgraph, self._signature, template, self.captured, ledger, verification, self._surroundings
@@ -299,7 +302,7 @@ class Writer:
 
     def _check_replaced(self) -> None:
         for name in self.captured:
-            if name not in self._constants and orphaned(self.captured[name]):
+            if name not in self._constants and orphaned(self.captured, name):
                 user = next(node for node in self.nodes if name in node.inputs)
                 raise CaptureError(
                     f"the captured tensor {name!r} {self.values[name]}, read at {user.source}, was replaced by the "

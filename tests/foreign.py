@@ -1,0 +1,9 @@
+"""A kernel as a user of ninetoothed writes it, outside graph_capture. Kept apart: ninetoothed copies a module's globals."""
+
+
+def arrangement(x, y, out):
+    return x.tile((16,)), y.tile((16,)), out.tile((16,))
+
+
+def application(x, y, out):
+    out = x * y + 1  # noqa: F841
