@@ -120,7 +120,7 @@ class OpNode:
         if type(self.inputs) is not tuple or type(self.outputs) is not tuple:
             object.__setattr__(self, "inputs", tuple(self.inputs))
             object.__setattr__(self, "outputs", tuple(self.outputs))
-        if self.attrs:
+        if self.attrs != ():
             attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
             object.__setattr__(self, "attrs", tuple(sorted([(key, freeze(value)) for key, value in attrs])))
 

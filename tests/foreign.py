@@ -1,4 +1,4 @@
-"""A kernel as a user of ninetoothed writes it, outside graph_capture. Kept apart: ninetoothed copies a module's globals."""
+"""A kernel as a user of ninetoothed writes it. Kept apart, for ninetoothed copies a module's globals."""
 
 
 def arrangement(x, y, out):

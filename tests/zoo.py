@@ -61,7 +61,7 @@ def build(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = (DECODERS | ENCODERS)[name]().eval()
     with torch.no_grad():  # weights of one and biases of zero would hide a norm that forgets them
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     return model

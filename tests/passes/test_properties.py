@@ -1,60 +1,109 @@
-"""Random programs: regions are convex, and rewriting keeps the numbers."""
+"""Random programs with views, writes and aliases: replayed bit-equal, fused close to float64, regions convex."""
 
 import torch
 from graph_capture.passes.rewrite import Dependencies
-from hypothesis import given, settings
+from graph_capture.runtime.verify import distance
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graph_capture import FusionConfig, fuse, record
 
-UNARY = [torch.sin, torch.exp, torch.tanh, torch.sigmoid, torch.relu, torch.neg]
+ROWS, COLUMNS = 4, 8
+UNARY = [torch.sin, torch.exp, torch.tanh, torch.sigmoid, torch.relu, torch.neg, torch.nn.functional.silu]
 BINARY = [torch.add, torch.sub, torch.mul, torch.maximum]
 
-step = st.tuples(
-    st.sampled_from(["unary", "binary", "write", "view", "sum"]),
-    st.integers(0, 99),
-    st.integers(0, 99),
-    st.integers(0, 99),
-)
+
+def unary(values, a, b, which):
+    values.append(UNARY[which % len(UNARY)](a.clamp(-2, 2)))
+
+
+def binary(values, a, b, which):
+    values.append(BINARY[which % len(BINARY)](a, b).clamp(-2, 2))
+
+
+def centred(values, a, b, which):
+    values.append((a - a.mean(-1, keepdim=True)).clamp(-2, 2))
+
+
+def normalised(values, a, b, which):
+    values.append(a * torch.rsqrt((a * a).mean(-1, keepdim=True) + 1e-3))
+
+
+def masked(values, a, b, which):
+    values.append(torch.where(a > b, a, b * 0.5))
+
+
+def view(values, a, b, which):
+    values.append((a[:, :], a.t().t(), a.view_as(a) if a.is_contiguous() else a, a.unsqueeze(0).squeeze(0))[which % 4])
+
+
+def write_whole(values, a, b, which):
+    a.mul_(0.5).add_(0.25)
+
+
+def write_part(values, a, b, which):
+    a[which % ROWS :].mul_(0.5)
+    a.narrow(1, which % COLUMNS, 1).copy_(b.narrow(1, (which + 1) % COLUMNS, 1).clone())
+
+
+def write_by_index(values, a, b, which):
+    a.index_copy_(0, torch.tensor([which % ROWS]), b[:1].clone())
+
+
+def write_out(values, a, b, which):
+    out = torch.empty(ROWS, COLUMNS, dtype=a.dtype)
+    torch.add(a, b, out=out)
+    values.append(out.clamp_(-2, 2))
+
+
+STEPS = [unary, unary, binary, binary, centred, normalised, masked, view, view]
+WRITES = [write_whole, write_part, write_by_index, write_out]
+step = st.tuples(st.sampled_from([*STEPS, *WRITES]), *[st.integers(0, 99)] * 3)
+programs = st.lists(step, min_size=5, max_size=40)
 
 
 def run(program, x, y):
     """Interpret `program` on two [4, 8] tensors; values stay bounded."""
     values = [x, y]
-    for kind, which, first, second in program:
-        a, b = values[first % len(values)], values[second % len(values)]
-        if kind == "unary":
-            values.append(UNARY[which % len(UNARY)](a.clamp(-2, 2)))
-        elif kind == "binary":
-            values.append(BINARY[which % len(BINARY)](a, b).clamp(-2, 2))
-        elif kind == "write":
-            a.mul_(0.5).add_(0.25)
-        elif kind == "view":
-            values.append((a[:, :], a.t().t(), a.view_as(a) if a.is_contiguous() else a)[which % 3])
-        else:
-            values.append((a - a.mean(-1, keepdim=True)).clamp(-2, 2))
+    for function, which, first, second in program:
+        function(values, values[first % len(values)], values[second % len(values)], which)
     return tuple(values[2:]) or (x + y,)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(step, min_size=3, max_size=20), st.integers(0, 2**16))
-def test_rewriting_keeps_numbers_and_order(program, seed):
-    torch.manual_seed(seed)
-    x, y = torch.randn(4, 8), torch.randn(4, 8)
+def noise(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(ROWS, COLUMNS, generator=generator).to(dtype) for _ in range(2))
+
+
+def recorded(program, seed):
+    x, y = noise(seed)
     with record(x, y) as recording:
         recording.output(run(program, x, y))
-    graph = recording.graph
+    return recording.graph
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(programs, st.integers(0, 2**16))
+def test_unfused_replay_is_bit_equal(program, seed):
+    graph = recorded(program, seed)
+    ours, theirs = noise(seed + 1), noise(seed + 1)
+    for got, want in zip((*graph.run(*ours), *ours), (*run(program, *theirs), *theirs), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(programs, st.integers(0, 2**16))
+def test_fused_replay_is_as_close_to_float64_as_eager(program, seed):
+    graph = recorded(program, seed)
     fused = fuse(graph, FusionConfig(profile="always"))
     dependencies = Dependencies(graph.subgraph)
     index_of = {name: i for i, node in enumerate(graph.subgraph.nodes) for name in node.outputs}
     for region in fused.regions:
         assert dependencies.detour([index_of[node.outputs[0]] for node in region.nodes]) is None
-    x, y = torch.randn(4, 8), torch.randn(4, 8)
-    want = run(program, x.clone(), y.clone())
-    unfused_x, unfused_y = x.clone(), y.clone()
-    unfused = graph.run(unfused_x, unfused_y)
-    fused_x, fused_y = x.clone(), y.clone()
-    for got, plain, eager in zip(fused(fused_x, fused_y), unfused, want, strict=True):
-        assert torch.equal(plain, eager)
-        torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fused_x, unfused_x, rtol=1e-4, atol=1e-5)
+    ours, theirs, exact = noise(seed + 1), noise(seed + 1), noise(seed + 1, torch.float64)
+    results = [(*fused(*ours), *ours), (*run(program, *theirs), *theirs), (*run(program, *exact), *exact)]
+    for got, eager, reference in zip(*results, strict=True):
+        # A comparison may tip over by one rounding, in eager as in the kernel: then all three may differ by a step.
+        assert distance(got, reference) <= max(4 * distance(eager, reference), 1e-5)
+    assert fused.verify(*noise(seed + 2)).ok
