@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint typecheck clean
+LATEST := .venv-latest
+
+.PHONY: help demo test test-latest lint typecheck clean
 
 help:
 	@echo "make demo   record, fuse, check and replay a Llama"
 	@echo "make test   all tests"
+	@echo "make test-latest  all tests with the newest torch there is (a large download)"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv and what was built"
 
@@ -25,6 +28,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
+test-latest:
+	@$(PYTHON) -m venv $(LATEST)
+	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(LATEST)/constraints.txt
+	@PIP_CONSTRAINT=$(LATEST)/constraints.txt $(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade torch -e '.[dev]'
+	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n 2 -q
+
 lint: $(STAMP) typecheck
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -37,4 +46,4 @@ typecheck: $(STAMP)
 	@cd $(VENV)/typed && ../bin/mypy --config-file ../../pyproject.toml
 
 clean:
-	@rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf $(VENV) $(LATEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
