@@ -31,7 +31,7 @@ _UNINITIALISED = frozenset(
 ) | {"aten.new_empty.default", "aten.new_empty_strided.default"}
 
 
-SAMPLED = 64  # of a parameter's 8-byte words, one in so many goes into its checksum
+SAMPLE = 8192  # how many of a parameter's 8-byte words go into its checksum
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Witness:
         if storage < 0 or storage in self._unwritten or storage in self._copies or tensor.is_meta:
             return
         data = storage_bytes(tensor)
-        checksum = _Checksum(data, SAMPLED if isinstance(tensor, torch.nn.Parameter) else 1)
+        step = max(1, data.numel() // 8 // SAMPLE) if isinstance(tensor, torch.nn.Parameter) else 1
+        checksum = _Checksum(data, step)
         self._unwritten[storage] = (name, data, checksum)
 
     def before_write(self, storage: int) -> None:

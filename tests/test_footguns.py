@@ -542,7 +542,7 @@ def test_reading_values_is_an_error_or_a_guard(read):
         pass
     else:
         assert torch.equal(got, read(other))
-    fast = capture(read, UNFUSED, data_dependent="guard")
+    fast = capture(read, FusionConfig(profile="always"), data_dependent="guard")
     for values in (x, other, x, other, other):
         assert torch.equal(fast(values), read(values))
 
@@ -731,6 +731,17 @@ def test_a_recording_keeps_neither_inputs_nor_intermediates():
     gc.collect()
     assert [ref() for ref in held] == [None, None]
     assert len(graph.subgraph) == 3
+
+
+def test_intermediates_die_while_recording_as_they_do_without():
+    x = noise(64)
+    with record(x) as recording:
+        y = x * 2
+        seen = weakref.ref(y)
+        z = y + 1
+        del y
+        assert seen() is None
+        recording.output(z)
 
 
 def test_guards_are_printed_and_misses_explained(caplog):
