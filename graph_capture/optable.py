@@ -95,7 +95,7 @@ _pointwise("clamp", aten.clamp.default, _clamp)
 
 for _name in ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "sigmoid", "floor"):
     _pointwise(_name, getattr(aten, _name).default, f"{_name}(self)")
-_pointwise("silu", aten.silu.default, "self * sigmoid(self)")
+_pointwise("silu", aten.silu.default, "self / (1 + exp(-self))")
 _pointwise("relu", aten.relu.default, "maximum(self, 0)")
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_record
 
-Prints markdown: medians in turns after a warm-up. "verified" adds the replay that checks the recording; it is the default.
+Prints markdown: medians in turns after a warm-up. "verified", the default, adds the replay that checks the recording.
 """
 
 from __future__ import annotations
