@@ -283,7 +283,7 @@ def arguments(node: OpNode) -> dict[str, Any]:
     """
     target = op(node.op_type)
     attrs = dict(node.attrs)
-    listed = {index for value in attrs.values() for index in arg_indices(value)}
+    listed = [index for value in attrs.values() if isinstance(value, (Arg, tuple)) for index in arg_indices(value)]
     positional = iter([index for index in range(len(node.inputs)) if index not in listed])
     bound: dict[str, Any] = {}
     for parameter in target.parameters:
@@ -314,6 +314,11 @@ def prepare(node: OpNode) -> Callable[[Sequence[torch.Tensor]], Any]:
             keywords[parameter.name] = bound[parameter.name]
         else:
             positional.append(bound[parameter.name])
+    count = len(node.inputs)
+    if positional[:count] == [Arg(index) for index in range(count)]:  # the tensors first, then what is known
+        known = tuple([_thawed(value) for value in positional[count:]])
+        options = {name: _thawed(value) for name, value in keywords.items()}
+        return lambda tensors: function(*tensors, *known, **options)
     fill_args = [_filler(value) for value in positional]
     fill_kwargs = [(name, _filler(value)) for name, value in keywords.items()]
     return lambda tensors: function(*[fill(tensors) for fill in fill_args], **{k: f(tensors) for k, f in fill_kwargs})
@@ -326,9 +331,12 @@ def _filler(value: Any) -> Callable[[Sequence[torch.Tensor]], Any]:
     if isinstance(value, tuple) and arg_indices(value):
         items = [_filler(item) for item in value]
         return lambda tensors: [item(tensors) for item in items]
-    if isinstance(value, tuple):
-        value = list(value)
+    value = _thawed(value)
     return lambda tensors: value
+
+
+def _thawed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def expression(node: OpNode, dtype: torch.dtype) -> str | None:

@@ -7,6 +7,7 @@ keeps a few calls whole (`graph_capture.optable.SEMANTIC`). `graph_capture.write
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ _READS_DATA = {
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.__array__: "numpy.asarray()",
 }
+
+_SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 DataDependent = Literal["error", "guard"]
 
@@ -177,23 +180,42 @@ class _DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         writer = self.writer
-        if writer.suspended or not isinstance(func, torch._ops.OpOverload) or func.namespace == "profiler":
+        treatment = _treatment(func)
+        if writer.suspended or treatment is _Treatment.RUN:
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd's keys have done it
             with self:
                 return func.decompose(*args, **kwargs)
-        if func is aten.lift_fresh.default:
+        if treatment is _Treatment.RECORD:
+            return writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        if treatment is _Treatment.CONSTANT:
             return writer.constant(args[0])
-        shape_depends = False
-        if func.tags:
-            if torch.Tag.data_dependent_output in func.tags:
-                return writer.reads(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
-            if torch.Tag.dynamic_output_shape in func.tags:
-                shape_depends = _by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
+        if treatment is _Treatment.READ:
+            return writer.reads(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        depends = _by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
         result = writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
-        if shape_depends:
+        if depends:
             writer.guard_shapes(result)
         return result
+
+
+class _Treatment(enum.Enum):
+    RUN = "run it unrecorded"
+    RECORD = "record it"
+    CONSTANT = "its result is a literal of the code"
+    READ = "its result is a Python value"
+    SHAPE = "the shape of its result may depend on data"
+
+
+@functools.cache
+def _treatment(func: Any) -> _Treatment:
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace == "profiler":
+        return _Treatment.RUN
+    if func is aten.lift_fresh.default:
+        return _Treatment.CONSTANT
+    if torch.Tag.data_dependent_output in func.tags:
+        return _Treatment.READ
+    return _Treatment.SHAPE if torch.Tag.dynamic_output_shape in func.tags else _Treatment.RECORD
 
 
 def _by_values(func: Any, args: Any) -> bool:
@@ -213,6 +235,8 @@ class _FunctionMode(TorchFunctionMode):
         writer = self.writer
         if func in _READS_DATA:
             return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=_READS_DATA[func])
+        if func == _SETS_DATA:
+            writer.replaces_memory(args[0])
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)

@@ -8,6 +8,7 @@ the state after, and leaves everything as the code left it.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -173,9 +174,13 @@ class Witness:
 
 
 class _Checksum:
-    """The sum of a memory's 8-byte words, or of every `step`-th of them."""
+    """The sum of a memory's 8-byte words, or of every `step`-th of them; of a small memory on the CPU, its bytes."""
 
     def __init__(self, data: torch.Tensor, step: int) -> None:
+        self._small = data if data.is_cpu and data.numel() <= 4096 else None
+        if self._small is not None:
+            self._bytes = _read(data)
+            return
         words = data.numel() // 8 if data.data_ptr() % 8 == 0 else 0
         parts = (data[: words * 8].view(torch.int64)[::step], data[words * 8 :])
         self._parts = [part for part in parts if part.numel()]
@@ -183,7 +188,13 @@ class _Checksum:
 
     def holds(self) -> bool:
         """Whether the memory still has that sum."""
+        if self._small is not None:
+            return _read(self._small) == self._bytes
         return all(torch.equal(part.sum(), total) for part, total in zip(self._parts, self._sums, strict=True))
+
+
+def _read(data: torch.Tensor) -> bytes:
+    return ctypes.string_at(data.data_ptr(), data.numel())  # numpy() would pin the storage's size
 
 
 def orphaned(captured: Mapping[str, torch.Tensor], name: str) -> bool:

@@ -111,9 +111,7 @@ class Writer:
         """The name of `tensor`; one never seen before is captured by reference."""
         known = self._names.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            name, storage = known[1], self.values[known[1]].storage
-            if storage < 0 or self._storage(tensor) == storage:  # else: t.data = other, below the dispatcher
-                return name
+            return known[1]
         owner = self.modules.owners.get(id(tensor))
         views = self._views.get(self._storage(tensor), {})
         if views and owner is None:
@@ -135,6 +133,20 @@ class Writer:
         self._bind(tensor, name)
         self._append("aten.as_strided.default", (views[tensor.dtype],), (name,), attrs)
         return name
+
+    def replaces_memory(self, tensor: torch.Tensor) -> None:
+        """``tensor.data = ...`` is about to run.
+
+        Raises:
+            CaptureError: the tensor exists outside the recording, and a replay would leave it as it is.
+        """
+        known = self._names.pop(id(tensor), None)
+        outside = known is not None and (known[1] in self.captured or known[1] in self._signature.names)
+        if outside or id(tensor) in self.modules.owners:
+            raise CaptureError(
+                f"the code replaces the memory of a tensor that exists outside it (.data = ..., "
+                f"{self.modules.source()}): a replay would not; write in place (copy_)"
+            )
 
     # --- calls
 

@@ -61,8 +61,8 @@ def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[to
     worst = {"error_recorded": 0.0, "error_fused": 0.0, "ok": True}
     for reference, eager, ours in zip(exact, recorded, outputs, strict=True):
         before, after = distance(eager, reference), distance(ours, reference)
-        # One rounding to the output's dtype is free. It is twice as large where the arithmetic has that precision itself,
-        # and in Triton's interpreter, which truncates.
+        # One rounding to the output's dtype is free. It is twice as large where the arithmetic has that precision
+        # itself, and in Triton's interpreter, which truncates.
         rounding = torch.finfo(ours.dtype).eps if ours.dtype.is_floating_point else 0.0
         correct = ours.dtype.itemsize < 4 and not region.kernel.interpreted
         allowed = max(before, rounding / 2 if correct else rounding)

@@ -398,6 +398,24 @@ def test_the_ledger_names_every_captured_address():
     assert any("scale is 1.0" in line for line in graph.ledger)
 
 
+def test_memory_replaced_inside_is_refused():
+    model, x = nn.Linear(2, 2), noise(3, 2)
+
+    def run(x):
+        model.weight.data = model.weight.data * 2
+        return model(x)
+
+    with pytest.raises(CaptureError, match="replaces the memory"):
+        graph_of(lambda x: (model(x), run(x)), x)
+
+    def rebind(x):
+        x.data = x * 2
+        return x + 1
+
+    with pytest.raises(CaptureError, match=r"replaces the memory.*test_footguns\.py"):
+        graph_of(rebind, x)
+
+
 def test_tied_weights():
     embedding, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
     head.weight = embedding.weight
