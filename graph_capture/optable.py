@@ -193,6 +193,7 @@ def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.matmul(input, other)
 
 
+_function: Callable[..., Any]
 for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)

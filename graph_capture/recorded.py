@@ -83,7 +83,7 @@ class RecordedGraph:
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call = Call(args, kwargs, self._surroundings)
+        call = Call(args, self.signature.ordered(kwargs), self._surroundings)
         self.signature.check(call)
         broken = self.ledger.broken()
         if broken is not None:

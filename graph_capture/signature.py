@@ -34,7 +34,7 @@ class Call:
     ) -> None:
         walk = self.walk = Walk()
         named = [(f"arg{index}", value) for index, value in enumerate(args)]
-        named += sorted(kwargs.items()) if kwargs else ()
+        named += kwargs.items()
         if surroundings is not None:
             named += surroundings().items()
         self.arguments = tuple([(label, walk.spec(value, (None, label))) for label, value in named])
@@ -63,9 +63,14 @@ class Signature:
 
     def __init__(self, call: Call) -> None:
         self.key = call.key
+        self._order = dict.fromkeys(label for label, _ in call.arguments)
         self.names: tuple[str, ...] = _names(call.walk.paths)
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
         self._closed = call.walk.closed  # kept alive: the key holds their ids
+
+    def ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments in the order of the recording: it numbers what they hold."""
+        return {**{name: kwargs[name] for name in self._order if name in kwargs}, **kwargs}
 
     def check(self, call: Call) -> None:
         """Refuse a call that does not fit.
@@ -155,8 +160,8 @@ class _Comparison:
                 if keys:
                     return f"{label}: {keys[0]!r} is in only one of the recorded and the given {old[0].__name__}"
             return self._unlike(whole_old, whole_new, label)
-        keys = old[1] if isinstance(old[1], tuple) else range(len(old[2]))
-        for key, before, after in zip(keys, old[2], new[2], strict=True):
+        steps = old[1] if isinstance(old[1], tuple) else range(len(old[2]))
+        for key, before, after in zip(steps, old[2], new[2], strict=True):
             difference = self.specs(before, after, f"{label}{_step(key)}")
             if difference is not None:
                 return difference

@@ -164,14 +164,14 @@ class _Context:
 def _is_open(value: Any) -> bool:
     if isinstance(value, _CLOSED) or callable(value):
         return False
-    kind = type(value)
+    kind: Any = type(value)
     return kind.__module__.partition(".")[0] not in _CLOSED_PACKAGES and (
         hasattr(value, "__dict__") or _slots(kind) != ()
     )
 
 
 @functools.cache
-def _slots(kind: type) -> tuple[str, ...]:
+def _slots(kind: Any) -> tuple[str, ...]:
     names = [slot for base in kind.__mro__ for slot in _as_names(base.__dict__.get("__slots__", ()))]
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
@@ -182,7 +182,8 @@ def _as_names(slots: Any) -> tuple[str, ...]:
 
 def _state(value: Any) -> Mapping[str, Any]:
     """The attributes that an instance holds."""
-    slots = _slots(type(value))
+    kind: Any = type(value)
+    slots = _slots(kind)
     held = {name: getattr(value, name) for name in slots if hasattr(value, name)} if slots else {}
     return {**held, **value.__dict__} if hasattr(value, "__dict__") else held
 

@@ -232,7 +232,7 @@ def alike(expected: torch.Tensor, found: torch.Tensor) -> bool:
 
 def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's whole storage as bytes, sharing it."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _poisoned(node: OpNode) -> Call | None:

@@ -170,6 +170,14 @@ def test_output_structures_and_keywords():
     assert (result["n"], result["none"]) == (7, None)
 
 
+def test_keywords_may_come_in_any_order():
+    x, mask = torch.randn(2), torch.randn(2)
+    with record(mask=mask, bias=x) as recording:
+        recording.output(x - mask)
+    assert recording.graph.subgraph.input_names == ("mask", "bias")
+    assert torch.equal(recording.graph.run(bias=x * 2, mask=mask), x * 2 - mask)
+
+
 def test_without_output_the_live_results_are_returned():
     x = torch.randn(2)
     with record(x):

@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_capture.codegen import supports
-from graph_capture.passes import DEFAULT, Pattern, PatternRegistry, canonicalize, find_regions, pattern
+from graph_capture.passes import (
+    DEFAULT,
+    Pattern,
+    PatternRegistry,
+    canonicalize,
+    create_add_rms_norm_pattern,
+    create_swiglu_pattern,
+    find_regions,
+    pattern,
+)
 from graph_capture.passes.rewrite import Dependencies
 from graph_capture.runtime.verify import distance
 
@@ -367,3 +376,8 @@ def test_regions_are_convex_over_order_edges():
     fused = fuse(recorded(program, args), ALWAYS)
     for got, want in zip(fused(x, y.clone()), program(x, y.clone()), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_patterns_take_their_inputs_in_the_order_of_the_function():
+    assert create_swiglu_pattern().input_names == ("gate", "up")
+    assert create_add_rms_norm_pattern().input_names == ("x", "residual", "weight")
