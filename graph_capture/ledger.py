@@ -2,7 +2,7 @@
 
 The captured tensors are read at each replay, so new *values* are honoured by themselves. What the ledger notices is a
 *rebinding*: new memory behind a parameter, another parameter or submodule under the same name, a plain attribute or the
-training flag of a module that ran, a hook.
+training flag of a module that ran, what its lists, dicts and objects (a config) hold themselves, a hook.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from graph_capture.ops import same_value
 from graph_capture.source import PLAIN, ModulePaths
+from graph_capture.structure import items_of
 
 _MISSING = object()
 
@@ -29,11 +30,13 @@ class Ledger:
     def __init__(self, modules: ModulePaths, captured: Mapping[str, torch.Tensor]) -> None:
         self._guards: list[tuple[dict[str, Any], str, Any, str]] = []
         self._pointers = [(tensor, _address(tensor), name) for name, tensor in captured.items()]
-        self._hooks: list[tuple[dict[Any, Any], int, str]] = []
+        self._sizes: list[tuple[Mapping[Any, Any], int, str]] = []
+        self._held: list[tuple[Any, tuple[Any, ...], str]] = []
         self.addresses: Mapping[int, str] = {pointer: name for _, pointer, name in self._pointers}
         for tensor in captured.values():
-            if id(tensor) in modules.owners:
-                table, key, path = modules.owners[id(tensor)]
+            owner = modules.owner_of(tensor)
+            if owner is not None:
+                table, key, path = owner
                 self._guards.append((table, key, tensor, path))
         self.rebound = frozenset(
             _join(path, name)
@@ -45,7 +48,20 @@ class Ledger:
         for module, path in modules.entered.items():
             for name, value in modules.attributes[id(module)].items():
                 self._guards.append((vars(module), name, value, _join(path, name)))
-            self._hooks += [(hooks, len(hooks), path) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+            for name, (value, items) in modules.containers[id(module)].items():
+                if vars(module).get(name) is value and _alike(
+                    items_of(value), items
+                ):  # else the code changes it itself
+                    self._guards.append((vars(module), name, value, _join(path, name)))
+                    self._held.append((value, items, _join(path, name)))
+            tables: dict[str, Mapping[Any, Any]] = {
+                "hooks": module._forward_hooks,
+                "pre-hooks": module._forward_pre_hooks,
+            }
+            for name, part in module._modules.items():
+                if isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+                    tables[f"modules in {name!r}"] = part._modules
+            self._sizes += [(table, len(table), f"{what} of {path!r}") for what, table in tables.items()]
             child = module
             while id(child) in modules.parents and id(child) not in linked:
                 linked.add(id(child))
@@ -62,9 +78,12 @@ class Ledger:
         for tensor, pointer, name in self._pointers:
             if _address(tensor) != pointer:
                 return f"the memory of {name!r} was replaced (.data = ..., .to(...), load_state_dict(assign=True))"
-        for hooks, count, path in self._hooks:
-            if len(hooks) != count:
-                return f"the forward hooks of {path or 'the module'!r} changed"
+        for entries, count, what in self._sizes:
+            if len(entries) != count:
+                return f"there were {count} {what} and are now {len(entries)}"
+        for value, items, name in self._held:
+            if not _alike(items_of(value), items):
+                return f"what {name!r} holds changed"
         return None
 
     def without(self, names: Iterable[str]) -> None:
@@ -80,7 +99,7 @@ class Ledger:
             yield f"{name} is at {pointer:#x}"
 
     def __len__(self) -> int:
-        return len(self._guards) + len(self._pointers) + len(self._hooks)
+        return len(self._guards) + len(self._pointers) + len(self._sizes) + len(self._held)
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -89,6 +108,10 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _equal(now: Any, value: Any) -> bool:
     return now is value or (isinstance(value, PLAIN) and same_value(now, value))
+
+
+def _alike(now: tuple[Any, ...] | None, items: tuple[Any, ...]) -> bool:
+    return now is not None and len(now) == len(items) and all(map(_equal, now, items))
 
 
 def _text(value: Any) -> str:

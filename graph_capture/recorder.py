@@ -92,7 +92,7 @@ class Recording:
         return self._graph
 
     def __enter__(self) -> Recording:
-        if getattr(_active, "recording", None) is not None:
+        if is_recording():
             raise CaptureError("a recording is already active in this thread; end it before you start another")
         if self._arguments is None:
             raise CaptureError("a recording can be entered once; call record() again")
@@ -143,6 +143,11 @@ def record(*args: Any, data_dependent: DataDependent = "error", verify: bool = T
         UnrecordedWriteError: the recorded ops do not explain what the code returned or wrote.
     """
     return Recording(args, kwargs, data_dependent=data_dependent, verify=verify)
+
+
+def is_recording() -> bool:
+    """Whether a recording is active in this thread."""
+    return getattr(_active, "recording", None) is not None
 
 
 def start_graph_recording(*args: Any, **kwargs: Any) -> None:

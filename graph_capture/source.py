@@ -13,6 +13,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from graph_capture.graph import Source
+from graph_capture.structure import items_of
 
 PLAIN = (bool, int, float, str, type(None))  # attributes of these types are guarded
 # These leave their fast path where a torch function mode is active.
@@ -46,6 +47,7 @@ class ModulePaths:
         parents: id of a module -> its parent in a root, and its name there.
         owners: id of a tensor that a module holds -> the table that holds it, the key in it, and its path.
         attributes: id of a module -> its plain attributes as they were before it ran.
+        containers: id of a module -> its lists, dicts and objects, and what these held.
     """
 
     def __init__(self) -> None:
@@ -53,8 +55,10 @@ class ModulePaths:
         self.parents: dict[int, tuple[torch.nn.Module, str]] = {}
         self.owners: dict[int, tuple[dict[str, Any], str, str]] = {}
         self.attributes: dict[int, dict[str, Any]] = {}
+        self.containers: dict[int, dict[str, tuple[Any, tuple[Any, ...]]]] = {}
         self._paths: dict[int, str] = {}  # id of a module -> its path
         self._roots: list[torch.nn.Module] = []  # kept alive, so that the ids stay valid
+        self._seen: set[int] = set()  # ids of containers
         self._stack: list[str] = []
         self._shy: list[Any] = []  # guards
         self._thread = threading.get_ident()
@@ -90,7 +94,11 @@ class ModulePaths:
             return
         self._paths[id(module)] = path
         held = vars(module)
-        self.attributes[id(module)] = {k: v for k, v in held.items() if type(v) in PLAIN and k not in _INTERNAL}
+        own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
+        self.attributes[id(module)] = {name: value for name, value in own if type(value) in PLAIN}
+        self.containers[id(module)] = {
+            name: (value, items) for name, value in own if (items := self._items(value)) is not None
+        }
         for table in (module._parameters, module._buffers, held):
             for name, value in table.items():
                 if isinstance(value, torch.Tensor):
@@ -99,6 +107,20 @@ class ModulePaths:
             if child is not None:
                 self.parents.setdefault(id(child), (module, name))
                 self._add(child, f"{path}.{name}" if path else name)
+
+    def _items(self, value: Any) -> tuple[Any, ...] | None:
+        """What a container holds; of one that many modules share (a config) only once."""
+        if type(value) in PLAIN or id(value) in self._seen:
+            return None
+        items = items_of(value)
+        if items is not None:
+            self._seen.add(id(value))
+        return items
+
+    def owner_of(self, tensor: torch.Tensor) -> tuple[dict[str, Any], str, str] | None:
+        """The table of a module that holds `tensor`, the key in it, and its path."""
+        owner = self.owners.get(id(tensor))
+        return owner if owner is not None and owner[0].get(owner[1]) is tensor else None
 
     def __enter__(self) -> ModulePaths:
         self._handles = [

@@ -188,6 +188,18 @@ def _state(value: Any) -> Mapping[str, Any]:
     return {**held, **value.__dict__} if hasattr(value, "__dict__") else held
 
 
+def items_of(value: Any) -> tuple[Any, ...] | None:
+    """What a container or an opened instance holds itself, flat; None for anything else."""
+    if isinstance(value, dict):
+        return (*value, *value.values())
+    if isinstance(value, (list, tuple, set, collections.deque)):
+        return tuple(value)
+    if not isinstance(value, (*VALUES, torch.Tensor)) and _is_open(value):
+        state = _state(value)
+        return (*state, *state.values())
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Template:
     """How to make a value again from new tensors, and how to bring a call's own objects up to date.

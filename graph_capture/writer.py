@@ -112,7 +112,7 @@ class Writer:
         known = self._names.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
-        owner = self.modules.owners.get(id(tensor))
+        owner = self.modules.owner_of(tensor)
         views = self._views.get(self._storage(tensor), {})
         if views and owner is None:
             return self._view(tensor, views)
@@ -142,7 +142,7 @@ class Writer:
         """
         known = self._names.pop(id(tensor), None)
         outside = known is not None and (known[1] in self.captured or known[1] in self._signature.names)
-        if outside or id(tensor) in self.modules.owners:
+        if outside or self.modules.owner_of(tensor) is not None:
             raise CaptureError(
                 f"the code replaces the memory of a tensor that exists outside it (.data = ..., "
                 f"{self.modules.source()}): a replay would not; write in place (copy_)"

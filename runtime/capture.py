@@ -18,7 +18,7 @@ from graph_capture.runtime.scheduler import FusionScheduler
 from graph_capture.compare import differences
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.recorded import RecordedGraph
-from graph_capture.recorder import DataDependent, Recording
+from graph_capture.recorder import DataDependent, Recording, is_recording
 from graph_capture.signature import Call
 from graph_capture.structure import ByIdentity, Walk
 
@@ -83,6 +83,8 @@ class Captured:
         Raises:
             CaptureError: the call cannot be recorded; see `record`.
         """
+        if is_recording():  # inside another captured function: one of its ops
+            return self._function(*args, **kwargs)
         call = Call(args, kwargs, self._surroundings)
         with self._lock:
             fused = self._graphs.get(call.key)

@@ -1,5 +1,7 @@
 """Recording and replaying small functions, for tests."""
 
+import types
+
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -47,7 +49,11 @@ class Gated(nn.Module):
         super().__init__()
         self.up, self.act, self.down = nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)
         self.scale, self.step = 1.0, 0
+        self.weights, self.config, self.more = [2.0, 3.0], types.SimpleNamespace(offset=1.0), nn.ModuleList()
         self.table = noise(4)
 
     def forward(self, x):
-        return self.down(self.act(self.up(x))) * self.scale + self.table
+        y = self.down(self.act(self.up(x))) * self.scale * self.weights[0] + self.table + self.config.offset
+        for layer in self.more:
+            y = layer(y)
+        return y

@@ -1,5 +1,8 @@
 """Every kind of op, argument, result and cache: recorded, replayed, compared with eager."""
 
+import collections
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -180,6 +183,41 @@ def test_inputs_that_share_memory():
         graph.run(noise(4), noise(4, seed=1))
     with pytest.raises(SignatureMismatchError, match="share memory"):
         graph.run(other[:4], other[:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    ids: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Result:
+    scores: dict[str, torch.Tensor]
+    batch: Batch
+    note: str = ""
+
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+def test_dataclasses_and_namedtuples():
+    def run(batch, pair):
+        scores = batch.ids * pair.left + pair.right
+        return Result({"scores": scores}, Batch(scores * 2, batch.lengths), "made"), Pair(batch.ids, None)
+
+    graph = graph_of(run, Batch(noise(3), (1, 2)), Pair(noise(3), 2.0))
+    batch = Batch(noise(3, seed=1), (1, 2))
+    (got, pair), (want, _) = graph.run(batch, Pair(noise(3), 2.0)), run(batch, Pair(noise(3), 2.0))
+    assert type(got) is Result
+    assert type(got.batch) is Batch
+    assert (got.note, got.batch.lengths) == ("made", (1, 2))
+    assert torch.equal(got.scores["scores"], want.scores["scores"])
+    assert torch.equal(got.batch.ids, want.batch.ids)
+    assert type(pair) is Pair
+    assert pair.left is batch.ids
+    with pytest.raises(SignatureMismatchError, match=r"arg0\.lengths\[1\]: expected 2 \(int\), got 3 \(int\)"):
+        graph.run(Batch(noise(3), (1, 3)), Pair(noise(3), 2.0))
 
 
 class State:

@@ -34,6 +34,9 @@ REBINDINGS = {
     "attribute": lambda m: setattr(m, "scale", 3.0),
     "tensor attribute": lambda m: setattr(m, "table", noise(4, seed=8)),
     "training": lambda m: m.train(not m.training),
+    "list": lambda m: m.weights.__setitem__(0, 5.0),
+    "config": lambda m: setattr(m.config, "offset", 7.0),
+    "appended": lambda m: m.more.append(nn.Linear(4, 4)),
     "hook": lambda m: m.down.register_forward_hook(lambda module, args, output: output * 2),
     "double": lambda m: m.double().half().float(),
 }

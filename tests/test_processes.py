@@ -103,6 +103,15 @@ def test_guards_are_printed_and_misses_explained(caplog):
     assert "got f32[3, 4]" in caplog.text
 
 
+def test_a_captured_function_inside_another_is_recorded_with_it():
+    inner = capture(lambda x: x * 2, UNFUSED)
+    outer = capture(lambda x: inner(x) + 1, UNFUSED)
+    for seed in range(3):
+        assert torch.equal(outer(noise(2, seed=seed)), noise(2, seed=seed) * 2 + 1)
+    assert inner.graphs == ()
+    assert len(outer.misses) == 1
+
+
 def test_a_function_that_never_settles_is_warned_about(caplog):
     class Engine:
         count = 0

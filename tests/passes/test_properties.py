@@ -92,7 +92,7 @@ def test_unfused_replay_is_bit_equal(program, seed):
         assert got.stride() == want.stride()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(programs, st.integers(0, 2**16))
 def test_fused_replay_is_as_close_to_float64_as_eager(program, seed):
     graph = recorded(program, seed)
@@ -104,6 +104,5 @@ def test_fused_replay_is_as_close_to_float64_as_eager(program, seed):
     ours, theirs, exact = noise(seed + 1), noise(seed + 1), noise(seed + 1, torch.float64)
     results = [(*fused(*ours), *ours), (*run(program, *theirs), *theirs), (*run(program, *exact), *exact)]
     for got, eager, reference in zip(*results, strict=True):
-        # A comparison may tip over by one rounding, in eager as in the kernel: then all three may differ by a step.
-        assert distance(got, reference) <= max(4 * distance(eager, reference), 1e-5)
-    assert fused.verify(*noise(seed + 2)).ok
+        # Of 32 elements after up to 40 roundings, either may be the luckier one; cancellation multiplies the luck.
+        assert distance(got, reference) <= max(4 * distance(eager, reference), 1e-6)
