@@ -7,7 +7,9 @@ training flag of a module that ran, what its lists, dicts and objects (a config)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from graph_capture.source import PLAIN, ModulePaths
 from graph_capture.structure import items_of
 
 _MISSING = object()
+_get = dict.get
 
 
 class Ledger:
@@ -71,6 +74,8 @@ class Ledger:
 
     def broken(self) -> str | None:
         """The first guard that no longer holds, as a sentence; None where all hold."""
+        if self._holds():
+            return None
         for table, key, value, name in self._guards:
             now = table.get(key, _MISSING)
             if now is not value and not _equal(now, value):
@@ -86,10 +91,25 @@ class Ledger:
                 return f"what {name!r} holds changed"
         return None
 
+    def _holds(self) -> bool:
+        """Whether nothing was even touched. Every replay asks, so the long loop runs in C."""
+        tables, keys, values = self._columns
+        return (
+            all(map(operator.is_, map(_get, tables, keys), values))
+            and all(_address(tensor) == pointer for tensor, pointer, _ in self._pointers)
+            and all(len(entries) == count for entries, count, _ in self._sizes)
+            and all(_alike(items_of(value), items) for value, items, _ in self._held)
+        )
+
+    @cached_property
+    def _columns(self) -> tuple[list[Any], list[str], list[Any]]:
+        return [guard[0] for guard in self._guards], [guard[1] for guard in self._guards], [g[2] for g in self._guards]
+
     def without(self, names: Iterable[str]) -> None:
         """Drop the guards on the plain attributes `names` (full paths)."""
         dropped = set(names)
         self._guards = [guard for guard in self._guards if guard[3] not in dropped]
+        self.__dict__.pop("_columns", None)
 
     def __iter__(self) -> Iterator[str]:
         """The guards, a line each."""

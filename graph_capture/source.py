@@ -93,6 +93,12 @@ class ModulePaths:
         if id(module) in self._paths:
             return
         self._paths[id(module)] = path
+        if isinstance(module, torch.jit.ScriptModule):  # its parts live in C++ and are never called from Python
+            self.attributes[id(module)], self.containers[id(module)] = {}, {}
+            kept = dict([*module.named_parameters(), *module.named_buffers()])
+            for name, tensor in kept.items():
+                self.owners.setdefault(id(tensor), (kept, name, f"{path}.{name}" if path else name))
+            return
         held = vars(module)
         own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
         self.attributes[id(module)] = {name: value for name, value in own if type(value) in PLAIN}

@@ -109,6 +109,13 @@ def test_channels_last():
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript():
+    model = torch.jit.trace(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), noise(2, 4))
+    graph = assert_replays(model, lambda number: (noise(3, 4, seed=number),))
+    assert set(graph.captured) == {"0.weight", "0.bias"}
+
+
 def test_batch_norm_in_training_writes_its_statistics_at_each_replay():
     ours, theirs = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     graph = graph_of(ours, noise(5, 4))
