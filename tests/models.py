@@ -3,6 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graph_capture import RecordedGraph, record
+
 
 def tiny_llama(layers: int = 4, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A Llama of hidden size 64 with grouped-query attention; the same weights at each call."""
@@ -26,3 +28,16 @@ def tiny_llama(layers: int = 4, dtype: torch.dtype = torch.float32) -> LlamaForC
 def token_ids(length: int = 7, batch: int = 1, seed: int = 1) -> torch.Tensor:
     """Token ids, [batch, length] int64."""
     return torch.randint(0, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def forward(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits, without a cache."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def recorded(model: LlamaForCausalLM, ids: torch.Tensor) -> RecordedGraph:
+    """The recording of `forward`, which takes ``input_ids``."""
+    with record(input_ids=ids) as recording:
+        recording.output(forward(model, ids))
+    return recording.graph

@@ -9,21 +9,10 @@ from torch import nn
 from transformers import StaticCache
 
 from graph_capture import FusionConfig, UnrecordedWriteError, capture, fuse, record
-from tests.models import tiny_llama, token_ids
+from tests.models import forward, recorded, tiny_llama, token_ids
 
 pytestmark = pytest.mark.gpu
 ALWAYS = FusionConfig(profile="always")
-
-
-def forward(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def recorded(model, ids):
-    with record(input_ids=ids) as recording:
-        recording.output(model(input_ids=ids, use_cache=False).logits)
-    return recording.graph
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

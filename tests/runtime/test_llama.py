@@ -6,22 +6,11 @@ import pytest
 import torch
 from graph_capture.runtime.verify import distance
 
-from graph_capture import FusionConfig, fuse, record
-from tests.models import tiny_llama, token_ids
+from graph_capture import FusionConfig, fuse
+from tests.models import forward, recorded, tiny_llama, token_ids
 
 ALWAYS = FusionConfig(profile="always")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def forward(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def recorded(model, ids):
-    with record(input_ids=ids) as recording:
-        recording.output(model(input_ids=ids, use_cache=False).logits)
-    return recording.graph
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
