@@ -24,6 +24,14 @@ def tensors_in(result):
     return walk.tensors
 
 
+def assert_decodes(fast, step, caches, tokens):
+    """A prefill and greedy steps, captured and eager, each through its own cache: equal logits all the way."""
+    for _ in range(1 + STEPS):
+        got, want = fast(tokens, caches[0]), step(tokens, caches[1])
+        assert torch.equal(got, want)
+        tokens = want[:, -1:].argmax(-1)
+
+
 @pytest.mark.parametrize("name", zoo.DECODERS)
 def test_prefill_and_decode_through_a_static_cache(name):
     model = zoo.build(name)
@@ -54,12 +62,8 @@ def test_a_static_cache_decodes_in_one_recording(name):
             return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
 
     fast = capture(step, UNFUSED, data_dependent="guard" if name in READS_VALUES else "error")
-    ours, theirs = (hf.StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
-    tokens = zoo.ids(6)
-    for _ in range(1 + STEPS):
-        got, want = fast(tokens, ours), step(tokens, theirs)
-        assert torch.equal(got, want)
-        tokens = want[:, -1:].argmax(-1)
+    caches = [hf.StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+    assert_decodes(fast, step, caches, zoo.ids(6))
     if name not in READS_VALUES | COUNTS_IN_PYTHON:
         assert len(fast.misses) == 2, "\n".join(fast.misses)  # the prefill, and one for all decode steps
 
@@ -74,12 +78,8 @@ def test_prefill_and_decode_through_a_dynamic_cache(name):
 
     fast = capture(step, UNFUSED)
     for seed in range(2):  # the second time round every step is a replay
-        ours, theirs = hf.DynamicCache(config=model.config), hf.DynamicCache(config=model.config)
-        tokens = zoo.ids(5, seed=seed)
-        for _ in range(1 + STEPS):
-            got, want = fast(tokens, ours), step(tokens, theirs)
-            assert torch.equal(got, want)
-            tokens = want[:, -1:].argmax(-1)
+        caches = [hf.DynamicCache(config=model.config) for _ in range(2)]
+        assert_decodes(fast, step, caches, zoo.ids(5, seed=seed))
     assert len(fast.misses) == 1 + STEPS, "\n".join(fast.misses)
 
 
@@ -147,8 +147,4 @@ def test_t5_generates_with_a_captured_decoder():
 
     fast = capture(step, UNFUSED)
     caches = [hf.EncoderDecoderCache(hf.DynamicCache(), hf.DynamicCache()) for _ in range(2)]
-    decoder_tokens = torch.zeros(1, 1, dtype=torch.int64)
-    for _ in range(1 + STEPS):
-        got, want = fast(decoder_tokens, caches[0]), step(decoder_tokens, caches[1])
-        assert torch.equal(got, want)
-        decoder_tokens = want[:, -1:].argmax(-1)
+    assert_decodes(fast, step, caches, torch.zeros(1, 1, dtype=torch.int64))
