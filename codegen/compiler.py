@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class CompiledKernel:
             outputs.append(torch.empty(shape, dtype=operand.dtype, device=inputs[0].device))
         self._launch(inputs, outputs, space)
         return tuple(outputs)
+
+    def bind(self, tensors: Sequence[torch.Tensor], share: bool) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """A call for replays; a kernel prepares nothing."""
+        return lambda inputs: self(*inputs)
 
     def run(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Run into the given contiguous outputs.

@@ -105,8 +105,8 @@ class OpNode:
     pairs (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound, and an attribute
     may refer to an input inside a list as ``Arg(i)``.
 
-    `source` and `origin` do not take part in equality. `origin` holds the recorded nodes that this node replaced
-    (empty for a recorded node): running them instead is always right, bit for bit.
+    `source` and `origin` do not take part in equality. `origin` holds the nodes that this node replaced, which may have
+    replaced others (empty for a recorded node): running `recorded` instead is always right, bit for bit.
     """
 
     op_type: str
@@ -130,16 +130,16 @@ class OpNode:
 
     @property
     def recorded(self) -> tuple[OpNode, ...]:
-        """The recorded nodes that this node stands for (itself, where it was recorded)."""
-        return self.origin or (self,)
+        """The recorded nodes that this node stands for (itself, where it was recorded), in order."""
+        return tuple(leaf for node in self.origin for leaf in node.recorded) if self.origin else (self,)
 
     def rename(self, names: Mapping[str, str]) -> OpNode:
-        """The same node over other value names; names not in `names` stay. Drops `origin`."""
+        """The same node over other value names, its origin too; names not in `names` stay."""
         return replace(
             self,
-            inputs=tuple(names.get(name, name) for name in self.inputs),
-            outputs=tuple(names.get(name, name) for name in self.outputs),
-            origin=(),
+            inputs=tuple([names.get(name, name) for name in self.inputs]),
+            outputs=tuple([names.get(name, name) for name in self.outputs]),
+            origin=tuple([node.rename(names) for node in self.origin]),
         )
 
 
@@ -185,6 +185,14 @@ class SubGraph:
             for name in dict.fromkeys(node.inputs):
                 found.setdefault(name, []).append(index)
         return {name: tuple(indices) for name, indices in found.items()}
+
+    @cached_property
+    def by_op(self) -> Mapping[str, tuple[int, ...]]:
+        """Op type -> indices of its nodes, in order."""
+        found: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            found.setdefault(node.op_type, []).append(index)
+        return {op_type: tuple(indices) for op_type, indices in found.items()}
 
     @cached_property
     def _structure(self) -> str:
@@ -299,8 +307,8 @@ def order_edges(graph: SubGraph) -> list[tuple[int, int]]:
     last_write: dict[Any, int] = {}
     uses_since: dict[Any, list[int]] = {}
     for index, node in enumerate(graph.nodes):
-        writes: set[Any] = {_alias_set(graph, node.inputs[position]) for position in written_inputs(node)}
-        touched: set[Any] = {_alias_set(graph, name) for name in (*node.inputs, *node.outputs)} | writes
+        writes: set[Any] = {alias_set(graph, node.inputs[position]) for position in written_inputs(node)}
+        touched: set[Any] = {alias_set(graph, name) for name in (*node.inputs, *node.outputs)} | writes
         if is_random(node):
             writes.add(RNG)
             touched.add(RNG)
@@ -315,6 +323,7 @@ def order_edges(graph: SubGraph) -> list[tuple[int, int]]:
     return sorted(set(edges))
 
 
-def _alias_set(graph: SubGraph, name: str) -> Any:
+def alias_set(graph: SubGraph, name: str) -> Any:
+    """What stands for the memory of a value: its storage, or, where nothing is known to share it, its name."""
     meta = graph.values.get(name)
     return name if meta is None or meta.storage < 0 else meta.storage

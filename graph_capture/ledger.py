@@ -8,17 +8,19 @@ training flag of a module that ran, what its lists, dicts and objects (a config)
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graph_capture.ops import same_value
 from graph_capture.source import PLAIN, ModulePaths
 from graph_capture.structure import items_of
 
 _MISSING = object()
+_moved: MutableMapping[torch.Tensor, set[int]] = WeakTensorKeyDictionary()  # where a tensor's memory was before
 _get = dict.get
 
 
@@ -80,6 +82,7 @@ class Ledger:
             now = table.get(key, _MISSING)
             if now is not value and not _equal(now, value):
                 return f"{name or key!r} was {_text(value)} and is now {_text(now)}"
+        self._follow()
         for tensor, pointer, name in self._pointers:
             if _address(tensor) != pointer:
                 return f"the memory of {name!r} was replaced (.data = ..., .to(...), load_state_dict(assign=True))"
@@ -105,6 +108,13 @@ class Ledger:
     def _columns(self) -> tuple[list[Any], list[str], list[Any]]:
         return [guard[0] for guard in self._guards], [guard[1] for guard in self._guards], [g[2] for g in self._guards]
 
+    def _follow(self) -> None:
+        """Take over the new addresses of tensors that `move` has moved."""
+        for index, (tensor, pointer, name) in enumerate(self._pointers):
+            if _address(tensor) != pointer and pointer in _moved.get(tensor, ()):
+                self._pointers[index] = (tensor, _address(tensor), name)
+        self.addresses = {pointer: name for _, pointer, name in self._pointers}
+
     def without(self, names: Iterable[str]) -> None:
         """Drop the guards on the plain attributes `names` (full paths)."""
         dropped = set(names)
@@ -120,6 +130,12 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._guards) + len(self._pointers) + len(self._sizes) + len(self._held)
+
+
+def move(tensor: torch.Tensor, memory: torch.Tensor) -> None:
+    """Let `tensor` live in `memory`, which holds the same values; no guard takes that for a replacement."""
+    _moved.setdefault(tensor, set()).add(_address(tensor))
+    tensor.data = memory
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload
 
 from graph_capture.errors import CaptureError, DataDependentError
-from graph_capture.graph import Arg, OpNode, freeze
+from graph_capture.graph import Arg, OpNode, SubGraph, freeze
 
 FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
 EXTERNAL = "external"  # the op that calls a kernel which is not torch's
@@ -59,6 +59,12 @@ class Op:
     parameters: tuple[Parameter, ...]
     expression: Expression | None = None
     commutative: bool = False
+    composed: bool = False
+
+    @property
+    def library(self) -> bool:
+        """Whether `function` is one call of a library, rather than `composed` of several."""
+        return not self.composed and self.kind is not Kind.VIEW
 
     @property
     def overload(self) -> OpOverload | None:
@@ -188,12 +194,20 @@ def written_inputs(node: OpNode) -> list[int]:
     """Positions in ``node.inputs`` of the tensors that the op writes in place."""
     if node.op_type == EXTERNAL:  # what a foreign kernel writes is not known
         return list(range(len(node.inputs)))
+    if node.op_type.startswith(FUSED):
+        return _written_by_body(node.attr("body"))
     if node.op_type in _UNDECLARED_WRITES and node.attr("training") is False:
         return []
     written = _written_parameters(node.op_type)
     if not written:
         return []
     return [index for name, value in arguments(node).items() if name in written for index in arg_indices(value)]
+
+
+def _written_by_body(body: SubGraph) -> list[int]:
+    """Positions of the inputs whose memory a region writes."""
+    storages = {body.values[n.inputs[i]].storage for n in body.nodes for i in written_inputs(n)}
+    return [index for index, name in enumerate(body.input_names) if storages and body.values[name].storage in storages]
 
 
 @cache

@@ -26,12 +26,13 @@ def _row(
     expression: Expression | None = None,
     *,
     commutative: bool = False,
+    composed: bool = False,
 ) -> None:
-    TABLE[name] = Op(name, function, kind, parameters_of(function), expression, commutative)
+    TABLE[name] = Op(name, function, kind, parameters_of(function), expression, commutative, composed)
 
 
-def _pointwise(name: str, function: Callable[..., Any], expression: Expression, *, commutative: bool = False) -> None:
-    _row(name, function, Kind.POINTWISE, expression, commutative=commutative)
+def _pointwise(name: str, function: Callable[..., Any], expression: Expression, **flags: bool) -> None:
+    _row(name, function, Kind.POINTWISE, expression, **flags)
 
 
 def _only(*allowed: str) -> Callable[[str], Expression]:
@@ -108,6 +109,26 @@ def _gelu(given: Mapping[str, Any], dtype: torch.dtype) -> str:
 
 _pointwise("gelu", aten.gelu.default, _gelu)
 
+
+def quick_gelu(input: torch.Tensor) -> torch.Tensor:
+    """``input * sigmoid(1.702 * input)``."""
+    return input * torch.sigmoid(1.702 * input)
+
+
+def relu_squared(input: torch.Tensor) -> torch.Tensor:
+    """``relu(input) ** 2`` (So et al., 2021)."""
+    return torch.relu(input).square()
+
+
+def softcap(input: torch.Tensor, cap: float) -> torch.Tensor:
+    """``cap * tanh(input / cap)``: logits bounded by `cap` (Gemma 2)."""
+    return torch.tanh(input / cap) * cap
+
+
+_pointwise("quick_gelu", quick_gelu, "input / (1 + exp(-1.702 * input))", composed=True)
+_pointwise("relu_squared", relu_squared, "maximum(input, 0) * maximum(input, 0)", composed=True)
+_pointwise("softcap", softcap, "cap * tanh(input / cap)", composed=True)
+
 # --- pointwise: comparisons, selection, casts
 
 for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
@@ -134,15 +155,21 @@ def softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> 
 _row("softmax", softmax, Kind.ROW, _only("dim", "dtype")("exp(input - max(input)) / sum(exp(input - max(input)))"))
 
 
-def rms_norm(input: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None) -> torch.Tensor:
-    """`torch.nn.functional.rms_norm` over the last dimension."""
+def rms_norm(
+    input: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = None, offset: float = 0.0
+) -> torch.Tensor:
+    """`torch.nn.functional.rms_norm` over the last dimension, with ``weight + offset`` (Gemma: 1) as its weight."""
+    if weight is not None and offset:
+        weight = weight + offset
     return F.rms_norm(input, (input.shape[-1],), weight, eps)
 
 
 def _rms_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
     eps = torch.finfo(dtype).eps if given.get("eps") is None else given["eps"]
     text = f"input * rsqrt(mean(input * input) + {eps!r})"
-    return text if given.get("weight") is None else f"{text} * weight"
+    if given.get("weight") is None:
+        return text
+    return f"{text} * (weight + {given['offset']!r})" if given.get("offset") else f"{text} * weight"
 
 
 _row("rms_norm", rms_norm, Kind.ROW, _rms_norm)
@@ -167,9 +194,11 @@ _row("layer_norm", layer_norm, Kind.ROW, _layer_norm)
 # --- whole ops: fused around, never into
 
 
-def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`: [..., K] x [N, K] (+ [N]) -> [..., N]."""
-    return F.linear(input, weight, bias)
+def linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+) -> torch.Tensor:
+    """`torch.nn.functional.linear`: [..., K] x [N, K] (+ [N]) -> [..., N]; the weight is [K, N] if `transposed`."""
+    return F.linear(input, weight.t() if transposed else weight, bias)
 
 
 def scaled_dot_product_attention(
@@ -193,9 +222,33 @@ def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.matmul(input, other)
 
 
+def repeat_kv(input: torch.Tensor, repeats: int) -> torch.Tensor:
+    """[B, H, S, E] -> [B, H * repeats, S, E]: each head `repeats` times in a row."""
+    batch, heads, length, width = input.shape
+    return input[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, -1, length, width)
+
+
+def rope(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021) of the first E elements of each [..., D] row.
+
+    `cos` and `sin` broadcast over `input`; their last dimension is E. Element i is rotated with i + E / 2, or, if
+    `interleaved`, 2 i with 2 i + 1.
+    """
+    width = cos.shape[-1]
+    turned, kept = input[..., :width], input[..., width:]
+    if interleaved:
+        other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    else:
+        other = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), -1)
+    turned = turned * cos + other * sin
+    return torch.cat((turned, kept), -1) if kept.shape[-1] else turned
+
+
 _function: Callable[..., Any]
 for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
+for _function in (repeat_kv, rope):
+    _row(_function.__name__, _function, Kind.OPAQUE, composed=True)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
 
 # --- what torch's dispatcher does not know

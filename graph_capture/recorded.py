@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -90,9 +90,10 @@ class RecordedGraph:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
 
-    def replay(self, call: Call, executor: Executor) -> Any:
-        """Run `executor` (of this graph or of one made from it) on a call that fits, and make the result."""
-        tensors = [*call.tensors, *self.captured.values()]
+    def replay(self, call: Call, executor: Executor, constants: Sequence[torch.Tensor] = ()) -> Any:
+        """Run `executor` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
+        make the result."""
+        tensors = [*call.tensors, *self.captured.values(), *constants]
         if self.guarded:
             with self._undone_on_mismatch(tensors):
                 results = executor.run(tensors)
@@ -104,16 +105,33 @@ class RecordedGraph:
     def _undone_on_mismatch(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         """Put back what was written before a guard failed."""
         last = max(i for i, node in enumerate(self.subgraph.nodes) if node.op_type.startswith(GUARD))
-        memories = [storage_bytes(tensors[i]) for i in self._written_inputs(last)]
-        copies = [(memory, memory.clone()) for memory in memories]
-        random = RandomState()
+        restore = self._snapshot(tensors, last)
         try:
             yield
         except DataDependentError:
+            restore()
+            raise
+
+    @contextlib.contextmanager
+    def undone(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Put back, at the end, what the recorded ops write into `tensors` (one for each input) and draw at random."""
+        restore = self._snapshot(tensors, len(self.subgraph))
+        try:
+            yield
+        finally:
+            restore()
+
+    def _snapshot(self, tensors: Sequence[torch.Tensor], until: int) -> Callable[[], None]:
+        memories = [storage_bytes(tensors[i]) for i in self._written_inputs(until)]
+        copies = [(memory, memory.clone()) for memory in memories]
+        random = RandomState()
+
+        def restore() -> None:
             for memory, copy in copies:
                 memory.copy_(copy)
             random.restore()
-            raise
+
+        return restore
 
     def _written_inputs(self, until: int) -> list[int]:
         """Positions of the graph's inputs, one for each memory that the nodes before `until` write."""

@@ -1,20 +1,30 @@
 """SubGraph -> SubGraph rewrites."""
 
 from graph_capture.passes.canonicalize import canonicalize
+from graph_capture.passes.cleanup import clean_up
 from graph_capture.passes.fusions import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
-from graph_capture.passes.pattern import DEFAULT, Pattern, PatternRegistry, pattern
-from graph_capture.passes.regions import FusionPlan, Receipt, find_regions
+from graph_capture.passes.pattern import Pattern
+from graph_capture.passes.pipeline import Passes, Rewritten, pass_names, rewrite
+from graph_capture.passes.receipts import Receipt, Refusal
+from graph_capture.passes.regions import FusionPlan, find_regions
+from graph_capture.passes.registry import DEFAULT, PatternRegistry, pattern
 
 __all__ = [
     "DEFAULT",
     "FusionPlan",
+    "Passes",
     "Pattern",
     "PatternRegistry",
     "Receipt",
+    "Refusal",
+    "Rewritten",
     "canonicalize",
+    "clean_up",
     "create_add_rms_norm_pattern",
     "create_geglu_pattern",
     "create_swiglu_pattern",
     "find_regions",
+    "pass_names",
     "pattern",
+    "rewrite",
 ]

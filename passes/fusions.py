@@ -1,15 +1,22 @@
-"""The named fusions, as the PyTorch functions they are. They are tried in this order."""
+"""The named fusions, as the PyTorch functions they are.
+
+Any spelling that the canonicaliser knows is found as well, for patterns go through it as models do.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from graph_capture.passes.pattern import DEFAULT, pattern
+from graph_capture.passes.registry import DEFAULT, pattern
 
 from graph_capture.graph import SubGraph
 
-_VECTOR = ({"weight": (8,)},)
+_VECTOR = ({"weight": (8,), "bias": (8,), "first": (8,), "second": (8,)},)
+_NO_VALUE: frozenset[str] = frozenset({"offset"})
+
+# --- gated linear units
 
 
 @pattern("swiglu")
@@ -30,17 +37,152 @@ def geglu_tanh(gate: Any, up: Any) -> Any:
     return F.gelu(gate, approximate="tanh") * up
 
 
-@pattern("add_rms_norm", outputs=("sum", "output"), shapes=_VECTOR)
+@pattern("relu_squared_glu")
+def relu_squared_glu(gate: Any, up: Any) -> Any:
+    """Gated linear unit with the squared ReLU (So et al., 2021)."""
+    return F.relu(gate).square() * up
+
+
+# --- norms
+
+
+@pattern(
+    "norm_add_norm", outputs=("sum", "output"), shapes=_VECTOR, ignore=frozenset({"eps", "offset"})
+)
+def norm_add_norm(x: Any, residual: Any, first: Any, second: Any) -> Any:
+    """The norm of a branch, its residual sum, and the norm of that (Gemma 2)."""
+    total = residual + F.rms_norm(x, (8,), first, 1e-6)
+    return total, F.rms_norm(total, (8,), second, 1e-6)
+
+
+@pattern("add_rms_norm", outputs=("sum", "output"), shapes=_VECTOR, ignore=_NO_VALUE)
 def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float = 1e-6) -> Any:
     """Residual sum and the RMSNorm (Zhang and Sennrich, 2019) of it; both are results."""
     total = x + residual
     return total, F.rms_norm(total, (total.shape[-1],), weight, eps)
 
 
-@pattern("rms_norm", shapes=_VECTOR)
+@pattern("add_layer_norm", outputs=("sum", "output"), shapes=_VECTOR, ignore=frozenset({"eps"}))
+def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
+    """Residual sum and the LayerNorm (Ba et al., 2016) of it; both are results."""
+    total = x + residual
+    return total, F.layer_norm(total, (8,), weight, bias)
+
+
+def _bias_first(x: Any, extra: Any, residual: Any, weight: Any, bias: Any) -> Any:
+    total = (x + extra) + residual
+    return total, F.layer_norm(total, (8,), weight, bias)
+
+
+@pattern(
+    "bias_add_layer_norm", outputs=("sum", "output"), shapes=({**_VECTOR[0], "extra": (8,)},), ignore=frozenset({"eps"})
+)
+def bias_add_layer_norm(x: Any, extra: Any, residual: Any, weight: Any, bias: Any) -> Any:
+    """A bias or a second branch, the residual sum, and the LayerNorm of it."""
+    return _bias_first(x, extra, residual, weight, bias)
+
+
+@pattern("rms_norm", shapes=_VECTOR, ignore=_NO_VALUE)
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
     """RMSNorm on its own."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@pattern("layer_norm", shapes=_VECTOR, ignore=frozenset({"eps"}))
+def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
+    """LayerNorm on its own, where it was spelled out."""
+    return F.layer_norm(x, (8,), weight, bias)
+
+
+# --- attention: its inputs and its weights
+
+
+def _rotated(x: Any, cos: Any, sin: Any) -> Any:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _rotary(**others: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], ...]:
+    """Shapes by parameter: [batch, heads, length, width]; before the norm heads and length are still swapped."""
+    heads = {"query": (2, 4, 3, 8), "key": (2, 2, 3, 8), "cos": (2, 1, 3, 8), "sin": (2, 1, 3, 8)}
+    return (heads | others,)
+
+
+_CACHES = {"value": (2, 2, 3, 8), "keys": (2, 2, 9, 8), "values": (2, 2, 9, 8), "position": (3,), "steps": (3,), "count": ()}
+_NORMS = {"query": (2, 3, 4, 8), "key": (2, 3, 2, 8), "first": (8,), "second": (8,)}
+_INTEGERS = {"position": torch.int64, "steps": torch.int64, "count": torch.int64}
+_ANY_ROPE = frozenset({"interleaved", "eps", "offset", "other"})
+
+
+def _written(keys: Any, values: Any, position: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
+
+
+@pattern("rope", outputs=("query_out", "key_out"), shapes=_rotary(), ignore=_ANY_ROPE, compound=True)
+def rope(query: Any, key: Any, cos: Any, sin: Any) -> Any:
+    """Rotary position embedding (Su et al., 2021) of query and key."""
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+@pattern("qk_norm_rope", outputs=("query_out", "key_out"), shapes=_rotary(**_NORMS), ignore=_ANY_ROPE, compound=True)
+def qk_norm_rope(query: Any, key: Any, first: Any, second: Any, cos: Any, sin: Any) -> Any:
+    """RMSNorm of each head of query and key, then their rotary embedding (Qwen 3)."""
+    query, key = F.rms_norm(query, (8,), first, 1e-6), F.rms_norm(key, (8,), second, 1e-6)
+    return _rotated(query.transpose(1, 2), cos, sin), _rotated(key.transpose(1, 2), cos, sin)
+
+
+def _rope_cache_counted(
+    query: Any, key: Any, value: Any, cos: Any, sin: Any, keys: Any, values: Any, steps: Any, count: Any
+) -> Any:
+    """Where the cache counts its own positions (transformers' `StaticCache`)."""
+    query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    position = steps + count
+    count.add_(1)
+    return query, *_written(keys, values, position, key, value)
+
+
+@pattern(
+    "rope_cache",
+    spellings=(_rope_cache_counted,),
+    outputs=("query_out", "keys_out", "values_out"),
+    shapes=_rotary(**_CACHES),
+    kinds=_INTEGERS,
+    ignore=_ANY_ROPE,
+    compound=True,
+)
+def rope_cache(query: Any, key: Any, value: Any, cos: Any, sin: Any, keys: Any, values: Any, position: Any) -> Any:
+    """Rotary embedding of query and key, and the write of key and value into a static cache."""
+    query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    return query, *_written(keys, values, position, key, value)
+
+
+@pattern("scale_mask_softmax", shapes=({"scores": (2, 4, 3, 3), "mask": (2, 1, 3, 3)},))
+def scale_mask_softmax(scores: Any, mask: Any, scale: float = 1.0) -> Any:
+    """Attention weights, where attention is spelled out and cannot be one op."""
+    return F.softmax(scores * scale + mask, dim=-1)
+
+
+# --- the ends of a model
+
+
+@pattern(
+    "embedding_scale_norm",
+    outputs=("scaled", "output"),
+    shapes=({"table": (9, 8), "ids": (2,), "weight": (8,)},),
+    kinds={"ids": torch.int64},
+    ignore=frozenset({"padding_idx", "eps", "offset", "other"}),
+    compound=True,
+)
+def embedding_scale_norm(table: Any, ids: Any, weight: Any) -> Any:
+    """A scaled embedding and the RMSNorm of it (Gemma)."""
+    scaled = F.embedding(ids, table) * 3.0
+    return scaled, F.rms_norm(scaled, (8,), weight, 1e-6)
+
+
+@pattern("temperature_softmax")
+def temperature_softmax(logits: Any, temperature: float = 1.0) -> Any:
+    """Sampling probabilities."""
+    return F.softmax(logits / temperature, dim=-1)
 
 
 def create_swiglu_pattern() -> SubGraph:

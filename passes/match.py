@@ -1,22 +1,23 @@
-"""Finding a template in a graph: candidates by op type, then isomorphism on each candidate's neighbourhood alone.
+"""Finding a template in a graph: from a candidate for its last node, operand by operand, upwards.
 
-networkx decides how the nodes correspond (VF2); operands and attributes are then bound exactly. The neighbourhood is
-what lies within the template's depth above the anchor, so the time is linear in the number of candidates.
+Every step binds one value of the template to one of the graph; commutative ops are tried in both orders. Templates with
+several results continue from a value that is bound already to its nearest readers. The time for a candidate depends on
+the template alone, so matching is linear in the number of candidates.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from graph_capture.passes.pattern import Hole, Template, dataflow
-from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
+from graph_capture.passes.pattern import Hole, Template
 
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ops import op, same_value
+
+NEAREST = 8  # readers of a shared value, on either side, that are tried for a template's other results
 
 
 @dataclass(frozen=True)
@@ -34,75 +35,151 @@ class Match:
     holes: Mapping[str, Any]
 
 
-def candidates(graph: SubGraph, template: Template) -> Iterator[int]:
-    """Indices of the nodes that could be the template's anchor."""
-    wanted = template.anchor.op_type
-    return (index for index, node in enumerate(graph.nodes) if node.op_type == wanted)
+@dataclass(frozen=True)
+class Miss:
+    """How far a template got at a candidate.
+
+    Attributes:
+        placed: nodes that were found before it failed.
+        reason: what was expected and what was there.
+        at: index of the node where it failed.
+    """
+
+    placed: int
+    reason: str
+    at: int
 
 
-def match_at(graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()) -> Match | None:
+def candidates(graph: SubGraph, template: Template) -> Sequence[int]:
+    """Indices of the nodes that could be the template's last one."""
+    return graph.by_op.get(template.anchor.op_type, ())
+
+
+def match_at(
+    graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()
+) -> Match | Miss:
     """The template's occurrence that ends in node `anchor`; attributes named in `ignore` may differ."""
-    pattern = template.graph
-    needed = Counter(node.op_type for node in pattern.nodes)
-    near = _neighbourhood(graph, anchor, template.depth, set(needed))
-    if needed - Counter(graph.nodes[index].op_type for index in near):
-        return None
-    last = len(pattern) - 1
-    if len(pattern) == 1:
-        return _bind(graph, pattern, {0: anchor}, ignore)
-    matcher = DiGraphMatcher(
-        dataflow(graph, near), template.structure, node_match=categorical_node_match("op_type", None)
-    )
-    for found in matcher.subgraph_monomorphisms_iter():
-        places = {theirs: ours for ours, theirs in found.items()}
-        if places[last] == anchor and (match := _bind(graph, pattern, places, ignore)) is not None:
-            return match
-    return None
+    search = _Search(graph, template, anchor, ignore)
+    state = search.solve(_State([(len(template.graph) - 1, anchor)]))
+    if state is None:
+        return search.miss
+    return Match(tuple(sorted(state.places.values())), state.bindings, state.holes)
 
 
-def _neighbourhood(graph: SubGraph, anchor: int, depth: int, op_types: set[str]) -> set[int]:
-    near, frontier = {anchor}, {anchor}
-    for _ in range(depth):
-        producers = {graph.producers.get(name, -1) for index in frontier for name in graph.nodes[index].inputs}
-        frontier = {i for i in producers - near if i >= 0 and graph.nodes[i].op_type in op_types}
-        near |= frontier
-    return near
+@dataclass
+class _State:
+    """A partial match. `goals` are pairs still to be unified: two nodes (indices) or two values (names)."""
+
+    goals: list[tuple[Any, Any]]
+    places: dict[int, int] = field(default_factory=dict)
+    bindings: dict[str, str] = field(default_factory=dict)
+    holes: dict[str, Any] = field(default_factory=dict)
+
+    def copy(self) -> _State:
+        return _State(list(self.goals), dict(self.places), dict(self.bindings), dict(self.holes))
 
 
-def _bind(graph: SubGraph, pattern: SubGraph, places: Mapping[int, int], ignore: frozenset[str]) -> Match | None:
-    """Check attributes and operands under a node correspondence; commutative ops may take theirs in any order."""
-    holes: dict[str, Any] = {}
-    outputs: dict[str, str] = {}
-    for index, place in places.items():
-        theirs, ours = pattern.nodes[index], graph.nodes[place]
-        if not _attributes_fit(theirs, ours, holes, ignore) or len(theirs.outputs) != len(ours.outputs):
+class _Search:
+    def __init__(self, graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str]) -> None:
+        self.graph, self.template, self.anchor, self.ignore = graph, template.graph, anchor, ignore
+        self.miss = Miss(0, "", anchor)
+
+    def solve(self, state: _State) -> _State | None:
+        """Unify all goals, then whatever of the template is left; None if that fails."""
+        while state.goals:
+            theirs, ours = state.goals.pop()
+            if isinstance(theirs, int):
+                choices = self._node(state, theirs, ours)
+                if choices is None:
+                    return None
+                if len(choices) > 1:
+                    branch = state.copy()
+                    branch.goals.extend(choices[1])
+                    found = self.solve(branch)
+                    if found is not None:
+                        return found
+                state.goals.extend(choices[0])
+            elif not self._value(state, theirs, ours):
+                return None
+        return self._continue(state)
+
+    def _value(self, state: _State, theirs: str, ours: str) -> bool:
+        bound = state.bindings.get(theirs)
+        if bound is not None:
+            return bound == ours or self._fail(state, self.graph.producers.get(ours), f"{ours} is not {bound}")
+        producer = self.template.producers.get(theirs)
+        if producer is None:
+            state.bindings[theirs] = ours
+            return True
+        wanted = self.template.nodes[producer]
+        place = self.graph.producers.get(ours)
+        if place is None:
+            return self._fail(state, None, f"expected {wanted.op_type}, found the input {ours}")
+        node = self.graph.nodes[place]
+        if node.op_type != wanted.op_type or wanted.outputs.index(theirs) != node.outputs.index(ours):
+            return self._fail(state, place, f"expected {wanted.op_type}, found {node.op_type}")
+        state.goals.append((producer, place))
+        return True
+
+    def _node(self, state: _State, theirs: int, ours: int) -> list[list[tuple[str, str]]] | None:
+        """Place a node; the ways to pair its operands, at least one, or None."""
+        wanted, node = self.template.nodes[theirs], self.graph.nodes[ours]
+        if ours in state.places.values() or len(wanted.inputs) != len(node.inputs):
             return None
-        outputs.update(zip(theirs.outputs, ours.outputs, strict=True))
-    orders = []
-    for index, place in sorted(places.items()):
-        theirs, ours = pattern.nodes[index], graph.nodes[place]
-        if len(theirs.inputs) != len(ours.inputs):
+        if len(wanted.outputs) != len(node.outputs) or not self._attributes(state, wanted, node):
+            self._fail(state, ours, f"{node.op_type} has other arguments")
             return None
-        swapped = op(ours.op_type).commutative and len(ours.inputs) == 2
-        choices = [ours.inputs, ours.inputs[::-1]] if swapped else [ours.inputs]
-        orders.append([(theirs.inputs, choice) for choice in choices])
-    for chosen in itertools.product(*orders):
-        bindings = dict(outputs)
-        pairs = (pair for theirs, ours in chosen for pair in zip(theirs, ours, strict=True))
-        if all(bindings.setdefault(name, value) == value for name, value in pairs):
-            return Match(tuple(sorted(places.values())), bindings, holes)
-    return None
+        for name, value in zip(wanted.outputs, node.outputs, strict=True):
+            if state.bindings.setdefault(name, value) != value:
+                return None
+        state.places[theirs] = ours
+        straight = list(zip(wanted.inputs, node.inputs, strict=True))
+        if len(straight) == 2 and node.inputs[0] != node.inputs[1] and op(node.op_type).commutative:
+            return [list(zip(wanted.inputs, node.inputs[::-1], strict=True)), straight]
+        return [straight]
 
-
-def _attributes_fit(theirs: OpNode, ours: OpNode, holes: dict[str, Any], ignore: frozenset[str]) -> bool:
-    wanted = {key: value for key, value in theirs.attrs if key not in ignore}
-    given = {key: value for key, value in ours.attrs if key not in ignore}
-    if wanted.keys() != given.keys():
-        return False
-    for key, value in wanted.items():
-        if isinstance(value, Hole):
-            if not same_value(holes.setdefault(value.name, given[key]), given[key]):
-                return False
-        elif not same_value(value, given[key]):
+    def _attributes(self, state: _State, wanted: OpNode, node: OpNode) -> bool:
+        if not wanted.attrs and not node.attrs:
+            return True
+        theirs = {key: value for key, value in wanted.attrs if key not in self.ignore}
+        ours = {key: value for key, value in node.attrs if key not in self.ignore}
+        if theirs.keys() != ours.keys():
             return False
-    return True
+        for key, value in theirs.items():
+            if isinstance(value, Hole):
+                if not same_value(state.holes.setdefault(value.name, ours[key]), ours[key]):
+                    return False
+            elif not same_value(value, ours[key]):
+                return False
+        return True
+
+    def _continue(self, state: _State) -> _State | None:
+        """Place a node of the template that nothing so far depends on, near the anchor, until all are placed."""
+        template, graph = self.template, self.graph
+        if len(state.places) == len(template):
+            made = {name for place in state.places.values() for name in graph.nodes[place].outputs}
+            return None if any(state.bindings[name] in made for name in template.input_names) else state
+        for index in range(len(template) - 1, -1, -1):
+            node = template.nodes[index]
+            shared = next((n for n in node.inputs if n in state.bindings), None)
+            if index in state.places or shared is None:
+                continue
+            readers = graph.users.get(state.bindings[shared], ())
+            middle = bisect.bisect(readers, self.anchor)
+            near = readers[max(0, middle - NEAREST) : middle + NEAREST]
+            for place in sorted(near, key=lambda reader: abs(reader - self.anchor)):
+                if graph.nodes[place].op_type != node.op_type:
+                    continue
+                branch = state.copy()
+                branch.goals.append((index, place))
+                found = self.solve(branch)
+                if found is not None:
+                    return found
+            self._fail(state, self.anchor, f"no {node.op_type} reads {state.bindings[shared]}")
+            return None
+        return None
+
+    def _fail(self, state: _State, at: int | None, reason: str) -> bool:
+        if len(state.places) > self.miss.placed:
+            self.miss = Miss(len(state.places), reason, self.anchor if at is None else at)
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,8 @@ from graph_capture.recorder import Recording
 _PROBE = 0.0123456789  # stands for a hole while a pattern is recorded; found again in the attributes
 _WIDTH = 8
 
+Function = Callable[..., Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Hole:
@@ -28,19 +30,9 @@ class Hole:
 
 @dataclass(frozen=True)
 class Template:
-    """One recorded form of a pattern. Its anchor is its last node; every other node is an ancestor of it."""
+    """One recorded form of a pattern. All its nodes are connected; the last one is its anchor."""
 
     graph: SubGraph
-
-    @cached_property
-    def structure(self) -> networkx.DiGraph:
-        """The nodes' indices with their op types; which node feeds which."""
-        return dataflow(self.graph, range(len(self.graph)))
-
-    @cached_property
-    def depth(self) -> int:
-        """Edges on the longest path."""
-        return int(networkx.dag_longest_path_length(self.structure, weight=None))
 
     @property
     def anchor(self) -> OpNode:
@@ -48,62 +40,63 @@ class Template:
         return self.graph.nodes[-1]
 
 
-def dataflow(graph: SubGraph, indices: Sequence[int] | range | set[int]) -> networkx.DiGraph:
-    """The given nodes of `graph` and the values that flow between them."""
-    flow: networkx.DiGraph = networkx.DiGraph()
-    for index in indices:
-        flow.add_node(index, op_type=graph.nodes[index].op_type)
-    for index in indices:
-        for name in graph.nodes[index].inputs:
-            producer = graph.producers.get(name)
-            if producer is not None and producer in flow:
-                flow.add_edge(producer, index)
-    return flow
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pattern:
     """A named function of tensors; a parameter with a default is a number that a match captures.
 
     Attributes:
         name: names the rule and the regions it makes.
         function: the PyTorch function.
+        spellings: other functions of the same parameters and results, found as well.
         outputs: a name for each tensor it returns.
         shapes: example shapes of parameters that are not ``[2, 8]``; more than one set gives more templates.
         dtypes: dtypes to record it in, where casts make a difference.
+        kinds: dtypes of single parameters (positions are integers).
         keep_whole: record it with semantic ops whole, as models are.
+        ignore: attributes that may have any value.
+        compound: keep a match as a region even where no target has a kernel for it: its parts then run one by one.
+        prepare: what models' graphs go through before patterns are looked for.
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Function
+    spellings: tuple[Function, ...] = ()
     outputs: tuple[str, ...] = ("output",)
     shapes: tuple[Mapping[str, tuple[int, ...]], ...] = ({},)
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    kinds: Mapping[str, torch.dtype] | None = None
     keep_whole: bool = True
+    ignore: frozenset[str] = frozenset()
+    compound: bool = False
+    prepare: Callable[[SubGraph], SubGraph] | None = None
 
     @cached_property
     def templates(self) -> tuple[Template, ...]:
         """The recorded forms, each distinct one once, the largest first: it may contain the others.
 
         Raises:
-            CaptureError: the function cannot be recorded as a pattern.
+            CaptureError: a function cannot be recorded as a pattern.
         """
         found: dict[SubGraph, Template] = {}
-        for shapes in self.shapes:
-            for dtype in self.dtypes:
-                graph = self._record(shapes, dtype)
-                found.setdefault(graph, Template(graph))
+        for function in (self.function, *self.spellings):
+            for shapes in self.shapes:
+                for dtype in self.dtypes:
+                    graph = self._record(function, shapes, dtype)
+                    found.setdefault(graph, Template(graph))
         return tuple(sorted(found.values(), key=lambda template: -len(template.graph)))
 
-    def _record(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> SubGraph:
-        parameters = inspect.signature(self.function).parameters.values()
+    def _record(self, function: Function, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> SubGraph:
+        parameters = inspect.signature(function).parameters.values()
         holes = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
         numbers = {name: _PROBE * (index + 1) for index, name in enumerate(holes)}
+        kinds = self.kinds or {}
         tensors = {
-            p.name: torch.ones(shapes.get(p.name, (2, _WIDTH)), dtype=dtype) for p in parameters if p.name not in holes
+            p.name: torch.ones(shapes.get(p.name, (2, _WIDTH)), dtype=kinds.get(p.name, dtype))
+            for p in parameters
+            if p.name not in holes
         }
-        with Recording((), tensors, keep_whole=self.keep_whole) as recording:
-            recording.output(self.function(**tensors, **numbers))
+        with Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
+            recording.output(function(**tensors, **numbers))
         graph = recording.graph.subgraph
         if recording.graph.captured:
             raise CaptureError(f"pattern {self.name!r} uses tensors that are not its parameters")
@@ -111,13 +104,13 @@ class Pattern:
             raise CaptureError(
                 f"pattern {self.name!r} returns {len(graph.output_names)} tensors and names {len(self.outputs)}"
             )
+        if self.prepare is not None:
+            graph = self.prepare(graph)
         names = dict(zip(graph.output_names, self.outputs, strict=True))
         nodes = [_with_holes(node.rename(names), {v: k for k, v in numbers.items()}) for node in graph.nodes]
         result = SubGraph(tuple(nodes), graph.input_names, self.outputs)
-        anchor = len(result) - 1
-        flow = dataflow(result, range(len(result)))
-        if anchor < 0 or len(networkx.ancestors(flow, anchor)) != anchor:
-            raise CaptureError(f"pattern {self.name!r}: every op must feed the last one")
+        if not nodes or not networkx.is_weakly_connected(_shared(result)):
+            raise CaptureError(f"pattern {self.name!r}: its ops must be connected by the values they share")
         return result
 
     def subgraph(self, **numbers: float) -> SubGraph:
@@ -128,57 +121,20 @@ class Pattern:
         return replace(graph, nodes=tuple(_filled(node, values | numbers) for node in graph.nodes))
 
 
+def _shared(graph: SubGraph) -> networkx.DiGraph:
+    """Ops and values, with an edge wherever an op reads or makes a value."""
+    flow: networkx.DiGraph = networkx.DiGraph()
+    for index, node in enumerate(graph.nodes):
+        flow.add_node(index)
+        flow.add_edges_from((name, index) for name in node.inputs)
+        flow.add_edges_from((index, name) for name in node.outputs)
+    return flow
+
+
 def _with_holes(node: OpNode, holes: Mapping[float, str]) -> OpNode:
     attrs = tuple((k, Hole(holes[v]) if isinstance(v, float) and v in holes else v) for k, v in node.attrs)
-    return replace(node, attrs=attrs, source=None)
+    return replace(node, attrs=attrs, source=None, origin=())
 
 
 def _filled(node: OpNode, values: Mapping[str, float]) -> OpNode:
     return replace(node, attrs=tuple((k, values[v.name] if isinstance(v, Hole) else v) for k, v in node.attrs))
-
-
-class PatternRegistry:
-    """Patterns by name, in the order in which they are tried."""
-
-    def __init__(self, patterns: Sequence[Pattern] = ()) -> None:
-        self._patterns: dict[str, Pattern] = {}
-        for item in patterns:
-            self.add(item)
-
-    def add(self, item: Pattern) -> None:
-        """Append a pattern.
-
-        Raises:
-            CaptureError: another one has its name.
-        """
-        known = self._patterns.get(item.name)
-        if known is not None and known.function is not item.function:
-            raise CaptureError(f"a pattern named {item.name!r} is registered already; choose another name")
-        self._patterns[item.name] = item
-
-    def __iter__(self) -> Any:
-        return iter(tuple(self._patterns.values()))
-
-    def __getitem__(self, name: str) -> Pattern:
-        return self._patterns[name]
-
-
-DEFAULT = PatternRegistry()
-
-
-def pattern(
-    name: str, *, registry: PatternRegistry = DEFAULT, **options: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as a pattern: its ops, wherever they occur connected like this, become one region.
-
-    `options` are the other attributes of `Pattern`; `registry` is the process-wide one unless given.
-
-    Raises:
-        CaptureError: the name is taken.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        registry.add(Pattern(name, function, **options))
-        return function
-
-    return register

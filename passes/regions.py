@@ -1,38 +1,26 @@
-"""Which nodes become one kernel: the named patterns first, then whatever pointwise chains are left."""
+"""Which nodes become one kernel: named patterns, then whatever chains of pointwise and row ops are left.
+
+All candidates are looked at on the same graph. Where two overlap, the one that saves more bytes of memory traffic is
+taken; equal ones in the order of the patterns, then of the graph.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from graph_capture.passes.match import candidates, match_at
-from graph_capture.passes.pattern import DEFAULT, Pattern
-from graph_capture.passes.rewrite import (
-    Contraction,
-    Dependencies,
-    body_of,
-    common_source,
-    contract,
-    exposed,
-    recorded_nodes,
-)
+from graph_capture.passes.match import Miss, candidates, match_at
+from graph_capture.passes.pattern import Pattern
+from graph_capture.passes.receipts import Receipt, Tally
+from graph_capture.passes.registry import DEFAULT
+from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, expand, exposed
 
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
 
 Supports = Callable[[SubGraph], "str | None"]
 WINDOW = 256  # nodes that a grown region may span, so that its convexity is a local question
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a rule looked at: places where it could apply, where it did, and why not elsewhere (reason -> count)."""
-
-    rule: str
-    candidates: int
-    matches: int
-    refusals: tuple[tuple[str, int], ...]
+GROWN = ("pointwise", "row", "library")  # rules of the regions that no pattern names
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,14 @@ class FusionPlan:
     receipts: tuple[Receipt, ...]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    rule: str
+    nodes: tuple[int, ...]
+    saved: int
+    order: int
+
+
 def find_regions(
     graph: SubGraph,
     *,
@@ -50,133 +46,255 @@ def find_regions(
     patterns: Iterable[Pattern] | None = None,
     max_nodes: int = 64,
     min_nodes: int = 2,
+    off: Collection[str] = (),
 ) -> FusionPlan:
     """Find the regions of `graph` and contract each into one node.
 
     A fused node holds the region in its attribute ``body`` (a `SubGraph` over canonical names); its ``origin`` are the
-    recorded nodes.
+    nodes that it replaces.
 
     Args:
         supports: why a region cannot be a kernel, or None if it can.
-        patterns: tried in order; the registered ones unless given.
+        patterns: what to look for; the registered ones unless given.
         max_nodes, min_nodes: bounds on the recorded ops of a region.
+        off: rules to leave out.
     """
-    receipts = []
-    bounds = (min_nodes, max_nodes)
-    for item in DEFAULT if patterns is None else patterns:
-        graph, receipt = _apply_pattern(graph, item, supports, bounds)
-        receipts.append(receipt)
-    graph, receipt = _grow_pointwise(graph, supports, bounds)
-    return FusionPlan(graph, (*receipts, receipt))
+    named = _Finder(graph, supports, (min_nodes, max_nodes))
+    named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
+    graph, receipts = named.finish()
+    graph = expand(graph, is_composed)
+    rest = _Finder(graph, supports, (min_nodes, max_nodes))
+    rest.grow(off)
+    graph, others = rest.finish()
+    return FusionPlan(graph, (*receipts, *others))
 
 
 class _Finder:
-    """Collects disjoint regions of one rule, and the reasons against the others."""
+    """Collects disjoint regions, and the reasons against the others."""
 
-    def __init__(self, graph: SubGraph, rule: str, supports: Supports, bounds: tuple[int, int]) -> None:
-        self.graph, self.rule, self.supports, self.bounds = graph, rule, supports, bounds
+    def __init__(self, graph: SubGraph, supports: Supports, bounds: tuple[int, int]) -> None:
+        self.graph, self._supports, self.bounds = graph, supports, bounds
         self.dependencies = Dependencies(graph)
-        self.taken: set[int] = set()
-        self.found: list[Contraction] = []
-        self.refusals: Counter[str] = Counter()
+        self.owner: dict[int, str] = {}  # node -> the rule that took it
+        self.found: list[tuple[str, Contraction]] = []
+        self.tallies: dict[str, Tally] = {}
+        self._known: dict[tuple[object, ...], str | None] = {}
 
-    def offer(self, nodes: tuple[int, ...]) -> None:
-        """Take `nodes` as a region, or note why not."""
-        reason = self._reason(nodes)
-        if reason is not None:
-            self.refusals[reason] += 1
-            return
-        outputs = exposed(self.graph, nodes)
-        body, inputs = body_of(self.graph, nodes, outputs)
-        reason = self.supports(body)
-        if reason is not None:
-            self.refusals[reason] += 1
-            return
-        members = [self.graph.nodes[index] for index in nodes]
-        node = OpNode(
-            FUSED + self.rule,
-            inputs,
-            tuple(outputs),
-            (("body", body),),
-            source=common_source(members),
-            origin=recorded_nodes(self.graph, nodes),
-        )
-        self.found.append(Contraction(nodes, node))
-        self.taken.update(nodes)
+    def tally(self, rule: str) -> Tally:
+        return self.tallies.setdefault(rule, Tally(rule))
 
-    def _reason(self, nodes: tuple[int, ...]) -> str | None:
-        if self.taken & set(nodes):
-            return "overlaps another region"
-        if not exposed(self.graph, nodes):
+    # --- patterns
+
+    def match(self, patterns: Sequence[Pattern]) -> None:
+        """Take the patterns' matches, those that save most first."""
+        offered: dict[tuple[int, ...], _Candidate] = {}
+        for order, item in enumerate(patterns):
+            tally = self.tally(item.name)
+            misses: dict[int, Miss] = {}
+            matched: set[int] = set()
+            for template in item.templates:
+                for anchor in candidates(self.graph, template):
+                    match = match_at(self.graph, template, anchor, item.ignore)
+                    if isinstance(match, Miss):
+                        if 2 * match.placed > len(template.graph):
+                            misses.setdefault(anchor, match)
+                        continue
+                    if anchor in matched or match.nodes in offered:
+                        continue
+                    matched.add(anchor)
+                    tally.seen += 1
+                    reason = self.reason(match.nodes, compound=item.compound)
+                    if reason is not None:
+                        tally.refuse(self.graph, match.nodes, reason)
+                        continue
+                    saved = saved_bytes(self.graph, match.nodes)
+                    offered[match.nodes] = _Candidate(item.name, match.nodes, saved, order)
+            for anchor, miss in misses.items():
+                if anchor not in matched:
+                    tally.seen += 1
+                    tally.refuse(self.graph, [anchor], miss.reason)
+        for candidate in sorted(offered.values(), key=lambda c: (-c.saved, c.order, c.nodes)):
+            self.offer(candidate.rule, candidate.nodes)
+
+    def offer(self, rule: str, nodes: Sequence[int]) -> None:
+        """Take `nodes` as a region, unless one of them is taken."""
+        owner = next((self.owner[index] for index in nodes if index in self.owner), None)
+        if owner is not None:
+            self.tally(rule).refuse(self.graph, nodes, f"overlaps {owner}, which saves more")
+            return
+        graph = self.graph
+        outputs = exposed(graph, nodes)
+        body, inputs = body_of(graph, nodes, outputs)
+        members = tuple(graph.nodes[index] for index in nodes)
+        node = OpNode(FUSED + rule, inputs, tuple(outputs), (("body", body),), common_source(members), members)
+        self.found.append((rule, Contraction(tuple(nodes), node)))
+        self.owner.update(dict.fromkeys(nodes, rule))
+
+    def reason(self, nodes: Sequence[int], compound: bool = False) -> str | None:
+        """Why `nodes` cannot be a region."""
+        graph = self.graph
+        outputs = exposed(graph, nodes)
+        if not outputs and not any(written_inputs(graph.nodes[index]) for index in nodes):
             return "its result is never used"
-        size = len(recorded_nodes(self.graph, nodes))
-        low, high = self.bounds
+        size, (low, high) = sum(len(graph.nodes[index].recorded) for index in nodes), self.bounds
         if not low <= size <= high:
             return f"{size} ops are {'fewer than ' + str(low) if size < low else 'more than ' + str(high)}"
-        return self.dependencies.blocked(nodes)
+        blocked = self.dependencies.blocked(nodes)
+        if blocked is not None or compound or any(is_library(graph.nodes[index]) for index in nodes):
+            return blocked
+        return self.unsupported(nodes, outputs)
 
-    def finish(self, seen: int) -> tuple[SubGraph, Receipt]:
-        """The rewritten graph and the receipt."""
+    def unsupported(self, nodes: Sequence[int], outputs: Sequence[str]) -> str | None:
+        """Why codegen cannot make a kernel of `nodes`; asked once for what is alike."""
+        body, inputs = body_of(self.graph, nodes, outputs)
+        key = (body, *(self.graph.values[name]._replace(offset=0, storage=-1) for name in inputs))
+        if key not in self._known:
+            self._known[key] = self._supports(body)
+        return self._known[key]
+
+    # --- growing
+
+    def grow(self, off: Collection[str]) -> None:
+        """Merge what is left along the values whose traffic that saves, the largest first."""
+        graph = self.graph
+        groups = {
+            index: [index]
+            for index, node in enumerate(graph.nodes)
+            if index not in self.owner and self._growable(node) and self.unsupported([index], node.outputs) is None
+        }
+        edges = [edge for name in graph.values for edge in self._edges(name, groups)]
+        edges.sort(key=lambda edge: (-graph.values[edge[0]].nbytes, edge[1:]))
+        refused: dict[tuple[int, int], str] = {}
+        merged = True
+        while merged:  # what was not convex may become so once its middle has joined
+            merged = False
+            for name, first, second in edges:
+                left, right = groups[first], groups[second]
+                if left is right:
+                    continue
+                union = sorted({*left, *right})
+                reason = self._apart(name, union)
+                if reason is None:
+                    groups.update(dict.fromkeys(union, union))
+                    merged = True
+                else:
+                    refused[first, second] = reason
+        for rule in GROWN:
+            self.tally(rule)
+        for (first, second), reason in refused.items():
+            if groups[first] is not groups[second]:
+                tally = self.tally("pointwise")
+                tally.seen += 1
+                tally.refuse(graph, [first, second], reason)
+        for group in {id(group): group for group in groups.values()}.values():
+            self._take_grown(group, off)
+        for index, node in enumerate(graph.nodes):
+            if index not in self.owner and is_library(node) and "library" not in off:
+                self._take("library", [index])
+
+    def _edges(self, name: str, groups: Collection[int]) -> list[tuple[str, int, int]]:
+        """Pairs that share a value: its producer with each reader, and each reader with the next."""
+        users = [user for user in self.graph.users.get(name, ()) if user in groups]
+        producer = self.graph.producers.get(name, -1)
+        pairs = [(name, producer, user) for user in users] if producer in groups else []
+        if producer not in groups and len(self.graph.values[name].shape) > 1:
+            pairs += [(name, first, second) for first, second in zip(users, users[1:], strict=False)]
+        return pairs
+
+    def _apart(self, name: str, union: Sequence[int]) -> str | None:
+        graph = self.graph
+        shapes = {self._space(graph.nodes[index]) for index in union}
+        if len(shapes) > 1:
+            return "their iteration spaces differ"
+        if union[-1] - union[0] > WINDOW:
+            return f"they are more than {WINDOW} ops apart"
+        size = sum(len(graph.nodes[index].recorded) for index in union)
+        if size > self.bounds[1]:
+            return f"{size} ops are more than {self.bounds[1]}"
+        return self.dependencies.blocked(union) or self.unsupported(union, exposed(graph, union))
+
+    def _space(self, node: OpNode) -> tuple[int, ...]:
+        """The shape that an op iterates over: of a reduction its input's."""
+        name = node.inputs[0] if op(node.op_type).kind is Kind.ROW else node.outputs[0]
+        return self.graph.values[name].shape
+
+    def _growable(self, node: OpNode) -> bool:
+        return (
+            op(node.op_type).kind in (Kind.POINTWISE, Kind.ROW)
+            and len(node.outputs) == 1
+            and node.outputs[0] in self.graph.values
+            and not written_inputs(node)
+            and not is_random(node)
+        )
+
+    def _take_grown(self, group: list[int], off: Collection[str]) -> None:
+        nodes = [self.graph.nodes[index] for index in group]
+        if len(group) == 1 and len(nodes[0].recorded) < self.bounds[0]:
+            return
+        pointwise = all(op(node.op_type).kind is Kind.POINTWISE for node in nodes)
+        rule = "pointwise" if pointwise else "row"
+        if rule not in off:
+            self._take(rule, group)
+
+    def _take(self, rule: str, nodes: Sequence[int]) -> None:
+        tally = self.tally(rule)
+        tally.seen += 1
+        reason = self.reason(nodes)
+        if reason is None:
+            self.offer(rule, nodes)
+        else:
+            tally.refuse(self.graph, nodes, reason)
+
+    # --- the end
+
+    def finish(self) -> tuple[SubGraph, tuple[Receipt, ...]]:
+        """The rewritten graph, with what cannot be contracted together left as it was."""
         graph = self.graph
         if self.found:
-            graph, dropped = contract(graph, self.found, self.dependencies)
-            if dropped:
-                self.refusals["would have created a cycle with other regions"] += len(dropped)
-            matches = len(self.found) - len(dropped)
-        else:
-            matches = 0
-        return graph, Receipt(self.rule, seen, matches, tuple(sorted(self.refusals.items())))
+            graph, dropped = contract(graph, [item for _, item in self.found], self.dependencies)
+            for rule, item in self.found:
+                if item in dropped:
+                    reason = "would have created a cycle with other regions"
+                    self.tally(rule).refuse(self.graph, item.nodes, reason)
+                else:
+                    self.tally(rule).matched += 1
+        return graph, tuple(tally.receipt() for tally in self.tallies.values())
 
 
-def _apply_pattern(
-    graph: SubGraph, item: Pattern, supports: Supports, bounds: tuple[int, int]
-) -> tuple[SubGraph, Receipt]:
-    finder, seen = _Finder(graph, item.name, supports, bounds), 0
-    for template in item.templates:
-        for anchor in candidates(graph, template):
-            match = match_at(graph, template, anchor)
-            if match is not None:
-                seen += 1
-                finder.offer(match.nodes)
-    return finder.finish(seen)
+def is_composed(node: OpNode) -> bool:
+    """Whether the node is opaque and no library's: only the nodes that it replaced can run."""
+    target = op(node.op_type)
+    return target.composed and target.kind is Kind.OPAQUE
 
 
-def _grow_pointwise(graph: SubGraph, supports: Supports, bounds: tuple[int, int]) -> tuple[SubGraph, Receipt]:
-    """Greedily, in order: a pointwise node joins the region of one of its producers, if shapes and order allow."""
-    finder = _Finder(graph, "pointwise", supports, bounds)
-    groups: dict[int, list[int]] = {}  # node -> the group that it is in
-    for index, node in enumerate(graph.nodes):
-        if not _growable(graph, node) or supports(body_of(graph, (index,), node.outputs)[0]) is not None:
+def is_library(node: OpNode) -> bool:
+    """Whether the node is one library call that stands for several recorded ops."""
+    return len(node.recorded) > 1 and not node.op_type.startswith(FUSED) and op(node.op_type).library
+
+
+def saved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
+    """Bytes of memory traffic that one kernel in the place of `nodes` avoids."""
+    before = sum(moved_bytes(graph, [index]) for index in nodes)
+    return before - moved_bytes(graph, nodes)
+
+
+def moved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
+    """Bytes that go in and out of `nodes` as one step: a view moves none, a write in place only what it writes."""
+    made = {name for index in nodes for name in graph.nodes[index].outputs}
+    written: set[str] = set()
+    read: set[str] = set()
+    stored = 0
+    for index in nodes:
+        node = graph.nodes[index]
+        if op(node.op_type).kind is Kind.VIEW:
             continue
-        groups[index] = [index]
-        for name in node.inputs:
-            group = groups.get(graph.producers.get(name, -1))
-            if group is None or group is groups[index]:
-                continue
-            merged = sorted({*group, *groups[index]})
-            if _joins(graph, finder, merged, name, node, bounds[1]):
-                for member in merged:
-                    groups[member] = merged
-    distinct = {id(group): group for group in groups.values() if len(group) > 1}
-    for group in distinct.values():
-        finder.offer(tuple(group))
-    return finder.finish(len(distinct))
-
-
-def _growable(graph: SubGraph, node: OpNode) -> bool:
-    return (
-        op(node.op_type).kind is Kind.POINTWISE
-        and len(node.outputs) == 1
-        and node.outputs[0] in graph.values
-        and not written_inputs(node)
-        and not is_random(node)
-    )
-
-
-def _joins(graph: SubGraph, finder: _Finder, merged: list[int], name: str, node: OpNode, max_nodes: int) -> bool:
-    same_shape = graph.values[name].shape == graph.values[node.outputs[0]].shape
-    if not same_shape or merged[-1] - merged[0] > WINDOW or len(recorded_nodes(graph, merged)) > max_nodes:
-        return False
-    if finder.dependencies.detour(merged) is not None:
-        return False
-    return finder.supports(body_of(graph, merged, exposed(graph, merged))[0]) is None
+        targets = [node.inputs[position] for position in written_inputs(node)]
+        read.update(name for name in node.inputs if name not in targets)
+        if targets:
+            written.update((*targets, *node.outputs))
+            stored += sum(graph.values[name].nbytes for name in node.inputs if name not in targets)
+    outputs = [name for name in exposed(graph, nodes) if name not in written]
+    moved = [*(read - made), *outputs]
+    if len(nodes) == 1 and op(graph.nodes[nodes[0]].op_type).kind is Kind.VIEW:
+        return 0
+    return stored + sum(graph.values[name].nbytes for name in moved if name in graph.values)

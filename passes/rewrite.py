@@ -6,8 +6,8 @@ can still form a cycle together; then the later ones are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx
@@ -97,10 +97,16 @@ def contract(
         except networkx.NetworkXUnfeasible:
             cycle = {node for edge in networkx.find_cycle(quotient) for node in edge[:2] if node >= len(graph)}
             dropped.append(kept.pop(max(cycle) - len(graph)))
-    nodes = [graph.nodes[key] if key < len(graph) else kept[key - len(graph)].node for key in order]
-    alive = {*graph.input_names, *(name for node in nodes for name in node.outputs)}
-    values = {name: meta for name, meta in graph.values.items() if name in alive}
-    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values), dropped
+    nodes = tuple(graph.nodes[key] if key < len(graph) else kept[key - len(graph)].node for key in order)
+    return replace(graph, nodes=nodes), dropped
+
+
+def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:
+    """`graph` with the nodes that are `wanted` taken apart into those that they replaced."""
+    nodes: list[OpNode] = []
+    for node in graph.nodes:
+        nodes.extend(node.origin if node.origin and wanted(node) else (node,))
+    return replace(graph, nodes=tuple(nodes)) if len(nodes) > len(graph) else graph
 
 
 def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
@@ -113,11 +119,6 @@ def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
         for name in graph.nodes[index].outputs
         if name in returned or any(user not in inside for user in graph.users.get(name, ()))
     ]
-
-
-def recorded_nodes(graph: SubGraph, nodes: Iterable[int]) -> tuple[OpNode, ...]:
-    """The recorded nodes behind `nodes`, in order."""
-    return tuple(recorded for index in sorted(nodes) for recorded in graph.nodes[index].recorded)
 
 
 def common_source(nodes: Sequence[OpNode]) -> Source | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from graph_capture.passes import DEFAULT, Pattern, pass_names
+
 Profile = Literal["measure", "always", "static"]
 Target = Literal["auto", "ninetoothed"]
+MergeLinears = Literal["views", "copy", "off"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,12 @@ class FusionConfig:
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
         target: what makes kernels; "auto" is ninetoothed.
+        merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,
+            so that memory does not grow; "copy" leaves them alone; "off" does not merge.
+        fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory
+            (`FusedGraph.constant_bytes`).
+        patterns: the fusions to look for; None is those registered for the process.
+        passes_off: names of passes, spellings and fusions to leave out (`graph_capture.passes.pass_names`).
 
     Raises:
         ValueError: a value is out of its range.
@@ -40,10 +49,21 @@ class FusionConfig:
     fusion_ratio: float = 0.8
     profile: Profile = "measure"
     target: Target = "auto"
+    merge_linears: MergeLinears = "views"
+    fold_weights: bool = False
+    patterns: tuple[Pattern, ...] | None = None
+    passes_off: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _one_of("profile", self.profile, get_args(Profile))
         _one_of("target", self.target, get_args(Target))
+        _one_of("merge_linears", self.merge_linears, get_args(MergeLinears))
+        if self.patterns is not None:
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+        object.__setattr__(self, "passes_off", frozenset(self.passes_off))
+        known = pass_names(DEFAULT if self.patterns is None else self.patterns)
+        for name in sorted(self.passes_off - frozenset(known)):
+            raise ValueError(f"there is no pass {name!r}; there are {', '.join(known)}")
         for name in ("max_graph_size", "min_nodes_for_fusion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -12,6 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from graph_capture.passes.receipts import Receipt, module_of, values_of
+
+from graph_capture.graph import OpNode
+from graph_capture.ops import Kind, op
+
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph, Region
 
@@ -23,16 +28,21 @@ class Explanation:
     Attributes:
         rows: one dict for each group of equal regions with one outcome: ``region``, ``where``, ``alike``, ``ops``,
             ``bytes_before``, ``bytes_after``, ``bytes_saved`` (each for one region), ``t_fallback``, ``t_fused``
-            (seconds, or None), ``used``, ``reason``.
-        rules: one dict for each rule: ``rule``, ``candidates``, ``matches``, ``refusals`` (reason -> count).
+            (seconds, or None), ``used``, ``reason``, ``parts`` (regions inside, where there is no kernel).
+        rules: one dict for each rule: ``rule``, ``candidates``, ``matches``, ``refusals`` (reason -> count), ``places``
+            (reason -> module path), ``removed`` (recorded ops that a clean-up pass removed).
+        constant_bytes: memory of what is computed once.
     """
 
     rows: list[dict[str, Any]]
     rules: list[dict[str, Any]]
+    constant_bytes: int = 0
 
     def to_json(self) -> str:
-        """Both lists as one JSON object."""
-        return json.dumps({"regions": self.rows, "rules": self.rules}, indent=2)
+        """All of it as one JSON object."""
+        return json.dumps(
+            {"regions": self.rows, "rules": self.rules, "constant_bytes": self.constant_bytes}, indent=2
+        )
 
     def table(self) -> Table:
         """The regions as a rich table."""
@@ -59,12 +69,19 @@ class Explanation:
         else:
             console.print("no fusable region was found")
         for rule in self.rules:
-            refused = "; ".join(f"{count} x {reason}" for reason, count in rule["refusals"].items())
+            if rule["removed"]:
+                kept = f", {format_bytes(self.constant_bytes)} kept" if rule["rule"] == "constants" else ""
+                console.print(f"{rule['rule']}: {rule['removed']} ops fewer{kept}", highlight=False, markup=False)
+            if not rule["candidates"]:
+                continue
             console.print(
-                f"{rule['rule']}: {rule['matches']} of {rule['candidates']} candidates matched"
-                + (f" (refused: {refused})" if refused else ""),
+                f"{rule['rule']}: {rule['matches']} of {rule['candidates']} candidates matched",
                 highlight=False,
+                markup=False,
             )
+            for reason, count in rule["refusals"].items():
+                place = rule["places"][reason]
+                console.print(f"    {count} x {reason} ({place})", highlight=False, markup=False)
         assert isinstance(console.file, StringIO)
         return console.file.getvalue().rstrip()
 
@@ -91,18 +108,118 @@ def explain(fused: FusedGraph) -> Explanation:
                 "t_fused": first.decision.t_fused,
                 "used": first.decision.use,
                 "reason": first.decision.reason,
+                "parts": sorted({part.kind for part in fused.regions if part.parent == first.name}),
             }
         )
-    rules = [
-        {
-            "rule": receipt.rule,
-            "candidates": receipt.candidates,
-            "matches": receipt.matches,
-            "refusals": dict(receipt.refusals),
-        }
-        for receipt in fused.receipts
+    return Explanation(rows, [_rule(receipt) for receipt in fused.receipts], fused.constant_bytes)
+
+
+def _rule(receipt: Receipt) -> dict[str, Any]:
+    places: dict[str, list[str]] = {}
+    for refusal in receipt.refused:
+        places.setdefault(refusal.reason, []).append(refusal.where)
+    return {
+        "rule": receipt.rule,
+        "candidates": receipt.candidates,
+        "matches": receipt.matches,
+        "refusals": dict(receipt.refusals),
+        "places": {reason: common_path(paths) for reason, paths in places.items()},
+        "removed": receipt.ops,
+    }
+
+
+@dataclass(frozen=True)
+class Why:
+    """The answer of `FusedGraph.why`.
+
+    Attributes:
+        rows: one dict for each recorded op, in order: ``value`` (its result), ``op``, ``where``, ``region`` (or None),
+            ``used``, ``reasons``.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The rows as a JSON list."""
+        return json.dumps(self.rows, indent=2)
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            lines.append(f"{row['value']} = {row['op']} ({row['where'] or 'top level'})")
+            lines += [f"    {reason}" for reason in row["reasons"]]
+        return "\n".join(lines)
+
+
+def why(fused: FusedGraph, what: str) -> Why:
+    """See `FusedGraph.why`."""
+    inside: dict[str, list[Region]] = {}  # value -> the regions that make it, outermost first
+    for region in fused.regions:
+        for name in values_of(region.nodes):
+            inside.setdefault(name, []).append(region)
+    named = {name for region in fused.regions if region.name == what for name in values_of(region.nodes)}
+    asked = [
+        node
+        for node in fused.recorded.subgraph.nodes
+        if what in node.outputs or _within(what, module_of(node)) or not named.isdisjoint(node.outputs)
     ]
-    return Explanation(rows, rules)
+    if not asked:
+        raise KeyError(f"no module, value or region of the graph is called {what!r}")
+    refused: dict[str, list[str]] = {}
+    for receipt in fused.receipts:
+        for refusal in receipt.refused:
+            for name in refusal.values:
+                refused.setdefault(name, []).append(f"{receipt.rule}: {refusal.reason}")
+    gone = _removed(fused)
+    rows = []
+    for node in asked:
+        name = node.outputs[0] if node.outputs else ""
+        regions = inside.get(name, [])
+        region = next((region for region in regions if region.decision), regions[-1] if regions else None)
+        reasons = [f"{r.name} ({r.where or 'top level'}): {_outcome(r)}" for r in regions]
+        if not regions:
+            reasons = [gone[name]] if name in gone else list(dict.fromkeys(refused.get(name, ()))) or [_by_kind(node)]
+        rows.append(
+            {
+                "value": name,
+                "op": node.op_type,
+                "where": module_of(node),
+                "region": region.name if region is not None else None,
+                "used": region is not None and bool(region.decision),
+                "reasons": reasons,
+            }
+        )
+    return Why(rows)
+
+
+def _within(what: str, path: str) -> bool:
+    """Whether `what` names the module at `path` or one around it, from any level on."""
+    return bool(what) and f".{what}." in f".{path}."
+
+
+def _outcome(region: Region) -> str:
+    verdict = ("used: " if region.decision else "not used: ") + region.decision.reason
+    return verdict + ("; its parts run instead" if region.parts is not None else "")
+
+
+def _removed(fused: FusedGraph) -> dict[str, str]:
+    """Value -> which pass removed its op."""
+    found = dict.fromkeys(values_of(fused.constants.nodes), "computed once: it is the same in every replay")
+    before = set(values_of(fused.recorded.subgraph.nodes))
+    for name, graph in fused.stages:
+        after = set(values_of(graph.nodes))
+        found = dict.fromkeys(before - after, f"removed by the pass {name}") | found
+        before = after
+    return found
+
+
+def _by_kind(node: OpNode) -> str:
+    kind = op(node.op_type).kind
+    if kind is Kind.VIEW:
+        return "a view: it moves no data"
+    if kind is Kind.OPAQUE:
+        return f"{node.op_type} runs whole: no rule takes it"
+    return "no neighbour that it could be fused with"
 
 
 def common_path(paths: list[str]) -> str:

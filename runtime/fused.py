@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from graph_capture.codegen import CompiledKernel
+from graph_capture.passes import Rewritten
+from graph_capture.passes.regions import moved_bytes
+from graph_capture.runtime.bisect import Bisection, bisect
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.explain import Explanation, explain
-from graph_capture.runtime.heuristics import Decision
+from graph_capture.runtime.explain import Explanation, Why, explain, why
+from graph_capture.runtime.heuristics import Decision, Kernel
+from graph_capture.runtime.library import Constants
 from graph_capture.runtime.verify import Verification, close_enough, verify
 
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED, Kind, op
+from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
 from graph_capture.signature import Call as Bound
 
@@ -33,13 +36,17 @@ class Region:
         values: the layouts of the graph's values.
         decision: whether its kernel is used, and why.
         kernel: its kernel, also where it is not used; None where none could be made.
+        parts: where there is no kernel, the region with smaller regions inside, which run instead.
+        parent: the name of the region that it is a part of.
     """
 
     name: str
     node: OpNode
     values: Mapping[str, TensorMeta] = field(repr=False)
     decision: Decision
-    kernel: CompiledKernel | None = field(repr=False)
+    kernel: Kernel | None = field(repr=False)
+    parts: SubGraph | None = field(default=None, repr=False)
+    parent: str = ""
 
     @property
     def kind(self) -> str:
@@ -69,21 +76,19 @@ class Region:
     @property
     def bytes_before(self) -> int:
         """Bytes that the recorded ops read and write."""
-        moving = (node for node in self.nodes if op(node.op_type).kind is not Kind.VIEW)
-        return sum(self._bytes((*node.inputs, *node.outputs)) for node in moving)
+        graph = SubGraph(self.nodes, self.node.inputs, self.node.outputs, self.values)
+        return sum(moved_bytes(graph, [index]) for index in range(len(graph)))
 
     @property
     def bytes_after(self) -> int:
         """Bytes that the kernel reads and writes."""
-        return self._bytes((*self.node.inputs, *self.node.outputs))
+        graph = SubGraph(self.nodes, self.node.inputs, self.node.outputs, self.values)
+        return moved_bytes(graph, range(len(graph)))
 
     @property
     def bytes_saved(self) -> int:
         """Bytes of memory traffic that the kernel avoids."""
         return self.bytes_before - self.bytes_after
-
-    def _bytes(self, names: tuple[str, ...]) -> int:
-        return sum(self.values[name].nbytes for name in names)
 
 
 class FusedGraph:
@@ -92,33 +97,39 @@ class FusedGraph:
     Attributes:
         recorded: the graph it was made from.
         subgraph: the rewritten graph; each region is one node whose op starts with ``fused.``.
-        regions: what was found, in graph order, used or not.
+        constants: what is computed once, from weights or from nothing; its results are inputs of `subgraph`.
+        stages: the graph after each pass, by name.
+        regions: what was found, in graph order, used or not; the parts of a region follow it.
         receipts: what each rule looked at, matched and refused.
         config: the configuration it was made with.
     """
 
     def __init__(
-        self,
-        recorded: RecordedGraph,
-        subgraph: SubGraph,
-        regions: tuple[Region, ...],
-        receipts: tuple[Any, ...],
-        config: FusionConfig,
+        self, recorded: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...], config: FusionConfig
     ) -> None:
         self.recorded = recorded
-        self.subgraph = subgraph
+        self.subgraph = rewritten.graph
+        self.constants = rewritten.constants
+        self.stages = rewritten.stages
+        self.receipts = rewritten.receipts
         self.regions = regions
-        self.receipts = receipts
         self.config = config
-        by_node = {region.node.outputs: region for region in regions}
-        steps: list[tuple[OpNode, Call | None]] = []
-        for node in subgraph.nodes:
-            region = by_node.get(node.outputs) if node.op_type.startswith(FUSED) else None
+        self._regions = {id(region.node): region for region in regions}
+        weights = [recorded.captured[name] for name in self.constants.input_names]
+        self._constants = Constants(self.constants, weights, share=False) if self.constants.nodes else None
+        steps = list(self._steps(self.subgraph))
+        self._executor = Executor(steps, self.subgraph.input_names, self.subgraph.output_names)
+
+    def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None]]:
+        """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
+        for node in graph.nodes:
+            region = self._regions.get(id(node))
             if region is not None and region.decision and region.kernel is not None:
-                steps.append((node, _Step(region, config)))
-            else:  # whatever is not fused runs as it was recorded, bit for bit
-                steps.extend((recorded_node, None) for recorded_node in node.recorded)
-        self._executor = Executor(steps, subgraph.input_names, subgraph.output_names)
+                yield node, _Step(region, self.recorded, self.config)
+            elif region is not None and region.parts is not None:
+                yield from self._steps(region.parts)
+            else:
+                yield from ((recorded, None) for recorded in node.recorded)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay on new arguments of the recorded signature; returns what ``output()`` was given.
@@ -130,11 +141,39 @@ class FusedGraph:
 
     def replay(self, call: Bound) -> Any:
         """Replay on a call that is known to fit."""
-        return self.recorded.replay(call, self._executor)
+        return self.recorded.replay(call, self._executor, self.constant_tensors())
+
+    def constant_tensors(self) -> Sequence[torch.Tensor]:
+        """The results of `constants`, made again where a weight behind them has changed."""
+        return self._constants() if self._constants is not None else ()
+
+    @property
+    def constant_bytes(self) -> int:
+        """Memory that the results of `constants` take, in bytes."""
+        return sum(self.subgraph.values[name].nbytes for name in self.constants.output_names)
 
     def explain(self) -> Explanation:
         """The receipts: what was found, where, what it saves, what was measured and decided."""
         return explain(self)
+
+    def why(self, what: str) -> Why:
+        """Why the ops of a module (``layers.3.mlp``), a value or a region are fused, or are not.
+
+        Raises:
+            KeyError: there is no such module, value or region.
+        """
+        return why(self, what)
+
+    def bisect(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Bisection:
+        """The first pass or region after which the result differs from the recording's by more than `tolerance`.
+
+        Runs the graph as each pass left it, then with one kernel more at a time; what it writes is undone. The
+        difference is a relative L2 distance (default: 64 roundings of each output's dtype).
+
+        Raises:
+            SignatureMismatchError: as `__call__`.
+        """
+        return bisect(self, self.recorded.bind(args, kwargs), tolerance)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Run the graph once on these arguments and compare each region's kernel, used or not, with float64.
@@ -144,9 +183,12 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
-        tensors = self.recorded.bind(args, kwargs).tensors
-        names = self.subgraph.input_names
-        return verify(self, dict(zip(names, [*tensors, *self.recorded.captured.values()], strict=True)))
+        return verify(self, self.tensors(self.recorded.bind(args, kwargs)))
+
+    def tensors(self, call: Bound) -> dict[str, torch.Tensor]:
+        """A tensor for each input of `subgraph` in a call."""
+        tensors = [*call.tensors, *self.recorded.captured.values(), *self.constant_tensors()]
+        return dict(zip(self.subgraph.input_names, tensors, strict=True))
 
     def __str__(self) -> str:
         return str(self.subgraph)
@@ -159,19 +201,22 @@ class FusedGraph:
 class _Step:
     """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
 
-    def __init__(self, region: Region, config: FusionConfig) -> None:
+    def __init__(self, region: Region, graph: RecordedGraph, config: FusionConfig) -> None:
         assert region.kernel is not None
-        self.kernel: CompiledKernel | None = region.kernel
         self.region = region
         self.config = config
         node = region.node
         self.recorded = Executor([(inner, None) for inner in node.recorded], node.inputs, node.outputs)
+        weights = [graph.captured.get(name, _NOTHING) for name in node.inputs]
+        self.kernel: Callable[[list[torch.Tensor]], Any] | None = region.kernel.bind(
+            weights, share=config.merge_linears == "views"
+        )
 
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         if self.kernel is None:
             return self.recorded.run(tensors)
         try:
-            outputs = self.kernel(*tensors)
+            outputs = self.kernel(tensors)
         except Exception as error:
             if not self.config.fallback_on_error:
                 raise
@@ -183,3 +228,6 @@ class _Step:
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
+
+
+_NOTHING = torch.empty(0)  # stands for what is not a weight

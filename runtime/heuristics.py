@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from graph_capture.codegen import CompiledKernel, KernelCompiler, interpreted, supports
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import compare
 
 from graph_capture.errors import FusionError
@@ -17,6 +20,8 @@ from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
 
 log = logging.getLogger("graph_capture")
+
+Kernel = CompiledKernel | LibraryKernel
 
 
 @dataclass(frozen=True)
@@ -63,29 +68,30 @@ class FusionHeuristics:
         `input_shapes` follows ``graph.input_names`` or maps them; without it the shapes in ``graph.values`` are used.
         `ops` is how many recorded ops the graph stands for, where that differs from its length.
         """
-        config = self.config
-        if not config.enable_fusion:
-            return Decision(False, "fusion is off (enable_fusion=False)")
-        ops = len(graph) if ops is None else ops
-        if ops < config.min_nodes_for_fusion:
-            return Decision(False, f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}")
-        if ops > config.max_graph_size:
-            return Decision(False, f"{ops} ops are more than max_graph_size={config.max_graph_size}")
         if input_shapes is None:
             shapes = [graph.values[name].shape for name in graph.input_names if name in graph.values]
         elif isinstance(input_shapes, Mapping):
             shapes = [tuple(input_shapes[name]) for name in graph.input_names]
         else:
             shapes = [tuple(shape) for shape in input_shapes]
-        elements = max((_numel(shape) for shape in shapes), default=0)
+        reason = self._forbidden(len(graph) if ops is None else ops, shapes)
+        if reason is None and (unsupported := supports(graph)) is not None:
+            reason = f"no kernel: {unsupported}"
+        return Decision(reason is None, reason or "every op can be fused")
+
+    def _forbidden(self, ops: int, shapes: Sequence[Sequence[int]]) -> str | None:
+        """What in the configuration speaks against a region of so many ops and such inputs."""
+        config = self.config
+        if not config.enable_fusion:
+            return "fusion is off (enable_fusion=False)"
+        if ops < config.min_nodes_for_fusion:
+            return f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
+        if ops > config.max_graph_size:
+            return f"{ops} ops are more than max_graph_size={config.max_graph_size}"
+        elements = max((math.prod(shape) for shape in shapes), default=0)
         if elements < config.min_tensor_elements:
-            return Decision(
-                False, f"{elements} elements are fewer than min_tensor_elements={config.min_tensor_elements}"
-            )
-        reason = supports(graph)
-        if reason is not None:
-            return Decision(False, f"no kernel: {reason}")
-        return Decision(True, "every op can be fused")
+            return f"{elements} elements are fewer than min_tensor_elements={config.min_tensor_elements}"
+        return None
 
     def profile_and_decide(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> Decision:
         """Whether the fused kernel of `graph` is used for `inputs`, by measurement (see `FusionConfig.profile`).
@@ -104,23 +110,32 @@ class FusionHeuristics:
         tensors: Sequence[torch.Tensor],
         fallback: Callable[[], Any] | None = None,
         ops: int | None = None,
-    ) -> tuple[Decision, CompiledKernel | None]:
+        library: LibraryKernel | None = None,
+    ) -> tuple[Decision, Kernel | None]:
         """`profile_and_decide` on a list of inputs; also returns the kernel where one was made.
 
-        `fallback` runs the recorded ops on the same inputs (default: the graph's own ops); `ops` is how many they are.
+        Args:
+            fallback: runs the recorded ops on the same inputs (default: the graph's own ops).
+            ops: how many recorded ops there are.
+            library: the region as library calls, where that is another way to run it.
         """
         metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
-        decision = self.should_fuse(graph, [meta.shape for meta in metas.values()], ops)
-        kernel: CompiledKernel | None = None
-        if decision:
+        forbidden = self._forbidden(len(graph) if ops is None else ops, [meta.shape for meta in metas.values()])
+        decision, kernel = Decision(False, forbidden or ""), None
+        if forbidden is None:
+            fallback = fallback or fallback_of(graph, tensors)
+            made: list[tuple[Decision, Kernel]] = []
             try:
-                kernel = self.kernel(graph, metas)
+                compiled = self.kernel(graph, metas)
+                made.append((self._by_profile(graph, compiled, tensors, metas, fallback), compiled))
             except FusionError as error:
-                if not self.config.fallback_on_error:
+                if not self.config.fallback_on_error and library is None:
                     raise
                 decision = Decision(False, f"no kernel: {error}")
-        if kernel is not None:
-            decision = self._by_profile(graph, kernel, tensors, metas, fallback)
+            if library is not None and not (made and made[0][0] and self.config.profile != "measure"):
+                made.append((self._by_profile(graph, library, tensors, metas, fallback), library))
+            if made:
+                decision, kernel = min(made, key=_merit)
         if self.config.debug_mode:
             log.info("%s -> %s", " ".join(node.op_type for node in graph.nodes), decision)
         return decision, kernel
@@ -146,10 +161,10 @@ class FusionHeuristics:
     def _by_profile(
         self,
         graph: SubGraph,
-        kernel: CompiledKernel,
+        kernel: Kernel,
         tensors: Sequence[torch.Tensor],
         metas: Mapping[str, TensorMeta],
-        fallback: Callable[[], Any] | None,
+        fallback: Callable[[], Any],
     ) -> Decision:
         config = self.config
         if config.profile == "always":
@@ -161,14 +176,14 @@ class FusionHeuristics:
             graph.cache_key({n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}),
             tuple(meta.stride for meta in metas.values()),
             tuple(str(meta.device) for meta in metas.values()),
+            type(kernel),
         )
         if config.enable_cache and key in self._measured:
             return self._measured[key]
-        if fallback is None:
-            fallback = fallback_of(graph, tensors)
         try:
             device = next(iter(metas.values())).device
-            t_fallback, t_fused = compare(fallback, lambda: kernel(*tensors), device)
+            fused = functools.partial(kernel.bind(tensors, share=False), tensors)
+            t_fallback, t_fused = compare(fallback, fused, device)
         except Exception as error:
             if not config.fallback_on_error:
                 raise
@@ -178,7 +193,7 @@ class FusionHeuristics:
         self._measured[key] = decision
         return decision
 
-    def _judge(self, t_fallback: float, t_fused: float, kernel: CompiledKernel) -> Decision:
+    def _judge(self, t_fallback: float, t_fused: float, kernel: Kernel) -> Decision:
         ratio = t_fused / t_fallback
         if ratio < self.config.fusion_ratio:
             return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused)
@@ -194,8 +209,8 @@ def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[]
     return lambda: executor.run(tensors)
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _merit(made: tuple[Decision, Kernel]) -> tuple[bool, float]:
+    """Sorts the used before the unused, then the faster before the slower."""
+    decision = made[0]
+    known = decision.t_fallback is not None and decision.t_fused is not None
+    return not decision, decision.t_fused / decision.t_fallback if known else 0.0  # type: ignore[operator]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from graph_capture.codegen import supports
-from graph_capture.passes import canonicalize, find_regions
+from graph_capture.passes import Passes, find_regions, rewrite
+from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
+from graph_capture.passes.pipeline import unchanged
+from graph_capture.passes.regions import is_composed, is_library
+from graph_capture.passes.rewrite import expand
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
-from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
+from graph_capture.runtime.heuristics import FusionHeuristics, fallback_of, input_metas
+from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import example_inputs
 
 from graph_capture.executor import Executor
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
 
@@ -45,39 +51,79 @@ class FusionScheduler:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
         config = self.config
         if not config.enable_fusion:
-            return FusedGraph(graph, graph.subgraph, (), (), config)
-        plan = find_regions(
-            canonicalize(graph.subgraph),
-            supports=supports,
-            max_nodes=config.max_graph_size,
-            min_nodes=config.min_nodes_for_fusion,
+            return FusedGraph(graph, unchanged(graph.subgraph), (), config)
+        off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
+        passes = Passes(
+            supports,
+            config.patterns,
+            frozenset(graph.captured),
+            config.fold_weights,
+            config.max_graph_size,
+            config.min_nodes_for_fusion,
+            off,
         )
-        regions: list[Region] = []
-        counts: dict[str, int] = {}
-        decided: dict[tuple[object, ...], Region] = {}
-        for node in plan.graph.nodes:
+        rewritten = rewrite(graph.subgraph, passes)
+        regions = _Regions(self.heuristics, passes, rewritten.graph)
+        return FusedGraph(graph, rewritten, tuple(regions.found), config)
+
+
+class _Regions:
+    """Decides the regions of one graph; those that are alike once."""
+
+    def __init__(self, heuristics: FusionHeuristics, passes: Passes, graph: SubGraph) -> None:
+        self.heuristics, self.passes, self.values = heuristics, passes, graph.values
+        self.found: list[Region] = []
+        self._counts: Counter[str] = Counter()
+        self._decided: dict[tuple[object, ...], Region] = {}
+        self._add(graph)
+
+    def _add(self, graph: SubGraph, parent: str = "") -> None:
+        for node in graph.nodes:
             if not node.op_type.startswith(FUSED):
                 continue
             kind = node.op_type.removeprefix(FUSED)
-            number = counts[kind] = counts.get(kind, -1) + 1
-            values = graph.subgraph.values
-            key = (node.attr("body"), *(values[name]._replace(offset=0, storage=-1) for name in node.inputs))
-            alike = decided.get(key)
+            name = f"{kind}_{self._counts[kind]}"
+            self._counts[kind] += 1
+            key = (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
+            alike = self._decided.get(key)
             if alike is None:
-                alike = decided[key] = self._region(node, values)
-            regions.append(replace(alike, name=f"{kind}_{number}", node=node))
-        return FusedGraph(graph, plan.graph, tuple(regions), plan.receipts, config)
+                alike = self._decided[key] = self._region(node)
+            inner = self._parts(node) if alike.kernel is None else None
+            self.found.append(replace(alike, name=name, node=node, parts=inner, parent=parent))
+            if inner is not None:
+                self._add(inner, name)
 
-    def _region(self, node: OpNode, values: Mapping[str, TensorMeta]) -> Region:
-        """Decide one region on made-up inputs; those that are alike share the outcome."""
+    def _region(self, node: OpNode) -> Region:
+        """Decide one region on made-up inputs."""
         body: SubGraph = node.attr("body")
-        tensors = dict(zip(node.inputs, example_inputs(node.inputs, values), strict=True))
+        tensors = example_inputs(node.inputs, self.values)
         executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
-        arguments = list(tensors.values())
-        decision, kernel = self.heuristics.decide(body, arguments, lambda: executor.run(arguments), len(node.recorded))
-        if kernel is None and decision:
-            decision = Decision(False, "no kernel")
-        return Region(node.op_type, node, values, decision, kernel)
+        ops = len(node.recorded)
+        decision, kernel = self.heuristics.decide(body, tensors, lambda: executor.run(tensors), ops, self._library(node))
+        return Region(node.op_type, node, self.values, decision, kernel)
+
+    def _library(self, node: OpNode) -> LibraryKernel | None:
+        """The region as library calls, where some of these stand for several recorded ops."""
+        body: SubGraph = node.attr("body")
+        if node.op_type == FUSED + PARALLEL_LINEAR:
+            return LibraryKernel(body, body.input_names[1:])
+        if any(map(is_composed, body.nodes)) or not any(map(is_library, node.origin)):
+            return None
+        return LibraryKernel(body)
+
+    def _parts(self, node: OpNode) -> SubGraph | None:
+        """What a region that has no kernel is made of, with regions of its own; None where it has none."""
+        graph = expand(SubGraph(node.origin, node.inputs, node.outputs, self.values), is_composed)
+        rule = node.op_type.removeprefix(FUSED)
+        plan = find_regions(
+            graph,
+            supports=self.passes.supports,
+            patterns=self.passes.patterns,
+            max_nodes=self.passes.max_nodes,
+            min_nodes=self.passes.min_nodes,
+            off={*self.passes.off, rule},
+        )
+        return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 
 
 def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph
+from graph_capture.ops import Kind, op
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph, Region
@@ -42,15 +43,22 @@ class Verification:
 
 def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
     """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way."""
-    regions = {region.node.outputs: region for region in fused.regions}
+    regions = {id(region.node): region for region in fused.regions}
     rows = []
-    for node in fused.subgraph.nodes:
-        region = regions.get(node.outputs)
-        inputs = [env[name] for name in node.inputs]
-        results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
-        if region is not None and region.kernel is not None:
-            rows.append(_check(region, inputs, results))
-        env.update(zip(node.outputs, results, strict=True))
+
+    def walk(nodes: Iterable[OpNode]) -> None:
+        for node in nodes:
+            region = regions.get(id(node))
+            if region is not None and region.parts is not None:
+                walk(region.parts.nodes)
+                continue
+            inputs = [env[name] for name in node.inputs]
+            results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
+            if region is not None and region.kernel is not None:
+                rows.append(_check(region, inputs, results))
+            env.update(zip(node.outputs, results, strict=True))
+
+    walk(fused.subgraph.nodes)
     return Verification(sorted(rows, key=lambda row: (row["ok"], -row["error_fused"])))
 
 
@@ -65,7 +73,9 @@ def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[to
         # itself, and in Triton's interpreter, which truncates.
         rounding = torch.finfo(ours.dtype).eps if ours.dtype.is_floating_point else 0.0
         correct = ours.dtype.itemsize < 4 and not region.kernel.interpreted
-        allowed = max(before, rounding / 2 if correct else rounding)
+        # Long sums in another order are as good, not the same: of two such errors either may be the smaller.
+        luck = 2.0 if any(op(node.op_type).kind is Kind.OPAQUE for node in region.body.nodes) else 1.0
+        allowed = max(before * luck, rounding / 2 if correct else rounding)
         worst["error_recorded"] = max(worst["error_recorded"], before)
         worst["error_fused"] = max(worst["error_fused"], after)
         worst["ok"] = bool(worst["ok"] and after <= allowed)

@@ -1,0 +1,130 @@
+"""Linears that read the same input (query, key and value; gate and up) become one.
+
+The region's body concatenates the weights, multiplies once and splits the result. What depends on weights alone is
+computed once, when the replay is bound (see `graph_capture.runtime.library`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from graph_capture.passes.cleanup import Memory
+from graph_capture.passes.receipts import Receipt, Tally
+from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract
+
+from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
+from graph_capture.ops import FUSED, Kind, flatten_outputs, op, prepare
+
+RULE = "parallel_linear"
+
+
+def merge_linears(graph: SubGraph, weights: Collection[str]) -> tuple[SubGraph, Receipt]:
+    """`graph` with each group of linears on one input as one region.
+
+    Args:
+        weights: inputs that are the same in every replay; only these are concatenated.
+    """
+    tally = Tally(RULE)
+    memory = Memory(graph)
+    dependencies = Dependencies(graph)
+    found: list[Contraction] = []
+    owners: dict[str, int] = {}  # weight -> linears that use it
+    for index in graph.by_op.get("linear", ()):
+        weight = graph.nodes[index].inputs[1]
+        owners[weight] = owners.get(weight, 0) + 1
+    for value in graph.values:
+        linears = [index for index in graph.users.get(value, ()) if _reads(graph.nodes[index], value)]
+        if len(linears) < 2:
+            continue
+        tally.seen += 1
+        reason = _reason(graph, linears, weights, owners, memory) or dependencies.blocked(linears)
+        if reason is not None:
+            tally.refuse(graph, linears, reason)
+            continue
+        found.append(Contraction(tuple(linears), _merged(graph, linears)))
+    if not found:
+        return graph, tally.receipt()
+    result, dropped = contract(graph, found, dependencies)
+    for item in dropped:
+        tally.refuse(graph, item.nodes, "would have created a cycle with other regions")
+    tally.matched = len(found) - len(dropped)
+    return result, tally.receipt()
+
+
+def _reads(node: OpNode, value: str) -> bool:
+    return node.op_type == "linear" and node.inputs[0] == value and not node.attr("transposed")
+
+
+def _reason(
+    graph: SubGraph, linears: Sequence[int], weights: Collection[str], owners: dict[str, int], memory: Memory
+) -> str | None:
+    """Why these linears stay apart."""
+    nodes = [graph.nodes[index] for index in linears]
+    if len({len(node.inputs) for node in nodes}) > 1:
+        return "some have a bias and some have none"
+    for node in nodes:
+        for name in node.inputs[1:]:
+            if name not in weights:
+                return f"{name} is computed in the graph"
+            if not memory.constant(name):
+                return f"{name} is written in place"
+        if owners[node.inputs[1]] > 1:
+            return f"{node.inputs[1]} is used by several linears"
+        if not memory.private(node.outputs[0]):
+            return f"{node.outputs[0]} is returned, or written in place"
+    for position in range(1, len(nodes[0].inputs)):
+        metas = [graph.values[node.inputs[position]] for node in nodes]
+        if len({(meta.dtype, meta.device, meta.shape[1:]) for meta in metas}) > 1:
+            return "their weights differ in dtype or device"
+    if graph.values[nodes[0].inputs[0]].dtype is not graph.values[nodes[0].outputs[0]].dtype:
+        return "the result has another dtype"
+    return next(filter(None, (_unviewable(graph, node.outputs[0], nodes) for node in nodes)), None)
+
+
+def _unviewable(graph: SubGraph, name: str, nodes: Sequence[OpNode]) -> str | None:
+    """The view of a result that a slice of the merged result does not allow."""
+    total = sum(graph.values[node.outputs[0]].shape[-1] for node in nodes)
+    shape = graph.values[name].shape
+    whole = torch.empty((*shape[:-1], total), device="meta")
+    made = {name: whole[..., : shape[-1]]}
+    pending = [name]
+    while pending:
+        value = pending.pop()
+        for user in graph.users.get(value, ()):
+            node = graph.nodes[user]
+            if op(node.op_type).kind is not Kind.VIEW or any(other not in made for other in node.inputs):
+                continue
+            try:
+                results = flatten_outputs(prepare(node)([made[other] for other in node.inputs]))
+            except RuntimeError:
+                where = f" ({node.source.module})" if node.source and node.source.module else ""
+                return f"{node.op_type}{where} needs the result of one linear to be contiguous"
+            made.update(zip(node.outputs, results, strict=True))
+            pending.extend(node.outputs)
+    return None
+
+
+def _merged(graph: SubGraph, linears: Sequence[int]) -> OpNode:
+    members = tuple(graph.nodes[index] for index in linears)
+    plain, inputs = body_of(graph, linears, [node.outputs[0] for node in members])
+    nodes: list[OpNode] = []
+    values: dict[str, TensorMeta] = {name: plain.values[name] for name in plain.input_names}
+    outputs = tuple(node.outputs[0] for node in plain.nodes)
+    listed = tuple(Arg(index) for index in range(len(members)))
+    operands = [plain.nodes[0].inputs[0]]
+    for position, name in enumerate(("weight", "bias")[: len(members[0].inputs) - 1], start=1):
+        parts = tuple(node.inputs[position] for node in plain.nodes)
+        nodes.append(OpNode("aten.cat.default", parts, (name,), (("tensors", listed),)))
+        operands.append(name)
+    nodes.append(OpNode("linear", tuple(operands), ("product",)))
+    sizes = tuple(graph.values[node.outputs[0]].shape[-1] for node in members)
+    nodes.append(
+        OpNode("aten.split_with_sizes.default", ("product",), outputs, (("dim", -1), ("split_sizes", sizes)))
+    )
+    values |= {name: plain.values[name] for name in outputs}
+    body = SubGraph(tuple(nodes), plain.input_names, outputs, values)
+    made = tuple(node.outputs[0] for node in members)
+    return OpNode(FUSED + RULE, inputs, made, (("body", body),), common_source(members), members)
+
+

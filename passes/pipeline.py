@@ -1,0 +1,128 @@
+"""All passes in order. Each is a pure function from graph to graph and can be left out by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from graph_capture.passes.canonicalize import apply_rules
+from graph_capture.passes.cleanup import CLEAN_UP, split_constants
+from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
+from graph_capture.passes.linears import merge_linears
+from graph_capture.passes.pattern import Pattern
+from graph_capture.passes.receipts import Receipt
+from graph_capture.passes.regions import GROWN, Supports, find_regions
+from graph_capture.passes.registry import DEFAULT
+from graph_capture.passes.spellings import ROUNDS
+
+from graph_capture.graph import SubGraph
+
+CONSTANTS = "constants"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What to run.
+
+    Attributes:
+        supports: why a region cannot be a kernel, or None if it can.
+        patterns: the fusions to look for; the registered ones if None.
+        weights: inputs that are the same in every replay.
+        fold_weights: also compute once what depends on weights only.
+        max_nodes, min_nodes: bounds on the recorded ops of a region.
+        off: names of passes and rules to leave out.
+    """
+
+    supports: Supports
+    patterns: tuple[Pattern, ...] | None = None
+    weights: frozenset[str] = frozenset()
+    fold_weights: bool = False
+    max_nodes: int = 64
+    min_nodes: int = 2
+    off: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What the passes made.
+
+    Attributes:
+        graph: the rewritten graph; its inputs are the given graph's and then the results of `constants`.
+        constants: from weights to what is computed once.
+        receipts: one for each rule, in the order in which they ran.
+        stages: the graph after each pass that changed it, by name.
+    """
+
+    graph: SubGraph
+    constants: SubGraph
+    receipts: tuple[Receipt, ...]
+    stages: tuple[tuple[str, SubGraph], ...]
+
+
+def unchanged(graph: SubGraph) -> Rewritten:
+    """`graph` with no pass run."""
+    return Rewritten(graph, SubGraph((), (), ()), (), ())
+
+
+def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
+    """Run all passes."""
+    receipts: list[Receipt] = []
+    stages: list[tuple[str, SubGraph]] = []
+
+    def became(name: str, result: SubGraph) -> SubGraph:
+        if result is not graph:
+            stages.append((name, result))
+        return result
+
+    for name, apply in CLEAN_UP.items():
+        if name not in passes.off:
+            before = len(graph)
+            graph = became(name, apply(graph))
+            receipts.append(Receipt(name, ops=before - len(graph)))
+    constants = unchanged(graph).constants
+    if CONSTANTS not in passes.off:
+        before = len(graph)
+        constants, rest = split_constants(graph, passes.weights if passes.fold_weights else ())
+        graph = became(CONSTANTS, rest if constants.nodes else graph)
+        receipts.append(Receipt(CONSTANTS, ops=before - len(graph)))
+    for number, rules in enumerate(ROUNDS):
+        chosen = [rule for rule in rules if rule.pattern.name not in passes.off]
+        result, made = apply_rules(graph, chosen)
+        graph = became(f"spellings {number + 1}", result)
+        receipts = merged(receipts, made)
+    if PARALLEL_LINEAR not in passes.off:
+        result, receipt = merge_linears(graph, passes.weights)
+        graph = became(PARALLEL_LINEAR, result)
+        receipts.append(receipt)
+    plan = find_regions(
+        graph,
+        supports=passes.supports,
+        patterns=DEFAULT if passes.patterns is None else passes.patterns,
+        max_nodes=passes.max_nodes,
+        min_nodes=passes.min_nodes,
+        off=passes.off,
+    )
+    graph = became("regions", plan.graph)
+    return Rewritten(graph, constants, tuple(merged(receipts, plan.receipts)), tuple(stages))
+
+
+def merged(receipts: Iterable[Receipt], others: Iterable[Receipt]) -> list[Receipt]:
+    """Both, with the receipts of one rule added up."""
+    found = {receipt.rule: receipt for receipt in receipts}
+    for receipt in others:
+        known = found.get(receipt.rule)
+        if known is not None:
+            receipt = replace(
+                receipt,
+                candidates=known.candidates + receipt.candidates,
+                matches=known.matches + receipt.matches,
+                refused=known.refused + receipt.refused,
+            )
+        found[receipt.rule] = receipt
+    return list(found.values())
+
+
+def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
+    """Everything that `Passes.off` may name."""
+    rules = (rule.pattern.name for rules in ROUNDS for rule in rules)
+    return dict.fromkeys((*CLEAN_UP, CONSTANTS, *rules, PARALLEL_LINEAR, *(item.name for item in patterns), *GROWN))
