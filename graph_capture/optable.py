@@ -125,7 +125,7 @@ def softcap(input: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.tanh(input / cap) * cap
 
 
-_pointwise("quick_gelu", quick_gelu, "input / (1 + exp(-1.702 * input))", composed=True)
+_pointwise("quick_gelu", quick_gelu, "input / (1 + exp(-(1.702 * input)))", composed=True)
 _pointwise("relu_squared", relu_squared, "maximum(input, 0) * maximum(input, 0)", composed=True)
 _pointwise("softcap", softcap, "cap * tanh(input / cap)", composed=True)
 

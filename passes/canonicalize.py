@@ -87,12 +87,13 @@ def _replacement(graph: SubGraph, rule: Rule, match: Match, dependencies: Depend
     inputs = []
     skipped: list[str] = []
     for parameter in op(rule.pattern.name).parameters:
-        if parameter.name in match.bindings and parameter.name not in attributes:
-            inputs.append(match.bindings[parameter.name])
+        name = "input" if parameter.name == "self" else parameter.name
+        if name in match.bindings and name not in attributes:
+            inputs.append(match.bindings[name])
             attributes.update(dict.fromkeys(skipped))  # a tensor left out before one that is given
             skipped.clear()
-        elif parameter.name not in attributes:
-            skipped.append(parameter.name)
+        elif name not in attributes:
+            skipped.append(name)
     nodes = tuple(graph.nodes[index] for index in match.nodes)
     return OpNode(
         rule.pattern.name, tuple(inputs), (output,), tuple(attributes.items()), common_source(nodes), nodes

@@ -164,6 +164,40 @@ def collapse_views(graph: SubGraph) -> SubGraph:
     return with_nodes(graph, kept)
 
 
+def sink_views(graph: SubGraph) -> SubGraph:
+    """A norm of regrouped rows as the regrouping of the norm, which leaves the norm next to what made the rows."""
+    nodes: list[OpNode] = []
+    values = dict(graph.values)
+    for node in graph.nodes:
+        view = graph.nodes[graph.producers[node.inputs[0]]] if node.inputs and node.inputs[0] in graph.producers else None
+        if node.op_type not in ("layer_norm", "rms_norm") or view is None or not _regroups(graph, view):
+            nodes.append(node)
+            continue
+        name, given = f"{node.outputs[0]}_rows", graph.values[view.inputs[0]]
+        values[name] = given._replace(dtype=graph.values[node.outputs[0]].dtype, offset=0, storage=-1)
+        nodes.append(replace(node, inputs=(view.inputs[0], *node.inputs[1:]), outputs=(name,)))
+        size = graph.values[node.outputs[0]].shape
+        nodes.append(replace(node, op_type="aten.view.default", inputs=(name,), attrs=(("size", size),)))
+    if len(nodes) == len(graph):
+        return graph
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values)
+
+
+def _regroups(graph: SubGraph, view: OpNode) -> bool:
+    """Whether `view` changes only how rows are counted."""
+    before, after = graph.values.get(view.inputs[0]), graph.values.get(view.outputs[0])
+    return (
+        view.op_type in _RESHAPES
+        and before is not None
+        and after is not None
+        and min(len(before.shape), len(after.shape)) > 1
+        and before.shape[-1] == after.shape[-1]
+        and is_contiguous(before)
+        and is_contiguous(after)
+        and not Memory(graph).written & {alias_set(graph, view.inputs[0])}
+    )
+
+
 def _chain(graph: SubGraph, node: OpNode) -> list[tuple[str, bool]]:
     """The values that `node` is a view of, nearest first, and whether every step from there is a reshape."""
     found = []
@@ -298,7 +332,7 @@ _BY_DIMENSION = frozenset(
 CLEAN_UP: dict[str, Callable[[SubGraph], SubGraph]] = {
     "dimensions": dimensions,
     "no_ops": no_ops,
-    "views": collapse_views,
+    "views": lambda graph: sink_views(collapse_views(graph)),
     "common_subexpressions": common_subexpressions,
     "dead_code": dead_code,
 }

@@ -11,10 +11,10 @@ from collections.abc import Collection, Sequence
 import torch
 from graph_capture.passes.cleanup import Memory
 from graph_capture.passes.receipts import Receipt, Tally
-from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract
+from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
 
 from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED, Kind, flatten_outputs, op, prepare
+from graph_capture.ops import FUSED
 
 RULE = "parallel_linear"
 
@@ -87,22 +87,7 @@ def _unviewable(graph: SubGraph, name: str, nodes: Sequence[OpNode]) -> str | No
     total = sum(graph.values[node.outputs[0]].shape[-1] for node in nodes)
     shape = graph.values[name].shape
     whole = torch.empty((*shape[:-1], total), device="meta")
-    made = {name: whole[..., : shape[-1]]}
-    pending = [name]
-    while pending:
-        value = pending.pop()
-        for user in graph.users.get(value, ()):
-            node = graph.nodes[user]
-            if op(node.op_type).kind is not Kind.VIEW or any(other not in made for other in node.inputs):
-                continue
-            try:
-                results = flatten_outputs(prepare(node)([made[other] for other in node.inputs]))
-            except RuntimeError:
-                where = f" ({node.source.module})" if node.source and node.source.module else ""
-                return f"{node.op_type}{where} needs the result of one linear to be contiguous"
-            made.update(zip(node.outputs, results, strict=True))
-            pending.extend(node.outputs)
-    return None
+    return unviewable(graph, name, whole[..., : shape[-1]])
 
 
 def _merged(graph: SubGraph, linears: Sequence[int]) -> OpNode:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+from graph_capture.passes.cleanup import is_contiguous
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.registry import DEFAULT
-from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, expand, exposed
+from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, expand, exposed, unviewable
 
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
@@ -116,8 +118,8 @@ class _Finder:
         for candidate in sorted(offered.values(), key=lambda c: (-c.saved, c.order, c.nodes)):
             self.offer(candidate.rule, candidate.nodes)
 
-    def offer(self, rule: str, nodes: Sequence[int]) -> None:
-        """Take `nodes` as a region, unless one of them is taken."""
+    def offer(self, rule: str, nodes: Sequence[int], kind: str | None = None) -> None:
+        """Take `nodes` as a region of this kind (default: the rule's name), unless one of them is taken."""
         owner = next((self.owner[index] for index in nodes if index in self.owner), None)
         if owner is not None:
             self.tally(rule).refuse(self.graph, nodes, f"overlaps {owner}, which saves more")
@@ -126,7 +128,7 @@ class _Finder:
         outputs = exposed(graph, nodes)
         body, inputs = body_of(graph, nodes, outputs)
         members = tuple(graph.nodes[index] for index in nodes)
-        node = OpNode(FUSED + rule, inputs, tuple(outputs), (("body", body),), common_source(members), members)
+        node = OpNode(FUSED + (kind or rule), inputs, tuple(outputs), (("body", body),), common_source(members), members)
         self.found.append((rule, Contraction(tuple(nodes), node)))
         self.owner.update(dict.fromkeys(nodes, rule))
 
@@ -142,7 +144,12 @@ class _Finder:
         blocked = self.dependencies.blocked(nodes)
         if blocked is not None or compound or any(is_library(graph.nodes[index]) for index in nodes):
             return blocked
-        return self.unsupported(nodes, outputs)
+        return self.unsupported(nodes, outputs) or next(filter(None, map(self._unviewable, outputs)), None)
+
+    def _unviewable(self, name: str) -> str | None:
+        """The view of a result that fails where it is contiguous, as kernels leave it."""
+        meta = self.graph.values[name]
+        return None if is_contiguous(meta) else unviewable(self.graph, name, torch.empty(meta.shape, device="meta"))
 
     def unsupported(self, nodes: Sequence[int], outputs: Sequence[str]) -> str | None:
         """Why codegen cannot make a kernel of `nodes`; asked once for what is alike."""
@@ -190,7 +197,7 @@ class _Finder:
             self._take_grown(group, off)
         for index, node in enumerate(graph.nodes):
             if index not in self.owner and is_library(node) and "library" not in off:
-                self._take("library", [index])
+                self._take("library", [index], node.op_type)
 
     def _edges(self, name: str, groups: Collection[int]) -> list[tuple[str, int, int]]:
         """Pairs that share a value: its producer with each reader, and each reader with the next."""
@@ -236,12 +243,12 @@ class _Finder:
         if rule not in off:
             self._take(rule, group)
 
-    def _take(self, rule: str, nodes: Sequence[int]) -> None:
+    def _take(self, rule: str, nodes: Sequence[int], kind: str | None = None) -> None:
         tally = self.tally(rule)
         tally.seen += 1
         reason = self.reason(nodes)
         if reason is None:
-            self.offer(rule, nodes)
+            self.offer(rule, nodes, kind)
         else:
             tally.refuse(self.graph, nodes, reason)
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx
+import torch
 
 from graph_capture.graph import OpNode, Source, SubGraph, order_edges
+from graph_capture.ops import Kind, flatten_outputs, op, prepare
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,25 @@ def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
         for name in graph.nodes[index].outputs
         if name in returned or any(user not in inside for user in graph.users.get(name, ()))
     ]
+
+
+def unviewable(graph: SubGraph, name: str, instead: torch.Tensor) -> str | None:
+    """A view of value `name` that would fail if it were laid out as `instead` (a meta tensor), or None."""
+    made = {name: instead}
+    pending = [name]
+    while pending:
+        for user in graph.users.get(pending.pop(), ()):
+            node = graph.nodes[user]
+            if op(node.op_type).kind is not Kind.VIEW or any(other not in made for other in node.inputs):
+                continue
+            try:
+                results = flatten_outputs(prepare(node)([made[other] for other in node.inputs]))
+            except RuntimeError:
+                where = f" ({node.source.module})" if node.source and node.source.module else ""
+                return f"{node.op_type}{where} needs other strides"
+            made.update(zip(node.outputs, results, strict=True))
+            pending.extend(node.outputs)
+    return None
 
 
 def common_source(nodes: Sequence[OpNode]) -> Source | None:

@@ -400,6 +400,15 @@ def _partial(found: Found) -> Attributes:
     return {}
 
 
+def _whole_rope(input: Any, cos: Any, sin: Any) -> Any:
+    return torch.cat((_rotated(_rotate_half)(input, cos, sin), input[..., 4:]), -1)
+
+
+def _nothing_left(found: Found) -> Attributes:
+    _same(found["slice_2"].numel == 0, f"{found['slice_2']} is not empty")
+    return {}
+
+
 # --- linear
 
 
@@ -453,7 +462,7 @@ ROUNDS: tuple[tuple[Rule, ...], ...] = (
     (
         _rule(
             "rms_norm",
-            (*(_rms(a, b, c) for a, b in _WAYS for c in _FINISHES), *(_rms_in_dtype(c) for c in _FINISHES[:1])),
+            (*(_offset_rms(a, b) for a, b in _WAYS), _offset_rms_in_dtype),
             _rms_norm,
             shapes=_VECTORS,
             dtypes=_HALF,
@@ -461,7 +470,7 @@ ROUNDS: tuple[tuple[Rule, ...], ...] = (
         ),
         _rule(
             "rms_norm",
-            (*(_offset_rms(a, b) for a, b in _WAYS), _offset_rms_in_dtype),
+            (*(_rms(a, b, c) for a, b in _WAYS for c in _FINISHES), *(_rms_in_dtype(c) for c in _FINISHES[:1])),
             _rms_norm,
             shapes=_VECTORS,
             dtypes=_HALF,
@@ -568,6 +577,7 @@ ROUNDS: tuple[tuple[Rule, ...], ...] = (
             for name, spellings in _attention_spellings().items()
         ),
         _rule("rope", (_partial_rope,), _partial, shapes=_NARROW, ignore=_CUT, prepare=_after(1)),
+        _rule("rope", (_whole_rope,), _nothing_left, shapes=_ROTARY, ignore=_CUT, prepare=_after(1)),
     ),
     (
         _rule(

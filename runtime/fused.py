@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from graph_capture.passes import Rewritten
+from graph_capture.passes.cleanup import is_contiguous
 from graph_capture.passes.regions import moved_bytes
+from graph_capture.passes.rewrite import unviewable
 from graph_capture.runtime.bisect import Bisection, bisect
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation, Why, explain, why
@@ -125,7 +127,7 @@ class FusedGraph:
         for node in graph.nodes:
             region = self._regions.get(id(node))
             if region is not None and region.decision and region.kernel is not None:
-                yield node, _Step(region, self.recorded, self.config)
+                yield node, _Step(region, self.recorded, self.config, _relaid(graph, node))
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
             else:
@@ -201,8 +203,11 @@ class FusedGraph:
 class _Step:
     """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
 
-    def __init__(self, region: Region, graph: RecordedGraph, config: FusionConfig) -> None:
+    def __init__(
+        self, region: Region, graph: RecordedGraph, config: FusionConfig, relaid: Sequence[tuple[int, TensorMeta]]
+    ) -> None:
         assert region.kernel is not None
+        self.relaid = relaid
         self.region = region
         self.config = config
         node = region.node
@@ -223,11 +228,27 @@ class _Step:
             log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
             self.kernel = None
             return self.recorded.run(tensors)
+        if self.relaid:
+            outputs = list(outputs)
+            for index, meta in self.relaid:
+                if outputs[index].stride() != meta.stride:
+                    empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
+                    outputs[index] = empty.copy_(outputs[index])
         if self.config.debug_mode:
             for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(tensors), strict=True):
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
+
+
+def _relaid(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:
+    """The outputs, by position, that must have the strides that were recorded, for the views of them."""
+    found = []
+    for index, name in enumerate(node.outputs):
+        meta = graph.values[name]
+        if not is_contiguous(meta) and unviewable(graph, name, torch.empty(meta.shape, device="meta")) is not None:
+            found.append((index, meta))
+    return found
 
 
 _NOTHING = torch.empty(0)  # stands for what is not a weight

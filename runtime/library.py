@@ -75,15 +75,15 @@ class Constants:
             merged = [merge([given[name] for name in nodes[output].inputs]) for output in graph.output_names]
             if all(tensor is not None for tensor in merged):
                 self._live = [tensor for tensor in merged if tensor is not None]
-        self._seen: tuple[object, ...] = ()
+        self._seen: tuple[object, ...] | None = None
         self._values: list[torch.Tensor] = []
 
     def __call__(self) -> list[torch.Tensor]:
         if self._live is not None:  # the weights are views of it
             return self._live
         state = state_of(self.weights)
-        if state != self._seen or state is None:
-            self._values, self._seen = run(self.graph, self.weights), state or ()
+        if state is None or state != self._seen:
+            self._values, self._seen = run(self.graph, self.weights), state
         return self._values
 
 

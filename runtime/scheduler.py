@@ -77,7 +77,7 @@ class _Regions:
         self._decided: dict[tuple[object, ...], Region] = {}
         self._add(graph)
 
-    def _add(self, graph: SubGraph, parent: str = "") -> None:
+    def _add(self, graph: SubGraph, parent: str = "", off: frozenset[str] = frozenset()) -> None:
         for node in graph.nodes:
             if not node.op_type.startswith(FUSED):
                 continue
@@ -88,10 +88,11 @@ class _Regions:
             alike = self._decided.get(key)
             if alike is None:
                 alike = self._decided[key] = self._region(node)
-            inner = self._parts(node) if alike.kernel is None else None
-            self.found.append(replace(alike, name=name, node=node, parts=inner, parent=parent))
-            if inner is not None:
-                self._add(inner, name)
+            tried = off | {kind}
+            parts = self._parts(node, tried) if alike.kernel is None else None
+            self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
+            if parts is not None:
+                self._add(parts, name, tried)
 
     def _region(self, node: OpNode) -> Region:
         """Decide one region on made-up inputs."""
@@ -111,17 +112,18 @@ class _Regions:
             return None
         return LibraryKernel(body)
 
-    def _parts(self, node: OpNode) -> SubGraph | None:
-        """What a region that has no kernel is made of, with regions of its own; None where it has none."""
+    def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
+        """What a region that can have no kernel is made of, with regions of its own; None where it has none."""
+        if len(node.origin) == 1 or self.passes.supports(node.attr("body")) is None:
+            return None
         graph = expand(SubGraph(node.origin, node.inputs, node.outputs, self.values), is_composed)
-        rule = node.op_type.removeprefix(FUSED)
         plan = find_regions(
             graph,
             supports=self.passes.supports,
             patterns=self.passes.patterns,
             max_nodes=self.passes.max_nodes,
             min_nodes=self.passes.min_nodes,
-            off={*self.passes.off, rule},
+            off=self.passes.off | tried,
         )
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 

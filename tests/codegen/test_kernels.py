@@ -68,6 +68,7 @@ ATTRIBUTES = {
     "mul.Scalar": {"other": 1.5},
     "div.Scalar": {"other": 1.5},
     "pow": {"exponent": 3},
+    "softcap": {"cap": 1.5},
     "clamp": {"min": -0.5, "max": 0.75},
     "cast": {"dtype": torch.float32},
     "sum": {"dim": (-1,), "keepdim": True},
