@@ -69,17 +69,27 @@ def add_layer_norm(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
     return total, F.layer_norm(total, (8,), weight, bias)
 
 
-def _bias_first(x: Any, extra: Any, residual: Any, weight: Any, bias: Any) -> Any:
-    total = (x + extra) + residual
-    return total, F.layer_norm(total, (8,), weight, bias)
-
-
 @pattern(
     "bias_add_layer_norm", outputs=("sum", "output"), shapes=({**_VECTOR[0], "extra": (8,)},), ignore=frozenset({"eps"})
 )
 def bias_add_layer_norm(x: Any, extra: Any, residual: Any, weight: Any, bias: Any) -> Any:
     """A bias or a second branch, the residual sum, and the LayerNorm of it."""
-    return _bias_first(x, extra, residual, weight, bias)
+    total = (x + extra) + residual
+    return total, F.layer_norm(total, (8,), weight, bias)
+
+
+@pattern(
+    "add_two_layer_norms",
+    outputs=("sum", "first_out", "second_out"),
+    shapes=({**_VECTOR[0], "extra": (2, 8), "weight_2": (8,), "bias_2": (8,)},),
+    ignore=frozenset({"eps"}),
+)
+def add_two_layer_norms(
+    x: Any, extra: Any, residual: Any, weight: Any, bias: Any, weight_2: Any, bias_2: Any
+) -> Any:
+    """The residual sum of two parallel branches, and the norms that open the next two (GPT-NeoX)."""
+    total = (x + extra) + residual
+    return total, F.layer_norm(total, (8,), weight, bias), F.layer_norm(total, (8,), weight_2, bias_2)
 
 
 @pattern("rms_norm", shapes=_VECTOR, ignore=_NO_VALUE)
@@ -165,10 +175,16 @@ def scale_mask_softmax(scores: Any, mask: Any, scale: float = 1.0) -> Any:
 # --- the ends of a model
 
 
+def _scaled_by_tensor(table: Any, ids: Any, weight: Any, scale: Any) -> Any:
+    scaled = F.embedding(ids, table) * scale
+    return scaled, F.rms_norm(scaled, (8,), weight, 1e-6)
+
+
 @pattern(
     "embedding_scale_norm",
+    spellings=(_scaled_by_tensor,),
     outputs=("scaled", "output"),
-    shapes=({"table": (9, 8), "ids": (2,), "weight": (8,)},),
+    shapes=({"table": (9, 8), "ids": (2,), "weight": (8,), "scale": ()},),
     kinds={"ids": torch.int64},
     ignore=frozenset({"padding_idx", "eps", "offset", "other"}),
     compound=True,

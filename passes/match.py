@@ -50,6 +50,9 @@ class Miss:
     at: int
 
 
+_FAR = Miss(0, "", -1)
+
+
 def candidates(graph: SubGraph, template: Template) -> Sequence[int]:
     """Indices of the nodes that could be the template's last one."""
     return graph.by_op.get(template.anchor.op_type, ())
@@ -59,6 +62,10 @@ def match_at(
     graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()
 ) -> Match | Miss:
     """The template's occurrence that ends in node `anchor`; attributes named in `ignore` may differ."""
+    producers, nodes = graph.producers, graph.nodes
+    above = {nodes[producers[name]].op_type for name in nodes[anchor].inputs if name in producers}
+    if not template.above <= above:
+        return _FAR
     search = _Search(graph, template, anchor, ignore)
     state = search.solve(_State([(len(template.graph) - 1, anchor)]))
     if state is None:

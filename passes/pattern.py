@@ -39,6 +39,12 @@ class Template:
         """The last node."""
         return self.graph.nodes[-1]
 
+    @cached_property
+    def above(self) -> frozenset[str]:
+        """The op types that feed the anchor."""
+        graph = self.graph
+        return frozenset(graph.nodes[graph.producers[n]].op_type for n in self.anchor.inputs if n in graph.producers)
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:

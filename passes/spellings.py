@@ -401,7 +401,7 @@ def _partial(found: Found) -> Attributes:
 
 
 def _whole_rope(input: Any, cos: Any, sin: Any) -> Any:
-    return torch.cat((_rotated(_rotate_half)(input, cos, sin), input[..., 4:]), -1)
+    return torch.cat((_rotated(_rotate_half)(input, cos, sin), input[..., 5:]), -1)  # no slice of its halves
 
 
 def _nothing_left(found: Found) -> Attributes:

@@ -108,7 +108,7 @@ class _Regions:
         body: SubGraph = node.attr("body")
         if node.op_type == FUSED + PARALLEL_LINEAR:
             return LibraryKernel(body, body.input_names[1:])
-        if any(map(is_composed, body.nodes)) or not any(map(is_library, node.origin)):
+        if not any(map(is_library, node.origin)) or len(node.origin) > 1 and self.passes.supports(body) is not None:
             return None
         return LibraryKernel(body)
 
