@@ -228,12 +228,16 @@ def repeat_kv(input: torch.Tensor, repeats: int) -> torch.Tensor:
     return input[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, -1, length, width)
 
 
-def rope(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+def rope(
+    input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, half_tables: bool = False
+) -> torch.Tensor:
     """Rotary position embedding (Su et al., 2021) of the first E elements of each [..., D] row.
 
-    `cos` and `sin` broadcast over `input`; their last dimension is E. Element i is rotated with i + E / 2, or, if
-    `interleaved`, 2 i with 2 i + 1.
+    `cos` and `sin` broadcast over `input`; their last dimension is E, or with `half_tables` E / 2, for both halves.
+    Element i is rotated with i + E / 2, or, if `interleaved`, 2 i with 2 i + 1.
     """
+    if half_tables:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     width = cos.shape[-1]
     turned, kept = input[..., :width], input[..., width:]
     if interleaved:

@@ -95,6 +95,4 @@ def _replacement(graph: SubGraph, rule: Rule, match: Match, dependencies: Depend
         elif name not in attributes:
             skipped.append(name)
     nodes = tuple(graph.nodes[index] for index in match.nodes)
-    return OpNode(
-        rule.pattern.name, tuple(inputs), (output,), tuple(attributes.items()), common_source(nodes), nodes
-    )
+    return OpNode(rule.pattern.name, tuple(inputs), (output,), tuple(attributes.items()), common_source(nodes), nodes)

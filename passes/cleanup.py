@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-
 from graph_capture.graph import OpNode, SubGraph, TensorMeta, alias_set
 from graph_capture.ops import EXTERNAL, GUARD, Kind, is_random, op, written_inputs
 
@@ -134,10 +133,12 @@ def _changes_nothing(node: OpNode, out: TensorMeta) -> bool:
 
 # These keep every value where it is, if shape and strides stay.
 _IDENTITIES = frozenset(
-    {"cast", "repeat_kv"} | {f"aten.{name}.default" for name in ("clone", "alias", "detach", "view", "expand", "squeeze")}
+    {"cast", "repeat_kv"}
+    | {f"aten.{name}.default" for name in ("clone", "alias", "detach", "view", "expand", "squeeze")}
 )
 _RESHAPES = frozenset(
-    {f"aten.{name}.default" for name in ("view", "unsqueeze", "squeeze", "_unsafe_view", "alias")} | {"aten.squeeze.dim"}
+    {f"aten.{name}.default" for name in ("view", "unsqueeze", "squeeze", "_unsafe_view", "alias")}
+    | {"aten.squeeze.dim"}
 )
 
 
@@ -169,7 +170,9 @@ def sink_views(graph: SubGraph) -> SubGraph:
     nodes: list[OpNode] = []
     values = dict(graph.values)
     for node in graph.nodes:
-        view = graph.nodes[graph.producers[node.inputs[0]]] if node.inputs and node.inputs[0] in graph.producers else None
+        view = (
+            graph.nodes[graph.producers[node.inputs[0]]] if node.inputs and node.inputs[0] in graph.producers else None
+        )
         if node.op_type not in ("layer_norm", "rms_norm") or view is None or not _regroups(graph, view):
             nodes.append(node)
             continue
@@ -343,4 +346,3 @@ def clean_up(graph: SubGraph) -> SubGraph:
     for apply in CLEAN_UP.values():
         graph = apply(graph)
     return graph
-

@@ -43,12 +43,45 @@ def relu_squared_glu(gate: Any, up: Any) -> Any:
     return F.relu(gate).square() * up
 
 
+# --- a bias, or a residual, and what is next to it
+
+_BIAS = ({"bias": (8,)},)
+
+
+@pattern("bias_gelu", shapes=_BIAS)
+def bias_gelu(x: Any, bias: Any) -> Any:
+    """A bias and GELU."""
+    return F.gelu(x + bias)
+
+
+@pattern("bias_gelu_tanh", shapes=_BIAS)
+def bias_gelu_tanh(x: Any, bias: Any) -> Any:
+    """A bias and GELU's tanh approximation."""
+    return F.gelu(x + bias, approximate="tanh")
+
+
+@pattern("bias_silu", shapes=_BIAS)
+def bias_silu(x: Any, bias: Any) -> Any:
+    """A bias and SiLU."""
+    return F.silu(x + bias)
+
+
+@pattern("bias_relu", shapes=_BIAS)
+def bias_relu(x: Any, bias: Any) -> Any:
+    """A bias and ReLU."""
+    return F.relu(x + bias)
+
+
+@pattern("scaled_residual")
+def scaled_residual(x: Any, residual: Any, scale: float = 0.5) -> Any:
+    """A residual sum with a scaled branch (Granite, MiniCPM)."""
+    return residual + x * scale
+
+
 # --- norms
 
 
-@pattern(
-    "norm_add_norm", outputs=("sum", "output"), shapes=_VECTOR, ignore=frozenset({"eps", "offset"})
-)
+@pattern("norm_add_norm", outputs=("sum", "output"), shapes=_VECTOR, ignore=frozenset({"eps", "offset"}))
 def norm_add_norm(x: Any, residual: Any, first: Any, second: Any) -> Any:
     """The norm of a branch, its residual sum, and the norm of that (Gemma 2)."""
     total = residual + F.rms_norm(x, (8,), first, 1e-6)
@@ -84,9 +117,7 @@ def bias_add_layer_norm(x: Any, extra: Any, residual: Any, weight: Any, bias: An
     shapes=({**_VECTOR[0], "extra": (2, 8), "weight_2": (8,), "bias_2": (8,)},),
     ignore=frozenset({"eps"}),
 )
-def add_two_layer_norms(
-    x: Any, extra: Any, residual: Any, weight: Any, bias: Any, weight_2: Any, bias_2: Any
-) -> Any:
+def add_two_layer_norms(x: Any, extra: Any, residual: Any, weight: Any, bias: Any, weight_2: Any, bias_2: Any) -> Any:
     """The residual sum of two parallel branches, and the norms that open the next two (GPT-NeoX)."""
     total = (x + extra) + residual
     return total, F.layer_norm(total, (8,), weight, bias), F.layer_norm(total, (8,), weight_2, bias_2)
@@ -118,7 +149,14 @@ def _rotary(**others: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], ...]
     return (heads | others,)
 
 
-_CACHES = {"value": (2, 2, 3, 8), "keys": (2, 2, 9, 8), "values": (2, 2, 9, 8), "position": (3,), "steps": (3,), "count": ()}
+_CACHES = {
+    "value": (2, 2, 3, 8),
+    "keys": (2, 2, 9, 8),
+    "values": (2, 2, 9, 8),
+    "position": (3,),
+    "steps": (3,),
+    "count": (),
+}
 _NORMS = {"query": (2, 3, 4, 8), "key": (2, 3, 2, 8), "first": (8,), "second": (8,)}
 _INTEGERS = {"position": torch.int64, "steps": torch.int64, "count": torch.int64}
 _ANY_ROPE = frozenset({"interleaved", "eps", "offset", "other"})
@@ -126,6 +164,11 @@ _ANY_ROPE = frozenset({"interleaved", "eps", "offset", "other"})
 
 def _written(keys: Any, values: Any, position: Any, key: Any, value: Any) -> tuple[Any, Any]:
     return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
+
+
+def _normed(query: Any, key: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    query, key = F.rms_norm(query, (8,), first, 1e-6), F.rms_norm(key, (8,), second, 1e-6)
+    return query.transpose(1, 2), key.transpose(1, 2)
 
 
 @pattern("rope", outputs=("query_out", "key_out"), shapes=_rotary(), ignore=_ANY_ROPE, compound=True)
@@ -137,8 +180,8 @@ def rope(query: Any, key: Any, cos: Any, sin: Any) -> Any:
 @pattern("qk_norm_rope", outputs=("query_out", "key_out"), shapes=_rotary(**_NORMS), ignore=_ANY_ROPE, compound=True)
 def qk_norm_rope(query: Any, key: Any, first: Any, second: Any, cos: Any, sin: Any) -> Any:
     """RMSNorm of each head of query and key, then their rotary embedding (Qwen 3)."""
-    query, key = F.rms_norm(query, (8,), first, 1e-6), F.rms_norm(key, (8,), second, 1e-6)
-    return _rotated(query.transpose(1, 2), cos, sin), _rotated(key.transpose(1, 2), cos, sin)
+    query, key = _normed(query, key, first, second)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
 
 
 def _rope_cache_counted(
@@ -166,6 +209,40 @@ def rope_cache(query: Any, key: Any, value: Any, cos: Any, sin: Any, keys: Any, 
     return query, *_written(keys, values, position, key, value)
 
 
+def _qk_norm_rope_cache_counted(
+    query: Any,
+    key: Any,
+    first: Any,
+    second: Any,
+    value: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    steps: Any,
+    count: Any,
+) -> Any:
+    query, key = _normed(query, key, first, second)
+    return _rope_cache_counted(query, key, value, cos, sin, keys, values, steps, count)
+
+
+@pattern(
+    "qk_norm_rope_cache",
+    spellings=(_qk_norm_rope_cache_counted,),
+    outputs=("query_out", "keys_out", "values_out"),
+    shapes=_rotary(**_CACHES | _NORMS),
+    kinds=_INTEGERS,
+    ignore=_ANY_ROPE,
+    compound=True,
+)
+def qk_norm_rope_cache(
+    query: Any, key: Any, first: Any, second: Any, value: Any, cos: Any, sin: Any, keys: Any, values: Any, position: Any
+) -> Any:
+    """`qk_norm_rope`, and the write of key and value into a static cache."""
+    query, key = _normed(query, key, first, second)
+    return rope_cache(query, key, value, cos, sin, keys, values, position)
+
+
 @pattern("scale_mask_softmax", shapes=({"scores": (2, 4, 3, 3), "mask": (2, 1, 3, 3)},))
 def scale_mask_softmax(scores: Any, mask: Any, scale: float = 1.0) -> Any:
     """Attention weights, where attention is spelled out and cannot be one op."""
@@ -173,6 +250,23 @@ def scale_mask_softmax(scores: Any, mask: Any, scale: float = 1.0) -> Any:
 
 
 # --- the ends of a model
+
+
+def _embedded_by_tensor(table: Any, ids: Any, scale: Any) -> Any:
+    return F.embedding(ids, table) * scale
+
+
+@pattern(
+    "embedding_scale",
+    spellings=(_embedded_by_tensor,),
+    shapes=({"table": (9, 8), "ids": (2,), "scale": ()},),
+    kinds={"ids": torch.int64},
+    ignore=frozenset({"padding_idx", "other"}),
+    compound=True,
+)
+def embedding_scale(table: Any, ids: Any) -> Any:
+    """A scaled embedding."""
+    return F.embedding(ids, table) * 3.0
 
 
 def _scaled_by_tensor(table: Any, ids: Any, weight: Any, scale: Any) -> Any:
@@ -193,6 +287,12 @@ def embedding_scale_norm(table: Any, ids: Any, weight: Any) -> Any:
     """A scaled embedding and the RMSNorm of it (Gemma)."""
     scaled = F.embedding(ids, table) * 3.0
     return scaled, F.rms_norm(scaled, (8,), weight, 1e-6)
+
+
+@pattern("softcap")
+def softcap(logits: Any, cap: float = 30.0) -> Any:
+    """Logits bounded by `cap` (Gemma 2)."""
+    return torch.tanh(logits / cap) * cap
 
 
 @pattern("temperature_softmax")

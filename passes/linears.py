@@ -104,12 +104,8 @@ def _merged(graph: SubGraph, linears: Sequence[int]) -> OpNode:
         operands.append(name)
     nodes.append(OpNode("linear", tuple(operands), ("product",)))
     sizes = tuple(graph.values[node.outputs[0]].shape[-1] for node in members)
-    nodes.append(
-        OpNode("aten.split_with_sizes.default", ("product",), outputs, (("dim", -1), ("split_sizes", sizes)))
-    )
+    nodes.append(OpNode("aten.split_with_sizes.default", ("product",), outputs, (("dim", -1), ("split_sizes", sizes))))
     values |= {name: plain.values[name] for name in outputs}
     body = SubGraph(tuple(nodes), plain.input_names, outputs, values)
     made = tuple(node.outputs[0] for node in members)
     return OpNode(FUSED + RULE, inputs, made, (("body", body),), common_source(members), members)
-
-

@@ -58,9 +58,7 @@ def candidates(graph: SubGraph, template: Template) -> Sequence[int]:
     return graph.by_op.get(template.anchor.op_type, ())
 
 
-def match_at(
-    graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()
-) -> Match | Miss:
+def match_at(graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()) -> Match | Miss:
     """The template's occurrence that ends in node `anchor`; attributes named in `ignore` may differ."""
     producers, nodes = graph.producers, graph.nodes
     above = {nodes[producers[name]].op_type for name in nodes[anchor].inputs if name in producers}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from graph_capture.passes.cleanup import is_contiguous
@@ -15,7 +16,16 @@ from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.registry import DEFAULT
-from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, expand, exposed, unviewable
+from graph_capture.passes.rewrite import (
+    Contraction,
+    Dependencies,
+    body_of,
+    common_source,
+    contract,
+    expand,
+    exposed,
+    unviewable,
+)
 
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
@@ -128,7 +138,9 @@ class _Finder:
         outputs = exposed(graph, nodes)
         body, inputs = body_of(graph, nodes, outputs)
         members = tuple(graph.nodes[index] for index in nodes)
-        node = OpNode(FUSED + (kind or rule), inputs, tuple(outputs), (("body", body),), common_source(members), members)
+        node = OpNode(
+            FUSED + (kind or rule), inputs, tuple(outputs), (("body", body),), common_source(members), members
+        )
         self.found.append((rule, Contraction(tuple(nodes), node)))
         self.owner.update(dict.fromkeys(nodes, rule))
 
@@ -205,7 +217,7 @@ class _Finder:
         producer = self.graph.producers.get(name, -1)
         pairs = [(name, producer, user) for user in users] if producer in groups else []
         if producer not in groups and len(self.graph.values[name].shape) > 1:
-            pairs += [(name, first, second) for first, second in zip(users, users[1:], strict=False)]
+            pairs += [(name, first, second) for first, second in pairwise(users)]
         return pairs
 
     def _apart(self, name: str, union: Sequence[int]) -> str | None:

@@ -40,9 +40,7 @@ class PatternRegistry:
 DEFAULT = PatternRegistry()
 
 
-def pattern(
-    name: str, *, registry: PatternRegistry = DEFAULT, **options: Any
-) -> Callable[[Function], Function]:
+def pattern(name: str, *, registry: PatternRegistry = DEFAULT, **options: Any) -> Callable[[Function], Function]:
     """Register a function as a pattern: its ops, wherever they occur connected like this, become one region.
 
     It may be written in any spelling that the canonicaliser knows. `options` are the other attributes of `Pattern`;

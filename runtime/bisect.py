@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,9 +79,7 @@ def _compare(result: torch.Tensor, reference: torch.Tensor, tolerance: float | N
     return error, error > (ROUNDINGS * torch.finfo(result.dtype).eps if tolerance is None else tolerance)
 
 
-def _steps(
-    fused: FusedGraph, graph: SubGraph, kernels: Mapping[int, Call]
-) -> Iterator[tuple[OpNode, Any]]:
+def _steps(fused: FusedGraph, graph: SubGraph, kernels: Mapping[int, Call]) -> Iterator[tuple[OpNode, Any]]:
     """Each node as the op that it is now, not as the ops that it was recorded as."""
     regions = {id(region.node): region for region in fused.regions}
     for node in graph.nodes:
@@ -90,6 +89,6 @@ def _steps(
         elif region is not None and region.parts is not None:
             yield from _steps(fused, region.parts, kernels)
         elif node.op_type.startswith(FUSED):
-            yield node, lambda inputs, body=node.attr("body"): run(body, inputs)
+            yield node, partial(run, node.attr("body"))
         else:
             yield node, None

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from graph_capture.passes.receipts import Receipt, module_of, values_of
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-
-from graph_capture.passes.receipts import Receipt, module_of, values_of
 
 from graph_capture.graph import OpNode
 from graph_capture.ops import Kind, op
@@ -40,9 +39,7 @@ class Explanation:
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
-        return json.dumps(
-            {"regions": self.rows, "rules": self.rules, "constant_bytes": self.constant_bytes}, indent=2
-        )
+        return json.dumps({"regions": self.rows, "rules": self.rules, "constant_bytes": self.constant_bytes}, indent=2)
 
     def table(self) -> Table:
         """The regions as a rich table."""

@@ -100,7 +100,9 @@ class _Regions:
         tensors = example_inputs(node.inputs, self.values)
         executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
         ops = len(node.recorded)
-        decision, kernel = self.heuristics.decide(body, tensors, lambda: executor.run(tensors), ops, self._library(node))
+        decision, kernel = self.heuristics.decide(
+            body, tensors, lambda: executor.run(tensors), ops, self._library(node)
+        )
         return Region(node.op_type, node, self.values, decision, kernel)
 
     def _library(self, node: OpNode) -> LibraryKernel | None:
@@ -108,7 +110,7 @@ class _Regions:
         body: SubGraph = node.attr("body")
         if node.op_type == FUSED + PARALLEL_LINEAR:
             return LibraryKernel(body, body.input_names[1:])
-        if not any(map(is_library, node.origin)) or len(node.origin) > 1 and self.passes.supports(body) is not None:
+        if not any(map(is_library, node.origin)) or (len(node.origin) > 1 and self.passes.supports(body) is not None):
             return None
         return LibraryKernel(body)
 

@@ -1,6 +1,6 @@
 """Time of all passes against the number of layers: it should grow with the number of nodes and no faster.
 
-    python -m tests.benchmarks.bench_passes [--layers 8,20,80] [--markdown]
+python -m tests.benchmarks.bench_passes [--layers 8,20,80] [--markdown]
 """
 
 from __future__ import annotations
@@ -70,7 +70,14 @@ def main() -> None:
         print("| layers | recorded ops | rewritten | seconds | us a node | against the first |")
         print("| --- | --- | --- | --- | --- | --- |")
     for layers, before, after, seconds in rows:
-        cells = (layers, before, after, f"{seconds:.3f}", f"{1e6 * seconds / before:.0f}", f"{seconds / before / first:.2f}")
+        cells = (
+            layers,
+            before,
+            after,
+            f"{seconds:.3f}",
+            f"{1e6 * seconds / before:.0f}",
+            f"{seconds / before / first:.2f}",
+        )
         print(("| " + " | ".join(map(str, cells)) + " |") if options.markdown else "  ".join(map(str, cells)))
 
 

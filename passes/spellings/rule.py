@@ -1,0 +1,94 @@
+"""What a rule is, and what guards are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from graph_capture.passes.cleanup import clean_up
+from graph_capture.passes.pattern import Function, Pattern
+
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
+
+
+class Unfit(Exception):
+    """Why a match is not what it looks like."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a guard sees of a match.
+
+    Attributes:
+        values: the layouts of its values, by their names in the function.
+        numbers: what it captured, by parameter name.
+        last: its last node.
+    """
+
+    values: Mapping[str, TensorMeta]
+    numbers: Mapping[str, Any]
+    last: OpNode
+
+    def __getitem__(self, name: str) -> TensorMeta:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+
+Attributes = Mapping[str, Any]
+Guard = Callable[[Found], Attributes]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` becomes one call of op `pattern.name`; its parameters are the inputs, `attributes` gives the rest.
+
+    A rule of a later `round` sees what earlier rounds made.
+    """
+
+    pattern: Pattern
+    attributes: Guard
+    round: int
+
+
+def require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unfit(reason)
+
+
+def floats(found: Found, *names: str) -> None:
+    dtypes = {found[name].dtype for name in names if name in found}
+    require(len(dtypes) == 1, "dtypes are mixed: " + ", ".join(sorted(map(str, dtypes))))
+    require(next(iter(dtypes)).is_floating_point, f"{next(iter(dtypes))} is not a floating-point dtype")
+
+
+def near(found: Found, name: str, expected: float) -> None:
+    number = found.numbers[name]
+    close = isinstance(number, (int, float)) and math.isclose(number, expected, rel_tol=1e-6)
+    require(close, f"its constant is {number!r}, not {expected:.7g}")
+
+
+def broadcasts(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    padded = (1,) * (len(over) - len(shape)) + tuple(shape)
+    return len(padded) == len(over) and all(a in (1, b) for a, b in zip(padded, over, strict=True))
+
+
+def rule(name: str, spellings: Iterable[Function], attributes: Guard, *, round: int = 0, **options: Any) -> Rule:
+    """A row of the rules; `options` are those of `Pattern`."""
+
+    def prepare(graph: SubGraph) -> SubGraph:
+        from graph_capture.passes.canonicalize import canonicalize
+        from graph_capture.passes.spellings import ROUNDS
+
+        return canonicalize(clean_up(graph), ROUNDS[:round])
+
+    first, *others = spellings
+    return Rule(Pattern(name, first, tuple(others), prepare=prepare, **options), attributes, round)
+
+
+HALF = (torch.float32, torch.bfloat16)  # float16 is spelled as bfloat16 is; the guard compares dtypes
+CASTS = frozenset({"dtype"})
