@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from graph_capture.graph import OpNode, SubGraph, TensorMeta, alias_set
 from graph_capture.ops import EXTERNAL, GUARD, Kind, is_random, op, written_inputs
 
@@ -286,9 +288,18 @@ def with_nodes(graph: SubGraph, nodes: list[OpNode]) -> SubGraph:
     return graph if same else replace(graph, nodes=tuple(nodes))
 
 
-def dimensions(graph: SubGraph) -> SubGraph:
-    """Dimensions counted from the end, those of a transpose in order: one form for each call."""
-    return with_nodes(graph, [_from_the_end(graph, node) for node in graph.nodes])
+def arguments(graph: SubGraph) -> SubGraph:
+    """One form for each call: dimensions from the end, those of a transpose in order, casts of the dtype only."""
+    return with_nodes(graph, [_dtype_only(graph, _from_the_end(graph, node)) for node in graph.nodes])
+
+
+def _dtype_only(graph: SubGraph, node: OpNode) -> OpNode:
+    if node.op_type != "cast" or len(node.attrs) < 2 or node.outputs[0] not in graph.values:
+        return node
+    given = graph.values[node.inputs[0]]
+    implied = {"device": given.device, "layout": torch.strided, "non_blocking": False, "pin_memory": False}
+    kept = tuple((name, value) for name, value in node.attrs if implied.get(name, node) != value)
+    return replace(node, attrs=kept)
 
 
 _NAMES_DIMENSIONS = {"dim", "dim0", "dim1", "dims"}
@@ -333,7 +344,7 @@ _BY_DIMENSION = frozenset(
 
 
 CLEAN_UP: dict[str, Callable[[SubGraph], SubGraph]] = {
-    "dimensions": dimensions,
+    "arguments": arguments,
     "no_ops": no_ops,
     "views": lambda graph: sink_views(collapse_views(graph)),
     "common_subexpressions": common_subexpressions,

@@ -71,6 +71,12 @@ def match_at(graph: SubGraph, template: Template, anchor: int, ignore: frozenset
     return Match(tuple(sorted(state.places.values())), state.bindings, state.holes)
 
 
+def _same(left: Any, right: Any) -> bool:
+    """Equal in value and type, but for numbers: ``x + 1`` and ``x + 1.0`` are one call where x is a float."""
+    numbers = type(left) in (int, float) and type(right) in (int, float)
+    return left == right if numbers else same_value(left, right)
+
+
 @dataclass
 class _State:
     """A partial match. `goals` are pairs still to be unified: two nodes (indices) or two values (names)."""
@@ -152,9 +158,8 @@ class _Search:
             return False
         for key, value in theirs.items():
             if isinstance(value, Hole):
-                if not same_value(state.holes.setdefault(value.name, ours[key]), ours[key]):
-                    return False
-            elif not same_value(value, ours[key]):
+                value = state.holes.setdefault(value.name, ours[key])
+            if not _same(value, ours[key]):
                 return False
         return True
 

@@ -109,7 +109,17 @@ def _centre(hidden: Any) -> Any:
 
 _LAYERS = [(_centre, variance, scale) for variance in _VARIANCES for scale in _SCALES]
 
+# A LayerNorm spelled out contains an RMSNorm, of the centred values.
 RULES = (
+    rule(
+        "layer_norm",
+        [_layer(*way, affine=True) for way in _LAYERS],
+        _rms_norm,
+        shapes=_VECTORS,
+        dtypes=HALF,
+        ignore=CASTS,
+    ),
+    rule("layer_norm", [_layer(*way, affine=False) for way in _LAYERS], _rms_norm, dtypes=HALF, ignore=CASTS),
     rule(
         "rms_norm",
         (*(_offset_rms(a, b) for a, b in _WAYS), _offset_rms_in_dtype),
@@ -127,13 +137,4 @@ RULES = (
         ignore=CASTS,
     ),
     rule("rms_norm", [_plain_rms(*way) for way in _WAYS], _rms_norm, dtypes=HALF, ignore=CASTS),
-    rule(
-        "layer_norm",
-        [_layer(*way, affine=True) for way in _LAYERS],
-        _rms_norm,
-        shapes=_VECTORS,
-        dtypes=HALF,
-        ignore=CASTS,
-    ),
-    rule("layer_norm", [_layer(*way, affine=False) for way in _LAYERS], _rms_norm, dtypes=HALF, ignore=CASTS),
 )
