@@ -299,6 +299,7 @@ class Writer:
             verification = self._witness.check(subgraph, before.tensors, self.captured, outputs)
             if rollback:
                 self._witness.rollback(random=True)
+            self._witness = None  # it holds on to the memory of every weight
         ledger = Ledger(self.modules, {k: v for k, v in self.captured.items() if k not in self._constants})
         return RecordedGraph(
             subgraph, self._signature, template, self.captured, ledger, verification, self._surroundings

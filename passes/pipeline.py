@@ -41,6 +41,11 @@ class Passes:
     min_nodes: int = 2
     off: frozenset[str] = frozenset()
 
+    @property
+    def chosen(self) -> tuple[Pattern, ...]:
+        """The patterns that are looked for."""
+        return tuple(DEFAULT if self.patterns is None else self.patterns)
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -97,7 +102,7 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
     plan = find_regions(
         graph,
         supports=passes.supports,
-        patterns=DEFAULT if passes.patterns is None else passes.patterns,
+        patterns=passes.chosen,
         max_nodes=passes.max_nodes,
         min_nodes=passes.min_nodes,
         off=passes.off,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from graph_capture.runtime.bisect import Bisection, bisect
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
+from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants
 from graph_capture.runtime.verify import Verification, close_enough, verify
 
+from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.ops import FUSED
@@ -114,24 +116,41 @@ class FusedGraph:
         self.constants = rewritten.constants
         self.stages = rewritten.stages
         self.receipts = rewritten.receipts
-        self.regions = regions
         self.config = config
         self._regions = {id(region.node): region for region in regions}
+        self._bound: list[Constants] = []
         weights = [recorded.captured[name] for name in self.constants.input_names]
         self._constants = Constants(self.constants, weights, share=False) if self.constants.nodes else None
+        if self._constants is not None:
+            self._bound.append(self._constants)
         steps = list(self._steps(self.subgraph))
+        self.regions = tuple(self._regions[id(region.node)] for region in regions)
         self._executor = Executor(steps, self.subgraph.input_names, self.subgraph.output_names)
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
         for node in graph.nodes:
             region = self._regions.get(id(node))
-            if region is not None and region.decision and region.kernel is not None:
-                yield node, _Step(region, self.recorded, self.config, _relaid(graph, node))
+            step = self._step(region, graph) if region is not None and region.decision else None
+            if step is not None:
+                yield node, step
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
             else:
                 yield from ((recorded, None) for recorded in node.recorded)
+
+    def _step(self, region: Region, graph: SubGraph) -> _Step | None:
+        if region.kernel is None:
+            return None
+        try:
+            step = _Step(region, self.recorded, self.config, _relaid(graph, region.node))
+            if isinstance(step.kernel, BoundLibrary):
+                self._bound.append(step.kernel.constants)
+            return step
+        except FusionError as error:  # found only with the weights at hand
+            decision = replace(region.decision, use=False, reason=str(error))
+            self._regions[id(region.node)] = replace(region, decision=decision)
+            return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay on new arguments of the recorded signature; returns what ``output()`` was given.
@@ -148,6 +167,15 @@ class FusedGraph:
     def constant_tensors(self) -> Sequence[torch.Tensor]:
         """The results of `constants`, made again where a weight behind them has changed."""
         return self._constants() if self._constants is not None else ()
+
+    def refresh(self) -> None:
+        """Compute `constants` and copies of merged weights again at the next replay.
+
+        Needed only after a write that torch does not count (``parameter.data.mul_(2)``), and only with
+        ``fold_weights=True`` or ``merge_linears="copy"``: everything else reads the weights themselves.
+        """
+        for constants in self._bound:
+            constants.refresh()
 
     @property
     def constant_bytes(self) -> int:

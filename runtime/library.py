@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from graph_capture.passes.cleanup import split_constants
 
+from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
-from graph_capture.graph import OpNode, SubGraph
+from graph_capture.graph import SubGraph
 from graph_capture.ledger import move
 
 Tensors = Sequence[torch.Tensor]
@@ -51,30 +52,45 @@ class LibraryKernel:
 
         Args:
             share: let the weights become views of what they are concatenated into.
+
+        Raises:
+            FusionError: they cannot, for other tensors share their memory.
         """
         if self._once is None:
             return self._rest.run
         given = dict(zip(self.body.input_names, tensors, strict=True))
-        weights = [given[name] for name in self._once.input_names]
-        constants = Constants(self._once, weights, share)
-        return lambda inputs: self._rest.run([*inputs, *constants()])
+        return Bound(self._rest, Constants(self._once, [given[name] for name in self._once.input_names], share))
 
     def __repr__(self) -> str:
         return f"<LibraryKernel {self.name}>"
 
 
+class Bound:
+    """A region as library calls, with what its weights make computed."""
+
+    def __init__(self, rest: Executor, constants: Constants) -> None:
+        self._rest, self.constants = rest, constants
+
+    def __call__(self, inputs: Tensors) -> list[torch.Tensor]:
+        return self._rest.run([*inputs, *self.constants()])
+
+
 class Constants:
-    """What a graph makes of weights, made again when one of them was written."""
+    """What a graph makes of weights, made again when torch has counted a write into one of them.
+
+    Torch does not count writes through ``.data``: `refresh` is for them. If the graph but concatenates, `share` makes
+    the weights views of the result, and nothing is ever to be made again.
+    """
 
     def __init__(self, graph: SubGraph, weights: Tensors, share: bool) -> None:
         self.graph, self.weights = graph, weights
-        nodes = {node.outputs[0]: node for node in graph.nodes}
         self._live: list[torch.Tensor] | None = None
-        if share and all(_concatenates(node) for node in nodes.values()):
+        if share:
             given = dict(zip(graph.input_names, weights, strict=True))
-            merged = [merge([given[name] for name in nodes[output].inputs]) for output in graph.output_names]
-            if all(tensor is not None for tensor in merged):
-                self._live = [tensor for tensor in merged if tensor is not None]
+            groups = [[given[name] for name in node.inputs] for node in graph.nodes]
+            if not all(_adjacent(group) or all(map(_owns_its_memory, group)) for group in groups):
+                raise FusionError("other tensors share the weights' memory")
+            self._live = [merge(group) for group in groups]
         self._seen: tuple[object, ...] | None = None
         self._values: list[torch.Tensor] = []
 
@@ -85,6 +101,10 @@ class Constants:
         if state is None or state != self._seen:
             self._values, self._seen = run(self.graph, self.weights), state
         return self._values
+
+    def refresh(self) -> None:
+        """Make them again at the next call."""
+        self._seen = None
 
 
 def state_of(tensors: Tensors) -> tuple[object, ...] | None:
@@ -99,22 +119,13 @@ def run(graph: SubGraph, tensors: Tensors) -> list[torch.Tensor]:
     return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names).run(tensors)
 
 
-def _concatenates(node: OpNode) -> bool:
-    return node.op_type == "aten.cat.default" and node.attr("dim", 0) == 0
-
-
-def merge(tensors: Tensors) -> torch.Tensor | None:
-    """The concatenation of `tensors` over their first dimension, of which they become views.
-
-    None where that would part a tensor from others that share its memory.
-    """
+def merge(tensors: Tensors) -> torch.Tensor:
+    """The concatenation of `tensors` over their first dimension, of which they become views."""
     with torch.no_grad():
         if _adjacent(tensors):
             first = tensors[0]
             rows = sum(tensor.shape[0] for tensor in tensors)
             return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
-        if not all(_owns_its_memory(tensor) for tensor in tensors):
-            return None
         merged = torch.cat([tensor.detach() for tensor in tensors])
         for tensor, part in zip(tensors, merged.split([tensor.shape[0] for tensor in tensors]), strict=True):
             move(tensor, part)

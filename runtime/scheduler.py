@@ -122,7 +122,7 @@ class _Regions:
         plan = find_regions(
             graph,
             supports=self.passes.supports,
-            patterns=self.passes.patterns,
+            patterns=[item for item in self.passes.chosen if not item.compound],
             max_nodes=self.passes.max_nodes,
             min_nodes=self.passes.min_nodes,
             off=self.passes.off | tried,

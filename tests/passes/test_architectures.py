@@ -1,0 +1,101 @@
+"""What is found in whole models, against what their architectures hold: counted by hand, not by the code."""
+
+from collections import Counter
+
+import pytest
+import torch
+from graph_capture.passes import DEFAULT
+
+from graph_capture import FusionConfig, fuse, record
+from graph_capture.ops import Kind, op
+from tests import zoo
+from tests.benchmarks.bench_passes import analyse, decode_step
+
+LAYERS = 2
+NAMED = {item.name for item in DEFAULT} | {"parallel_linear", "scaled_dot_product_attention"}
+
+# For L layers. A residual sum and the norm that reads it are one fusion, also where the norm is the next layer's or the
+# model's last; the first norm has no sum before it.
+LLAMA = {
+    "parallel_linear": 2 * LAYERS,  # query, key, value; gate, up
+    "rope": LAYERS,
+    "add_rms_norm": 2 * LAYERS,
+    "swiglu": LAYERS,
+    "rms_norm": 1,
+}
+EXPECTED = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,  # with biases on query, key and value
+    "qwen3": LLAMA | {"rope": 0, "qk_norm_rope": LAYERS},
+    "mistral": LLAMA | {"scaled_dot_product_attention": LAYERS},  # repeats its heads where a window masks
+    "gemma2": {
+        "parallel_linear": 2 * LAYERS,
+        "rope": LAYERS,
+        "geglu_tanh": LAYERS,
+        "norm_add_norm": 2 * LAYERS,  # each branch is normed before it is added
+        "embedding_scale_norm": 1,
+        "softcap": LAYERS + 1,  # of each attention's scores and of the logits
+    },
+    "phi3": LLAMA | {"parallel_linear": 0},  # its linears are merged already
+    "gpt2": {"add_layer_norm": 2 * LAYERS + 1},  # the sum of the two embeddings is one more
+    "gpt_neox": {"rope": LAYERS, "add_two_layer_norms": LAYERS - 1, "bias_add_layer_norm": 1},  # parallel branches
+    "opt": {"parallel_linear": LAYERS, "add_layer_norm": 2 * LAYERS + 1},
+    "t5": {
+        "parallel_linear": 2 * LAYERS + 1,  # all cross attentions' keys and values read the encoder's one output
+        "add_rms_norm": 2 * LAYERS + 3 * LAYERS,
+        "rms_norm": 2,
+    },
+    "bert": {"parallel_linear": LAYERS, "add_layer_norm": 2 * LAYERS, "bias_add_layer_norm": 1},  # three embeddings
+}
+
+
+def recorded(name):
+    model, ids = zoo.build(name), zoo.ids(5)
+    options = {"t5": {"decoder_input_ids": ids[:, :3], "use_cache": False}, "bert": {}}.get(name, {"use_cache": False})
+    with torch.no_grad(), record(ids) as recording:
+        recording.output(model(input_ids=ids, **options).logits)
+    return recording.graph, ids
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_named_fusions(name):
+    graph, ids = recorded(name)
+    fused = fuse(graph, FusionConfig(profile="static"))
+    found = Counter(region.kind for region in fused.regions if not region.parent and region.kind in NAMED)
+    assert found == Counter({kind: count for kind, count in EXPECTED[name].items() if count}), str(fused.explain())
+    assert fused.verify(ids).ok, str(fused.verify(ids))
+    assert fused.bisect(ids).culprit is None, str(fused.bisect(ids))
+    torch.testing.assert_close(fused(ids), graph.run(ids), rtol=1e-4, atol=1e-5)
+
+
+def launched(graph):
+    return [node for node in graph if op(node.op_type).kind is not Kind.VIEW]
+
+
+def test_a_decode_step_of_llama_launches_nine_steps_a_layer():
+    small, large = (analyse(decode_step(layers)).graph for layers in (2, 3))
+    steps = len(launched(large)) - len(launched(small))
+    assert steps <= 9, "\n".join(node.op_type for node in launched(large))
+    kinds = Counter(n.op_type for n in launched(large)) - Counter(n.op_type for n in launched(small))
+    assert kinds == Counter(
+        {
+            "fused.parallel_linear": 2,
+            "fused.rope_cache": 1,
+            "scaled_dot_product_attention": 1,
+            "linear": 2,
+            "fused.add_rms_norm": 2,
+            "fused.swiglu": 1,
+        }
+    )
+
+
+def test_a_region_without_a_kernel_runs_as_its_parts():
+    fused = fuse(decode_step(2), FusionConfig(profile="static"))
+    written = [region for region in fused.regions if region.kind == "rope_cache"]
+    assert len(written) == 2
+    for region in written:
+        assert region.kernel is None
+        assert "no kernel: rope" in region.decision.reason
+        parts = [part for part in fused.regions if part.parent == region.name]
+        assert [part.kind for part in parts] == ["pointwise", "pointwise"]  # query's and key's arithmetic
+        assert {node.outputs for part in parts for node in part.nodes} <= {node.outputs for node in region.nodes}
