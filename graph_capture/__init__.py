@@ -13,6 +13,7 @@ from graph_capture.errors import (
     UnrecordedWriteError,
 )
 from graph_capture.graph import OpNode, SubGraph, TensorMeta, check_subgraph
+from graph_capture.log import configure
 from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern, pattern
 from graph_capture.recorded import RecordedGraph
 from graph_capture.recorder import record, start_graph_recording, stop_graph_recording
@@ -24,6 +25,8 @@ from graph_capture.runtime import (
     capture,
     fuse,
 )
+
+configure()
 
 __version__ = version("graph-capture")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.spellings import ROUNDS
 
 from graph_capture.graph import SubGraph
+from graph_capture.log import log
 
 CONSTANTS = "constants"
 
@@ -74,7 +76,13 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
     receipts: list[Receipt] = []
     stages: list[tuple[str, SubGraph]] = []
 
+    started = time.perf_counter()
+
     def became(name: str, result: SubGraph) -> SubGraph:
+        nonlocal started
+        now = time.perf_counter()
+        log.debug("%s: %d -> %d ops in %.1f ms", name, len(graph), len(result), 1e3 * (now - started))
+        started = now
         if result is not graph:
             stages.append((name, result))
         return result

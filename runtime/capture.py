@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import types
 from collections import OrderedDict, deque
@@ -17,12 +16,11 @@ from graph_capture.runtime.scheduler import FusionScheduler
 
 from graph_capture.compare import differences
 from graph_capture.errors import CaptureError, DataDependentError
+from graph_capture.log import log
 from graph_capture.recorded import RecordedGraph
 from graph_capture.recorder import DataDependent, Recording, is_recording
 from graph_capture.signature import Call
 from graph_capture.structure import ByIdentity, Walk
-
-log = logging.getLogger("graph_capture")
 
 LARGE = 10_000  # values; something around a function that holds more (a tokenizer) counts by identity
 RESTLESS = 8  # recordings in a row without a replay that are worth a warning

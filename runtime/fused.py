@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,11 +22,10 @@ from graph_capture.runtime.verify import Verification, close_enough, verify
 from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.log import log
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
 from graph_capture.signature import Call as Bound
-
-log = logging.getLogger("graph_capture")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from graph_capture.runtime.measure import compare
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
-
-log = logging.getLogger("graph_capture")
+from graph_capture.log import log
 
 Kernel = CompiledKernel | LibraryKernel
 

@@ -21,6 +21,7 @@ from graph_capture.runtime.measure import example_inputs
 
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph
+from graph_capture.log import log
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
 
@@ -64,6 +65,14 @@ class FusionScheduler:
         )
         rewritten = rewrite(graph.subgraph, passes)
         regions = _Regions(self.heuristics, passes, rewritten.graph)
+        used = sum(bool(region.decision) for region in regions.found)
+        log.info(
+            "%d recorded ops -> %d, %d of %d regions used",
+            len(graph.subgraph),
+            len(rewritten.graph),
+            used,
+            len(regions.found),
+        )
         return FusedGraph(graph, rewritten, tuple(regions.found), config)
 
 
