@@ -146,20 +146,26 @@ class KernelCompiler:
         """The kernels made so far."""
         return tuple(self._kernels.values())
 
-    def compile(self, graph: SubGraph, input_dtypes: By, input_shapes: By) -> CompiledKernel:
+    def compile(
+        self, graph: SubGraph, input_dtypes: By, input_shapes: By, input_strides: By | None = None
+    ) -> CompiledKernel:
         """The kernel of `graph` for inputs of these dtypes and shapes (by name, or in the order of its inputs).
+
+        The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
+        rows in place that lie apart, as halves of a merged projection do.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
+        strides = list(map(_contiguous, shapes)) if input_strides is None else _listed(graph, input_strides)
         with self._lock:
-            known = (graph, *dtypes, *shapes)
+            known = (graph, *dtypes, *shapes, *strides)
             spec = self._specs.get(known)
             if spec is None:
                 metas = {
-                    name: TensorMeta(shape, _contiguous(shape), dtype, torch.device("cpu"))
-                    for name, dtype, shape in zip(graph.input_names, dtypes, shapes, strict=True)
+                    name: TensorMeta(shape, tuple(stride), dtype, torch.device("cpu"))
+                    for name, dtype, shape, stride in zip(graph.input_names, dtypes, shapes, strides, strict=True)
                 }
                 spec = self._specs[known] = lower(graph, metas)
             key = hashlib.sha256(repr(spec).encode()).hexdigest()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -201,6 +202,12 @@ def layout_of(shape: Sequence[int], space: Sequence[int]) -> Layout | None:
     return None
 
 
+def _in_one_sweep(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether these dimensions can be one, without a copy."""
+    dims = [(size, step) for size, step in zip(shape, stride, strict=True) if size != 1]
+    return all(outer == inner * size for (_, outer), (size, inner) in pairwise(dims))
+
+
 class _Builder:
     def __init__(self, graph: SubGraph, values: Mapping[str, TensorMeta], space: tuple[int, ...]) -> None:
         self.graph, self.values, self.space = graph, values, space
@@ -224,6 +231,13 @@ class _Builder:
 
     def _computed(self, dtype: torch.dtype) -> torch.dtype:
         return self.float if dtype.is_floating_point else dtype
+
+    def _lies_in_rows(self, operand: Operand) -> bool:
+        """Whether its rows can be read in place but not its elements in one sweep: a half of a merged projection."""
+        meta = self.values[operand.name]
+        if operand.layout is not Layout.FULL or len(meta.stride) != len(meta.shape):
+            return False
+        return not _in_one_sweep(meta.shape, meta.stride) and _in_one_sweep(meta.shape[:-1], meta.stride[:-1])
 
     # --- ops
 
@@ -321,7 +335,7 @@ class _Builder:
             o.layout is Layout.FULL for o in outputs
         )
         spec = KernelSpec(self.inputs, tuple(outputs), None, tuple(self.statements), tuple(stores))
-        if not flat or spec.reduces:
+        if not flat or spec.reduces or any(map(self._lies_in_rows, self.inputs)):
             spec = replace(spec, columns=self.space[-1])
         return spec
 

@@ -26,5 +26,5 @@ def configure(level: str | None = None) -> None:
         log.addHandler(handler)
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+class _Handler(logging.StreamHandler):
     """Ours, so that it is added once."""

@@ -102,8 +102,9 @@ _pointwise("relu", aten.relu.default, "maximum(self, 0)")
 
 def _gelu(given: Mapping[str, Any], dtype: torch.dtype) -> str:
     if given.get("approximate") == "tanh":
-        inner = f"{math.sqrt(2 / math.pi)!r} * (self + 0.044715 * self * self * self)"
-        return f"0.5 * self * (1 + tanh({inner}))"
+        # 0.5 * (1 + tanh(x)) is sigmoid(2 * x), without the cancellation where x is negative.
+        twice = f"{2 * math.sqrt(2 / math.pi)!r} * (self + 0.044715 * self * self * self)"
+        return f"self / (1 + exp(-({twice})))"
     return f"0.5 * self * (1 + erf(self * {math.sqrt(0.5)!r}))"
 
 

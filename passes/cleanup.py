@@ -289,14 +289,18 @@ def with_nodes(graph: SubGraph, nodes: list[OpNode]) -> SubGraph:
 
 
 def arguments(graph: SubGraph) -> SubGraph:
-    """One form for each call: dimensions from the end, those of a transpose in order, casts of the dtype only."""
-    return with_nodes(graph, [_dtype_only(graph, _from_the_end(graph, node)) for node in graph.nodes])
+    """One form for each call: dimensions from the end, those of a transpose in order, and no dtype that is implied."""
+    return with_nodes(graph, [_without_implied(graph, _from_the_end(graph, node)) for node in graph.nodes])
 
 
-def _dtype_only(graph: SubGraph, node: OpNode) -> OpNode:
-    if node.op_type != "cast" or len(node.attrs) < 2 or node.outputs[0] not in graph.values:
+def _without_implied(graph: SubGraph, node: OpNode) -> OpNode:
+    if not node.inputs or not node.outputs or not {node.inputs[0], node.outputs[0]} <= graph.values.keys():
         return node
     given = graph.values[node.inputs[0]]
+    if op(node.op_type).kind is Kind.ROW and given.dtype.is_floating_point:
+        return replace(node, attrs=tuple(item for item in node.attrs if item != ("dtype", given.dtype)))
+    if node.op_type != "cast" or len(node.attrs) < 2:
+        return node
     implied = {"device": given.device, "layout": torch.strided, "non_blocking": False, "pin_memory": False}
     kept = tuple((name, value) for name, value in node.attrs if implied.get(name, node) != value)
     return replace(node, attrs=kept)

@@ -194,9 +194,16 @@ def _rope_cache_counted(
     return query, *_written(keys, values, position, key, value)
 
 
+def _rope_cache_put(query: Any, key: Any, value: Any, cos: Any, sin: Any, keys: Any, values: Any, position: Any) -> Any:
+    """Where the caches are written by index (gpt-fast)."""
+    query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    keys[:, :, position], values[:, :, position] = key, value
+    return query, keys, values
+
+
 @pattern(
     "rope_cache",
-    spellings=(_rope_cache_counted,),
+    spellings=(_rope_cache_counted, _rope_cache_put),
     outputs=("query_out", "keys_out", "values_out"),
     shapes=_rotary(**_CACHES),
     kinds=_INTEGERS,
@@ -243,7 +250,15 @@ def qk_norm_rope_cache(
     return rope_cache(query, key, value, cos, sin, keys, values, position)
 
 
-@pattern("scale_mask_softmax", shapes=({"scores": (2, 4, 3, 3), "mask": (2, 1, 3, 3)},))
+def _divide_mask_softmax(scores: Any, mask: Any, divisor: float = 1.0) -> Any:
+    return F.softmax(scores / divisor + mask, dim=-1)
+
+
+@pattern(
+    "scale_mask_softmax",
+    spellings=(_divide_mask_softmax,),
+    shapes=({"scores": (2, 4, 3, 3), "mask": (2, 1, 3, 3)},),
+)
 def scale_mask_softmax(scores: Any, mask: Any, scale: float = 1.0) -> Any:
     """Attention weights, where attention is spelled out and cannot be one op."""
     return F.softmax(scores * scale + mask, dim=-1)
@@ -295,7 +310,11 @@ def softcap(logits: Any, cap: float = 30.0) -> Any:
     return torch.tanh(logits / cap) * cap
 
 
-@pattern("temperature_softmax")
+def _softmax_of_scaled(logits: Any, factor: float = 1.0) -> Any:
+    return F.softmax(logits * factor, dim=-1)
+
+
+@pattern("temperature_softmax", spellings=(_softmax_of_scaled,))
 def temperature_softmax(logits: Any, temperature: float = 1.0) -> Any:
     """Sampling probabilities."""
     return F.softmax(logits / temperature, dim=-1)

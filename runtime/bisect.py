@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from graph_capture.runtime.heuristics import Kernel
 from graph_capture.runtime.library import run
 from graph_capture.runtime.verify import distance
 
@@ -65,10 +66,14 @@ def bisect(fused: FusedGraph, call: Bound, tolerance: float | None) -> Bisection
     kernels: dict[int, Call] = {}
     for region in fused.regions:
         if region.decision and region.kernel is not None:
-            kernels[id(region.node)] = lambda inputs, kernel=region.kernel: kernel(*inputs)
+            kernels[id(region.node)] = partial(_apply, region.kernel)
             if leaves(region.name, fused.subgraph, kernels):
                 return Bisection(region.name, steps[-1][1], tuple(steps))
     return Bisection(None, steps[-1][1] if steps else 0.0, tuple(steps))
+
+
+def _apply(kernel: Kernel, inputs: Sequence[Any]) -> Sequence[torch.Tensor]:
+    return kernel(*inputs)
 
 
 def _compare(result: torch.Tensor, reference: torch.Tensor, tolerance: float | None) -> tuple[float, bool]:

@@ -172,7 +172,7 @@ def why(fused: FusedGraph, what: str) -> Why:
     for node in asked:
         name = node.outputs[0] if node.outputs else ""
         regions = inside.get(name, [])
-        region = next((region for region in regions if region.decision), regions[-1] if regions else None)
+        home = next((r for r in regions if r.decision), regions[-1] if regions else None)
         reasons = [f"{r.name} ({r.where or 'top level'}): {_outcome(r)}" for r in regions]
         if not regions:
             reasons = [gone[name]] if name in gone else list(dict.fromkeys(refused.get(name, ()))) or [_by_kind(node)]
@@ -181,8 +181,8 @@ def why(fused: FusedGraph, what: str) -> Why:
                 "value": name,
                 "op": node.op_type,
                 "where": module_of(node),
-                "region": region.name if region is not None else None,
-                "used": region is not None and bool(region.decision),
+                "region": home.name if home is not None else None,
+                "used": home is not None and bool(home.decision),
                 "reasons": reasons,
             }
         )

@@ -149,8 +149,9 @@ class FusionHeuristics:
         compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
         dtypes = {name: meta.dtype for name, meta in metas.items()}
         shapes = {name: meta.shape for name, meta in metas.items()}
+        strides = {name: meta.stride for name, meta in metas.items()}
         try:
-            return compiler.compile(graph, dtypes, shapes)
+            return compiler.compile(graph, dtypes, shapes, strides)
         except FusionError:
             raise
         except Exception as error:  # a compiler's own failure must not become the user's

@@ -67,6 +67,12 @@ def _decomposed_softmax_max(input: Any) -> Any:
     return raised / torch.sum(raised, dim=-1, keepdim=True)
 
 
+def _softcap_scaled(found: Found) -> Attributes:
+    floats(found, "input", "output")
+    near(found, "factor", 1 / found.numbers["cap"] if found.numbers["cap"] else math.inf)
+    return {"cap": found.numbers["cap"]}
+
+
 RULES = (
     rule(
         "silu",
@@ -101,5 +107,6 @@ RULES = (
         _no_attributes,
     ),
     rule("softcap", (lambda input, cap=30.0: torch.tanh(input / cap) * cap,), _no_attributes),
+    rule("softcap", (lambda input, factor=0.03, cap=30.0: torch.tanh(input * factor) * cap,), _softcap_scaled),
     rule("softmax", (_decomposed_softmax, _decomposed_softmax_max), _softmax),
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_capture.codegen import infer_values, supports
+from graph_capture.codegen import ninetoothed_target as target
 from graph_capture.runtime.heuristics import fallback_of
 from graph_capture.runtime.verify import distance, in_float64
 
@@ -120,8 +121,8 @@ def test_integers(name, dtype):
 
 def test_casts_and_mixed_dtypes():
     x, i = noise(3, 20), torch.randint(-5, 5, (3, 20), device=DEVICE)
-    for target in (torch.int32, torch.int64, torch.bool, torch.float16, torch.float64):
-        check(one("cast", dtype=target), x * 3)
+    for dtype in (torch.int32, torch.int64, torch.bool, torch.float16, torch.float64):
+        check(one("cast", dtype=dtype), x * 3)
     check(SubGraph((OpNode("mul", ("x", "i"), ("y",)),), ("x", "i"), ("y",)), x, i)
     check(SubGraph((OpNode("add", ("x", "h"), ("y",)),), ("x", "h"), ("y",)), x, noise(3, 20, dtype=torch.bfloat16))
     mask = SubGraph(
@@ -321,3 +322,22 @@ def test_large_sizes_on_a_gpu(shape, dtype):
         noise(shape[-1], dtype=dtype),
         slack=2,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 64), (1, 33)], ids=str)
+def test_halves_of_one_projection_are_read_in_place(shape, dtype):
+    merged = noise(*shape[:-1], 2 * shape[-1]).to(dtype)
+    gate, up = merged.chunk(2, dim=-1)
+    kernel = COMPILER.compile(swiglu(), [dtype] * 2, [shape] * 2, [gate.stride(), up.stride()])
+    rows = math.prod(shape[:-1])
+    assert target.bind(kernel.spec.inputs[1], up, kernel.spec, rows).data_ptr() == up.data_ptr()
+    torch.testing.assert_close(kernel(gate, up)[0], F.silu(gate) * up)
+    assert kernel.spec.columns == (shape[-1] if rows > 1 else None)
+
+
+def test_an_expanded_input_is_read_in_place():
+    gate, up = noise(5, 64), noise(64).expand(5, 64)
+    kernel = COMPILER.compile(swiglu(), [torch.float32] * 2, [(5, 64)] * 2, [gate.stride(), up.stride()])
+    assert target.bind(kernel.spec.inputs[1], up, kernel.spec, 5).stride() == (0, 1)
+    torch.testing.assert_close(kernel(gate, up)[0], F.silu(gate) * up)

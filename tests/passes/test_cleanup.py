@@ -1,5 +1,9 @@
 """Clean-up: what goes, what must stay, and that nothing changes, bit for bit."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from graph_capture.passes import clean_up
@@ -256,3 +260,25 @@ def test_all_of_it_on_a_model():
     once = clean_up(graph)
     assert len(once) < 0.9 * len(graph)
     assert clean_up(once) == once
+
+
+def test_passes_are_the_same_in_every_process():
+    """Nothing depends on the order of sets of strings, which differs from one process to the next."""
+    program = (
+        "import hashlib; from graph_capture import FusionConfig, fuse;"
+        "from tests.models import recorded, tiny_llama, token_ids;"
+        "fused = fuse(recorded(tiny_llama(), token_ids()), FusionConfig(profile='static'));"
+        "text = repr([graph.nodes for _, graph in fused.stages]) + repr(fused.receipts);"
+        "print(hashlib.sha256(text.encode()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1

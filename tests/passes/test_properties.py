@@ -1,12 +1,17 @@
 """Random programs with views, writes and aliases: replayed bit-equal, fused close to float64, regions convex."""
 
+import networkx
 import torch
+from graph_capture.passes import find_regions
+from graph_capture.passes.cleanup import CLEAN_UP
+from graph_capture.passes.pipeline import CONSTANTS, pass_names
 from graph_capture.passes.rewrite import Dependencies
 from graph_capture.runtime.verify import distance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graph_capture import FusionConfig, fuse, record
+from graph_capture.graph import check_subgraph, order_edges
 
 ROWS, COLUMNS = 4, 8
 UNARY = [torch.sin, torch.exp, torch.tanh, torch.sigmoid, torch.relu, torch.neg, torch.nn.functional.silu]
@@ -90,6 +95,39 @@ def test_unfused_replay_is_bit_equal(program, seed):
     for got, want in zip((*graph.run(*ours), *ours), (*run(program, *theirs), *theirs), strict=True):
         assert torch.equal(got, want)
         assert got.stride() == want.stride()
+
+
+EXACT = FusionConfig(profile="static", passes_off=frozenset(pass_names()) - {*CLEAN_UP, CONSTANTS})
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(programs, st.integers(0, 2**16))
+def test_the_clean_up_is_exact(program, seed):
+    fused = fuse(recorded(program, seed), EXACT)
+    for number in (1, 2):  # the second finds its constants made
+        ours, theirs = noise(seed + number), noise(seed + number)
+        for got, want in zip((*fused(*ours), *ours), (*run(program, *theirs), *theirs), strict=True):
+            assert torch.equal(got, want)
+            assert got.stride() == want.stride()
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(programs, st.integers(0, 2**16), st.integers(2, 12))
+def test_regions_are_convex_whatever_codegen_can_do(program, seed, max_nodes):
+    graph = recorded(program, seed).subgraph
+    plan = find_regions(graph, supports=lambda body: None, max_nodes=max_nodes)
+    check_subgraph(plan.graph)
+    assert find_regions(graph, supports=lambda body: None, max_nodes=max_nodes) == plan
+    flow = networkx.DiGraph(order_edges(graph))
+    flow.add_nodes_from(range(len(graph)))
+    flow.add_edges_from((graph.producers[n], i) for n in graph.producers for i in graph.users.get(n, ()))
+    index_of = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs}
+    for region in plan.graph.nodes:
+        members = {index_of[node.outputs[0]] for node in region.origin}
+        assert len(members) <= max_nodes
+        below = set().union(*(networkx.descendants(flow, index) for index in members))
+        above = set().union(*(networkx.ancestors(flow, index) for index in members))
+        assert (below & above) <= members
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
