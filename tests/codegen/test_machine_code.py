@@ -23,7 +23,7 @@ def test_swiglu_and_add_rms_norm_at_llama_sizes(architecture):
     gated, normed = compile_for(kernels, architecture)
     for binary in (gated, normed):
         assert binary.stack == 0
-        assert set(binary.loads) == set(binary.stores) == {128}
+        assert set(binary.loads) == set(binary.stores) == {128}, binary
         assert "MUFU" in binary.sass
     assert (gated.loads[128], gated.stores[128]) == (4, 2)
     # Hand-written Triton for the same block sizes: 312 and 256 instructions.
