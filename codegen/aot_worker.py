@@ -6,6 +6,7 @@ language module stays patched and compiles no more. Imports nothing of the packa
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,12 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+
+def _number(argument: str) -> int:
+    match = re.search(r"_tensor_(\d+)_(?:pointer|size|stride)", argument)
+    assert match is not None, argument
+    return int(match.group(1))
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -27,11 +34,12 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}
     attributes: dict[tuple[int], Any] = {}
-    operands = iter(job["operands"])
-    operand: dict[str, Any] = {}
+    # The arguments are sorted as text (tensor_100 before tensor_99), the tensors numbered in the order of the operands.
+    tensors = sorted({_number(name) for name in function.arg_names})
+    operands = dict(zip(tensors, job["operands"], strict=True))
     for index, name in enumerate(function.arg_names):
+        operand = operands[_number(name)]
         if name.endswith("_pointer"):
-            operand = next(operands)
             signature[name] = operand["pointer"]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name.endswith(f"_stride_{operand['rank'] - 1}"):  # contiguous

@@ -1,5 +1,7 @@
 """Every kernel compiles for GPUs that are not there; the important ones are as good as hand-written."""
 
+import re
+
 import pytest
 import torch
 from graph_capture.codegen import compile_for
@@ -59,6 +61,22 @@ def test_every_kernel_of_a_llama_compiles(dtype, architecture):
     binaries = compile_for(kernels, architecture)
     assert len(binaries) == len(kernels) == 5
     assert all(binary.instructions > 0 for binary in binaries)
+
+
+def test_machine_code_does_not_depend_on_how_many_kernels_came_before():
+    """ninetoothed sorts arguments by name, and tensor_100 comes before tensor_99."""
+    import ninetoothed
+
+    kernel = KernelCompiler().compile(add_rms_norm(), [torch.bfloat16] * 3, [(64, 4096), (64, 4096), (4096,)])
+    plain = kernel.compile_for("sm_90")
+    for _ in range(2):
+        number = int(re.search(r"\d+", ninetoothed.Tensor(1).source.name).group())
+        power = 10 ** len(str(number))
+        for _ in range(power - number - 4):  # the next five straddle a power of ten
+            ninetoothed.Tensor(1)
+        binary = kernel.compile_for("sm_90")
+        assert binary.instructions == plain.instructions
+        assert (binary.loads, binary.stores) == (plain.loads, plain.stores) == ({128: 6}, {128: 4})
 
 
 def test_a_single_kernel_and_a_wrong_architecture():
