@@ -297,8 +297,8 @@ def _without_implied(graph: SubGraph, node: OpNode) -> OpNode:
     if not node.inputs or not node.outputs or not {node.inputs[0], node.outputs[0]} <= graph.values.keys():
         return node
     given = graph.values[node.inputs[0]]
-    if op(node.op_type).kind is Kind.ROW and given.dtype.is_floating_point:
-        return replace(node, attrs=tuple(item for item in node.attrs if item != ("dtype", given.dtype)))
+    if op(node.op_type).kind is Kind.ROW and given.dtype.is_floating_point and node.attr("dtype") is given.dtype:
+        return replace(node, attrs=tuple(item for item in node.attrs if item[0] != "dtype"))
     if node.op_type != "cast" or len(node.attrs) < 2:
         return node
     implied = {"device": given.device, "layout": torch.strided, "non_blocking": False, "pin_memory": False}

@@ -1,5 +1,8 @@
 """Recording and replaying small functions, for tests."""
 
+import os
+import subprocess
+import sys
 import types
 
 import torch
@@ -36,6 +39,20 @@ def assert_replays(function, make, *, seed=None):
             else:
                 assert left == right
     return graph
+
+
+def printed_by_processes(program):
+    """What `program` prints in processes that order sets of strings differently."""
+    return {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
 
 
 def noise(*shape, seed=0, **options):

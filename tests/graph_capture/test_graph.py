@@ -1,8 +1,5 @@
 """The immutable graph: verification, keys, order."""
 
-import os
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError
 
 import networkx
@@ -13,6 +10,7 @@ from graph_capture.convert import convert_recorded_graph_to_subgraph
 from graph_capture.errors import CaptureError
 from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta, order_edges
 from graph_capture.recorder import record
+from tests.replaying import printed_by_processes
 
 
 def swiglu(gate="gate", up="up", inner="t0", out="output"):
@@ -68,16 +66,7 @@ from graph_capture.graph import OpNode, SubGraph
 nodes = (OpNode("cast", ("x",), ("a",), {"dtype": torch.float32}), OpNode("softmax", ("a",), ("b",), {"dim": -1}))
 print(SubGraph(nodes, ("x",), ("b",)).cache_key([torch.bfloat16], [(2, 8)]))
 """
-    keys = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
+    keys = printed_by_processes(program)
     assert len(keys) == 1
     assert len(keys.pop().strip()) == 64
 
