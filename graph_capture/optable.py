@@ -137,6 +137,7 @@ for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">
     _pointwise(_name, getattr(aten, _name).Tensor, f"self {_operator} other", commutative=_symmetric)
     _pointwise(f"{_name}.Scalar", getattr(aten, _name).Scalar, f"self {_operator} other")
 _pointwise("where", aten.where.self, "where(condition, self, other)")
+_pointwise("masked_fill", aten.masked_fill.Scalar, "where(mask, value, self)")
 _pointwise("cast", aten._to_copy.default, _only("dtype")("self"))  # the target's dtype is the output's
 
 # --- row ops: over the last dimension (codegen checks that `dim` is the last one)
@@ -211,8 +212,16 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    fill: float | None = None,
+    keeps: bool = False,
 ) -> torch.Tensor:
-    """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V]."""
+    """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V].
+
+    With `fill`, scores become `fill` where the bool `attn_mask` is True, or, if it `keeps`, where it is False.
+    """
+    if fill is not None and attn_mask is not None:
+        left_out = attn_mask.logical_not() if keeps else attn_mask
+        attn_mask = torch.zeros(left_out.shape, dtype=query.dtype, device=query.device).masked_fill_(left_out, fill)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -230,13 +239,21 @@ def repeat_kv(input: torch.Tensor, repeats: int) -> torch.Tensor:
 
 
 def rope(
-    input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, half_tables: bool = False
+    input: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
+    half_tables: bool = False,
 ) -> torch.Tensor:
     """Rotary position embedding (Su et al., 2021) of the first E elements of each [..., D] row.
 
     `cos` and `sin` broadcast over `input`; their last dimension is E, or with `half_tables` E / 2, for both halves.
-    Element i is rotated with i + E / 2, or, if `interleaved`, 2 i with 2 i + 1.
+    Element i is rotated with i + E / 2, or, if `interleaved`, 2 i with 2 i + 1. Without `sin`, `cos` is complex,
+    cos + i sin [..., E / 2], and the rotation is the product of complex numbers, in float32 at least (Meta's Llama).
     """
+    if sin is None:
+        pairs = input.to(cos.real.dtype).unflatten(-1, (-1, 2)).contiguous()
+        return torch.view_as_real(torch.view_as_complex(pairs) * cos).flatten(-2).to(input.dtype)
     if half_tables:
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     width = cos.shape[-1]

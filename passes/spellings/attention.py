@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def _repeat_kv(found: Found) -> Attributes:
 def _attention_spellings() -> dict[str, tuple[Function, ...]]:
     """softmax(q k^T scaled, masked) v: the ways to scale, to mask, to cast."""
     scaled: dict[str, Function] = {
-        "scale": lambda query, key, scale: torch.matmul(query, key.transpose(2, 3)) * scale,
-        "divisor": lambda query, key, scale: torch.matmul(query, key.transpose(2, 3)) / scale,
-        "query_scale": lambda query, key, scale: torch.matmul(query * scale, key.transpose(2, 3)),
-        "query_divisor": lambda query, key, scale: torch.matmul(query / scale, key.transpose(2, 3)),
-        "none": lambda query, key, scale: torch.matmul(query, key.transpose(2, 3)),
+        "scale": lambda query, key, scale: torch.matmul(query, key.transpose(-2, -1)) * scale,
+        "divisor": lambda query, key, scale: torch.matmul(query, key.transpose(-2, -1)) / scale,
+        "query_scale": lambda query, key, scale: torch.matmul(query * scale, key.transpose(-2, -1)),
+        "query_divisor": lambda query, key, scale: torch.matmul(query / scale, key.transpose(-2, -1)),
+        "none": lambda query, key, scale: torch.matmul(query, key.transpose(-2, -1)),
     }
     normalised: tuple[Function, ...] = (
         lambda scores, query: F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype),
@@ -68,28 +69,69 @@ def _attention_spellings() -> dict[str, tuple[Function, ...]]:
 
         return (plain_with_mask if masked else plain) if unscaled else (with_mask if masked else without_mask)
 
-    return {
+    def filled(score: Function, weigh: Function, fill: Function, unscaled: bool) -> Function:
+        def scaled(query: Any, key: Any, value: Any, attn_mask: Any, scale: float = 1.0, fill_: float = 0.0) -> Any:
+            return torch.matmul(weigh(fill(score(query, key, scale), attn_mask, fill_), query), value)
+
+        def plain(query: Any, key: Any, value: Any, attn_mask: Any, fill_: float = 0.0) -> Any:
+            return torch.matmul(weigh(fill(score(query, key, 1.0), attn_mask, fill_), query), value)
+
+        return plain if unscaled else scaled
+
+    def batched(weigh: Function, options: dict[str, Any]) -> Function:
+        def attention(query: Any, key: Any, value: Any, attn_mask: Any, scale: float = 1.0) -> Any:
+            scores = torch.baddbmm(attn_mask, query, key.transpose(-2, -1), alpha=scale, **options)
+            return torch.matmul(weigh(scores, query), value)
+
+        return attention
+
+    spellings = {
         name: tuple(attention(s, w, masked, name == "none") for w in normalised for masked in (True, False))
         for name, s in scaled.items()
     }
+    fills: dict[str, tuple[Function, ...]] = {
+        "": (
+            lambda scores, mask, fill: scores.masked_fill(mask, fill),
+            lambda scores, mask, fill: torch.where(mask, fill, scores),
+        ),
+        "_keeps": (lambda scores, mask, fill: torch.where(mask, scores, fill),),
+    }
+    for polarity, ways in fills.items():
+        for name, score in scaled.items():
+            spellings[f"fill{polarity}_{name}"] = tuple(
+                filled(score, w, fill, name == "none") for w in normalised for fill in ways
+            )
+    spellings["batched_scale"] = tuple(batched(w, beta) for w in normalised for beta in ({}, {"beta": 1.0}))
+    return spellings
 
 
-def _attention(divides: bool) -> Guard:
+def _attention(name: str) -> Guard:
     def attributes(found: Found) -> Attributes:
         query, key, value = found["query"], found["key"], found["value"]
         floats(found, "query", "key", "value", "output")
         require(len(query.shape) == len(key.shape) == len(value.shape) in (3, 4), "it is over other dimensions")
         alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and key.shape[-2] == value.shape[-2]
         require(alike, f"{query}, {key} and {value} do not go together")
-        if "attn_mask" in found:
-            mask, scores = found["attn_mask"], (*query.shape[:-1], key.shape[-2])
-            require(mask.dtype is query.dtype, f"the mask is {mask.dtype}")
-            require(broadcasts(mask.shape, scores), f"the mask {mask} does not broadcast over the scores")
         scale = found.numbers.get("scale", 1.0)
         require(isinstance(scale, (int, float)), f"its scale is {scale!r}")
-        return {"scale": float(1 / scale if divides else scale)}
+        result: dict[str, Any] = {"scale": float(1 / scale if name.endswith("divisor") else scale)}
+        if "attn_mask" in found:
+            mask, scores = found["attn_mask"], (*query.shape[:-1], key.shape[-2])
+            fits = len(mask.shape) > 1 and broadcasts(mask.shape, scores)
+            require(fits, f"the mask {mask} does not broadcast over the scores")
+            if "fill_" in found.numbers:
+                result |= {**_fill(found.numbers["fill_"], query.dtype), **({"keeps": True} if "keeps" in name else {})}
+            require(mask.dtype is (torch.bool if "fill" in result else query.dtype), f"the mask is {mask.dtype}")
+        return result
 
     return attributes
+
+
+def _fill(fill: Any, dtype: torch.dtype) -> Attributes:
+    """Adding `fill` to a score must give `fill`, for rows that are masked as a whole."""
+    swallows = dtype is not torch.float16 and isinstance(fill, float) and fill < torch.finfo(dtype).min / 2
+    require(fill == -math.inf or swallows, f"masked scores become {fill!r}, which is not low enough")
+    return {"fill": float(fill)}
 
 
 def _grouped(query: Any, key: Any, value: Any) -> Any:
@@ -106,9 +148,12 @@ def _grouped_attention(found: Found) -> Attributes:
 
 
 _HEADS = ({"query": (2, 4, 3, 8), "key": (2, 4, 3, 8), "value": (2, 4, 3, 8), "attn_mask": (2, 1, 3, 3)},)
+_PRODUCT = ({"input": (2, 3, 8), "other": (2, 8, 3)},)
+_BATCHED = ({"query": (4, 3, 8), "key": (4, 3, 8), "value": (4, 3, 8), "attn_mask": (4, 1, 3)},)
 _GROUPED = ({"query": (2, 6, 4, 8), "key": (2, 2, 4, 8), "value": (2, 2, 4, 8), "attn_mask": (2, 1, 4, 4)},)
 
 RULES = (
+    rule("matmul", (lambda input, other: torch.bmm(input, other),), lambda found: {}, shapes=_PRODUCT),
     rule(
         "repeat_kv",
         (_repeat_by_expand, _repeat_interleaved),
@@ -120,11 +165,12 @@ RULES = (
         rule(
             "scaled_dot_product_attention",
             spellings,
-            _attention(divides=name.endswith("divisor")),
+            _attention(name),
             round=1,
-            shapes=_HEADS,
+            shapes=_BATCHED if name.startswith("batched") else _HEADS,
             dtypes=HALF,
-            ignore=CASTS,
+            kinds={"attn_mask": torch.bool} if name.startswith("fill") else None,
+            ignore=CASTS | {"device", "layout", "pin_memory"},
         )
         for name, spellings in _attention_spellings().items()
     ),

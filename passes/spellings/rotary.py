@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from graph_capture.passes.pattern import Function
-from graph_capture.passes.spellings.rule import Attributes, Found, broadcasts, floats, require, rule
+from graph_capture.passes.spellings.rule import CASTS, HALF, Attributes, Found, broadcasts, floats, require, rule
 
 
 def _rotated(rotate: Function) -> Function:
@@ -75,6 +75,21 @@ def _half_tables(found: Found) -> Attributes:
     return {"half_tables": True}
 
 
+def _of_complex_numbers(input: Any, cos: Any) -> Any:
+    pairs = torch.view_as_complex(input.float().reshape(*input.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * cos).flatten(-2).type_as(input)
+
+
+def _complex_table(found: Found) -> Attributes:
+    input, table, pairs = found["input"], found["cos"], found["view_as_complex"]
+    floats(found, "input", "output")
+    require(input.shape == found["output"].shape, f"{input} becomes {found['output']}")
+    require(pairs.shape == (*input.shape[:-1], input.shape[-1] // 2), f"{input} is not taken in pairs")
+    require(table.dtype is pairs.dtype, f"the table is {table.dtype}")
+    require(broadcasts(table.shape, pairs.shape), f"{table} does not broadcast over {pairs}")
+    return {"interleaved": True, "half_tables": True}
+
+
 def _sliced(found: Found, name: str, start: int, size: int) -> None:
     part, whole = found[name], found["input"]
     begins = part.offset - whole.offset == start * whole.stride[-1]
@@ -123,6 +138,15 @@ RULES = (
         ignore=frozenset({"end", "size"}),
     ),
     rule("rope", (_by_halves,), _half_tables, shapes=_NARROW, ignore=frozenset({"split_size"})),
+    rule(
+        "rope",
+        (_of_complex_numbers,),
+        _complex_table,
+        shapes=({"input": (2, 3, 4, 8), "cos": (2, 1, 4, 4)},),
+        dtypes=HALF,
+        kinds={"cos": torch.complex64},
+        ignore=CASTS | {"size"},
+    ),
     rule("rope", (_partial_rope,), _partial, round=1, shapes=_NARROW, ignore=_CUT),
     rule("rope", (_whole_rope,), _nothing_left, round=1, shapes=_ROTARY, ignore=_CUT),
 )

@@ -70,6 +70,7 @@ ATTRIBUTES = {
     "div.Scalar": {"other": 1.5},
     "pow": {"exponent": 3},
     "softcap": {"cap": 1.5},
+    "masked_fill": {"value": 0.5},
     "clamp": {"min": -0.5, "max": 0.75},
     "cast": {"dtype": torch.float32},
     "sum": {"dim": (-1,), "keepdim": True},
@@ -86,14 +87,14 @@ EXPRESSIBLE = sorted(name for name, row in TABLE.items() if row.kind in (Kind.PO
 
 def call_of(name, dtype):
     tensors = {"weight": (40,), "bias": (40,)}
-    parameters = [p.name for p in op(name).parameters if p.name in ("self", "other", "input", "condition", *tensors)]
+    parameters = [p.name for p in op(name).parameters if p.name in ("self", "other", "input", "condition", "mask", *tensors)]
     parameters = [p for p in parameters if p not in ATTRIBUTES.get(name, {})]
     inputs = {}
     for seed, parameter in enumerate(parameters):
         value = noise(*tensors.get(parameter, (6, 40)), dtype=dtype, seed=seed)
         if name in POSITIVE:
             value = value.abs() + 0.25
-        inputs[parameter] = value > 0 if parameter == "condition" else value
+        inputs[parameter] = value > 0 if parameter in ("condition", "mask") else value
     order = {parameter: Arg(index) for index, parameter in enumerate(inputs)}
     node = OpNode(name, tuple(inputs), ("y",), ATTRIBUTES.get(name, {}))
     assert order

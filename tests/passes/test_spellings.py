@@ -297,6 +297,22 @@ def test_not_a_rope(twin):
     absent(twin, (Q, COS, SIN), "rope")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rope_by_complex_numbers(dtype):
+    def rope(x, table):
+        pairs = torch.view_as_complex(x.to(table.real.dtype).reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table).flatten(3).type_as(x)
+
+    x, table = Q.to(dtype), torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+    check(rope, (x, table), "rope", {"half_tables": True, "interleaved": True})
+
+    def flattened(x, table):  # the heads' rows in one
+        pairs = torch.view_as_complex(x.to(table.real.dtype).reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table).flatten(2).type_as(x)
+
+    absent(flattened, (x, table), "rope")
+
+
 # --- attention
 
 KEY, VALUE = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
@@ -357,6 +373,62 @@ def test_repeated_heads():
         return F.scaled_dot_product_attention(q, k, v, scale=0.3)
 
     check(attention, (Q, key, VALUE[:, :2]), "scaled_dot_product_attention", {"scale": 0.3, "enable_gqa": True})
+
+
+LOWEST = torch.finfo(torch.float32).min
+FILLS = {
+    "masked_fill": lambda scores, mask, fill: scores.masked_fill(mask, fill),
+    "where": lambda scores, mask, fill: torch.where(mask, fill, scores),
+    "where kept": lambda scores, mask, fill: torch.where(~mask, scores, fill),
+}
+
+
+@pytest.mark.parametrize("fill", [-math.inf, LOWEST])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("mask", FILLS)
+def test_attention_with_a_filled_mask(mask, score, fill):
+    def attention(query, key, value, left_out):
+        scores = FILLS[mask](SCORES[score](query, key.transpose(2, 3)), left_out, fill)
+        return F.softmax(scores, dim=-1) @ value
+
+    left_out = MASK < 0
+    left_out[..., 0] = False  # no row is masked as a whole
+    graph, (result,) = canonical(attention, Q, KEY, VALUE, left_out)
+    assert ops(graph)[-1] == "scaled_dot_product_attention"
+    assert graph.nodes[-1].attr("fill") == fill
+    assert "matmul" not in ops(graph)
+    exact = attention(Q.double(), KEY.double(), VALUE.double(), left_out)
+    assert distance(result, exact) < 1e-6
+
+
+def test_attention_whose_rows_are_filled_as_a_whole():
+    def attention(query, key, value, left_out):
+        return F.softmax((query @ key.mT).masked_fill(left_out, LOWEST), dim=-1) @ value
+
+    everything = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    check(attention, (Q, KEY, VALUE, everything), "scaled_dot_product_attention", {"scale": 1.0, "fill": LOWEST})
+
+    def near(query, key, value, left_out):  # adding -10000 to a score is not -10000
+        return F.softmax((query @ key.mT).masked_fill(left_out, -1e4), dim=-1) @ value
+
+    absent(near, (Q, KEY, VALUE, everything), "scaled_dot_product_attention")
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 1.0}])
+def test_attention_by_baddbmm(options):
+    query, key, value = Q.flatten(0, 1), KEY.flatten(0, 1), VALUE.flatten(0, 1)
+
+    def attention(query, key, value, bias):
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=0.3, **options)
+        return torch.bmm(F.softmax(scores, dim=-1), value)
+
+    bias = torch.randn(8, 1, 6)
+    check(attention, (query, key, value, bias), "scaled_dot_product_attention", {"scale": 0.3})
+
+    def halved(query, key, value, bias):
+        return torch.bmm(F.softmax(torch.baddbmm(bias, query, key.mT, beta=0.5), dim=-1), value)
+
+    absent(halved, (query, key, value, bias), "scaled_dot_product_attention")
 
 
 @pytest.mark.parametrize(
