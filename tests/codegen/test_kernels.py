@@ -87,8 +87,8 @@ EXPRESSIBLE = sorted(name for name, row in TABLE.items() if row.kind in (Kind.PO
 
 def call_of(name, dtype):
     tensors = {"weight": (40,), "bias": (40,)}
-    parameters = [p.name for p in op(name).parameters if p.name in ("self", "other", "input", "condition", "mask", *tensors)]
-    parameters = [p for p in parameters if p not in ATTRIBUTES.get(name, {})]
+    known = ("self", "other", "input", "condition", "mask", *tensors)
+    parameters = [p.name for p in op(name).parameters if p.name in known and p.name not in ATTRIBUTES.get(name, {})]
     inputs = {}
     for seed, parameter in enumerate(parameters):
         value = noise(*tensors.get(parameter, (6, 40)), dtype=dtype, seed=seed)
