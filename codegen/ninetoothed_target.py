@@ -74,6 +74,10 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
     return bind
 
 
+def prepare(specs: Sequence[tuple[Spec, str]]) -> None:
+    """Nothing to do ahead: Triton compiles at the first launch."""
+
+
 def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Binary]:
     """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from graph_capture.passes import DEFAULT, Pattern, pass_names
 
 Profile = Literal["measure", "always", "static"]
-Target = Literal["auto", "ninetoothed"]
+Target = Literal["auto", "ninetoothed", "c"]
 MergeLinears = Literal["views", "copy", "off"]
 
 
@@ -27,7 +27,8 @@ class FusionConfig:
         fusion_ratio: a fused kernel is used if ``t_fused < t_fallback * fusion_ratio``.
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
-        target: what makes kernels; "auto" is ninetoothed.
+        target: what makes kernels: "ninetoothed" (Triton), "c" (the CPU, by the system's C compiler), or "auto": the first
+            on CUDA, the second on the CPU.
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,
             so that memory does not grow; "copy" leaves them alone; "off" does not merge.
         fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graph_capture.codegen import CompiledKernel, KernelCompiler, interpreted, supports
+from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import compare
@@ -144,14 +144,13 @@ class FusionHeuristics:
         Raises:
             FusionError: it cannot be made, for whatever reason.
         """
-        if not interpreted() and any(meta.device.type == "cpu" for meta in metas.values()):
-            raise FusionError("its tensors are on the CPU, where there is no compiled target yet")
         compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
         dtypes = {name: meta.dtype for name, meta in metas.items()}
         shapes = {name: meta.shape for name, meta in metas.items()}
         strides = {name: meta.stride for name, meta in metas.items()}
+        device = next((meta.device for meta in metas.values()), None)
         try:
-            return compiler.compile(graph, dtypes, shapes, strides)
+            return compiler.compile(graph, dtypes, shapes, strides, device)
         except FusionError:
             raise
         except Exception as error:  # a compiler's own failure must not become the user's

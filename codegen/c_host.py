@@ -1,0 +1,203 @@
+"""Compiling C with the system's compiler, and calling what comes out: no shell, prebound arguments.
+
+The compiler is what ``CC`` names, or cc, gcc or clang. ``GRAPH_CAPTURE_CFLAGS`` adds flags. Threads are those of the
+OpenMP runtime that torch has loaded (``c/runtime.c``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from graph_capture.codegen.ninetoothed_host import workspace
+
+from graph_capture.errors import FusionError
+
+FOLDER = Path(__file__).with_name("c")
+# Reassociation is allowed where a reduction's pragma says so, and nowhere else: infinities, NaN, signed zeros and the
+# reductions of arguments in the prelude stay what they are.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-fno-math-errno", "-fno-trapping-math")
+NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+CFLAGS = "GRAPH_CAPTURE_CFLAGS"
+_lock = threading.Lock()
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler: its command, what it says of its version, and the flags that it takes."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+
+
+def compiler() -> Compiler:
+    """The C compiler of this machine.
+
+    Raises:
+        FusionError: there is none, or it cannot compile.
+    """
+    return _compiler(os.environ.get("CC", ""), os.environ.get("PATH", ""), os.environ.get(CFLAGS, ""))
+
+
+@functools.cache
+def _compiler(chosen: str, path: str, extra: str) -> Compiler:
+    names = [shlex.split(chosen)] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
+    found = next((found for name in names if (found := shutil.which(name[0], path=path))), None)
+    if found is None:
+        raise FusionError(f"there is no C compiler ({', '.join(name[0] for name in names)}); install one, or set CC")
+    command = (found, *names[0][1:]) if chosen.strip() else (found,)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    source, failure = (FOLDER / "runtime.c").read_text(encoding="utf-8"), ""
+    for native in NATIVE:
+        flags = (*FLAGS, *native, *shlex.split(extra))
+        try:
+            _compile(Compiler(command, version, flags), source)
+        except FusionError as error:
+            failure = failure or str(error)
+        else:
+            return Compiler(command, version, flags)
+    raise FusionError(failure)
+
+
+def _compile(compiler: Compiler, source: str) -> Path:
+    """`source` as a shared library in this process's folder.
+
+    Raises:
+        FusionError: the compiler fails; the message is its own.
+    """
+    descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
+    os.close(descriptor)
+    command = [*compiler.command, *compiler.flags, "-x", "c", "-", "-o", name, "-lm"]
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise FusionError(f"the C compiler cannot be run: {error}") from error
+    if done.returncode:
+        raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
+    return Path(name)
+
+
+def library(source: str) -> ctypes.CDLL:
+    """`source`, compiled and loaded; equal sources once a process.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    chosen = compiler()
+    key = hashlib.sha256("\0".join((source, *chosen.command, chosen.version, *chosen.flags)).encode()).hexdigest()
+    with _lock:
+        if key in _loaded:
+            return _loaded[key]
+    try:
+        found = ctypes.CDLL(str(_compile(chosen, source)))
+    except OSError as error:
+        raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
+    with _lock:
+        return _loaded.setdefault(key, found)
+
+
+def libraries(sources: Sequence[str]) -> list[ctypes.CDLL | FusionError]:
+    """`library` of several sources, compiled side by side; what failed is its error."""
+
+    def attempt(source: str) -> ctypes.CDLL | FusionError:
+        try:
+            return library(source)
+        except FusionError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as pool:
+        return list(pool.map(attempt, sources))
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """What runs kernels.
+
+    Raises:
+        FusionError: there is no compiler.
+    """
+    found = library((FOLDER / "runtime.c").read_text(encoding="utf-8"))
+    for function in (found.run, found.run_chain):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
+    os.register_at_fork(after_in_child=lambda: setattr(ctypes.c_int.in_dll(found, "alone"), "value", 1))
+    return found
+
+
+@functools.cache
+def prelude() -> str:
+    """The text that every kernel starts with."""
+    return (FOLDER / "prelude.h").read_text(encoding="utf-8")
+
+
+# --- launches
+
+
+class _Work(ctypes.Structure):
+    """``struct launch`` of the runtime."""
+
+    _fields_ = (
+        ("body", ctypes.c_void_p),
+        ("operands", ctypes.c_void_p),
+        ("geometry", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
+        ("grain", ctypes.c_int64),
+    )
+
+
+class _Works(ctypes.Structure):
+    """``struct chain`` of the runtime."""
+
+    _fields_ = (("launches", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class Launch(functools.partial[None]):
+    """A foreign call whose arguments are bound: calling it is one call of C.
+
+    Attributes:
+        works: what it runs, in order.
+        held: what must live as long: tensors, and the memory of arguments.
+    """
+
+    works: tuple[_Work, ...]
+    held: tuple[Any, ...]
+
+
+def launch(
+    function: Callable[..., Any], tensors: Sequence[torch.Tensor], numbers: Sequence[int], units: int, grain: int
+) -> Launch:
+    """A launch of a kernel's function on the memory of these tensors."""
+    operands = (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    geometry = (ctypes.c_int64 * len(numbers))(*numbers)
+    work = _Work(
+        ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(operands), ctypes.addressof(geometry), units, grain
+    )
+    made = Launch(runtime().run, ctypes.addressof(work))
+    made.works, made.held = (work,), (operands, geometry, function, *tensors)
+    return made
+
+
+def chain(launches: Sequence[Launch]) -> Launch:
+    """Several launches, in order, in one foreign call."""
+    works = tuple(work for one in launches for work in one.works)
+    addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
+    listed = _Works(ctypes.addressof(addresses), len(works))
+    made = Launch(runtime().run_chain, ctypes.addressof(listed))
+    made.works, made.held = works, (addresses, listed, *(one.held for one in launches))
+    return made
+
+

@@ -1,0 +1,105 @@
+"""The CPU target: specs as C functions, compiled by the system's compiler.
+
+A kernel is one function over a range of units of work; ``c/runtime.c`` runs it on the calling thread, or on torch's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from graph_capture.codegen import c_host as host
+from graph_capture.codegen import c_rows
+from graph_capture.codegen.c_host import Launch, chain
+from graph_capture.codegen.c_rows import Layout
+from graph_capture.codegen.spec import KernelSpec, Spec
+
+from graph_capture.errors import FusionError
+
+__all__ = ["Launch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
+
+THREAD_WORK = 100_000  # additions that a thread must have to do to be worth waking; measured: a few microseconds
+
+
+class Printer(Protocol):
+    """How specs of one kind become C: a module with these two functions."""
+
+    def source(self, spec: Any, name: str) -> str:
+        """The text of the function."""
+        ...
+
+    def layout(self, spec: Any, tensors: Sequence[torch.Tensor], thread_work: int) -> Layout:
+        """What a launch on these tensors passes besides their addresses."""
+        ...
+
+
+PRINTERS: dict[type, Any] = {KernelSpec: c_rows}
+name = "c"
+
+
+def interpreted() -> bool:
+    """Never: kernels are machine code."""
+    return False
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        host.compiler()
+    except FusionError as error:
+        return str(error)
+    return None
+
+
+def check(tensors: Sequence[torch.Tensor]) -> None:
+    """Whether kernels can run on these tensors.
+
+    Raises:
+        FusionError: they cannot.
+    """
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.layout is not torch.strided:
+            raise FusionError(f"a tensor is {tensor.layout} on {tensor.device}, the kernel runs on the CPU")
+        if tensor.is_neg():
+            raise FusionError("a tensor is a view that negates")
+
+
+def source(spec: Spec) -> str:
+    """The kernel's function, without the prelude that all share."""
+    return _printed(spec, "kernel")
+
+
+def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Launch]:
+    """Compile a kernel; the result binds it to tensors.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
+    function = getattr(host.library(host.prelude() + _printed(spec, symbol)), symbol)
+    printer: Printer = PRINTERS[type(spec)]
+    layouts: dict[Any, Layout] = {}
+
+    def bind(tensors: Sequence[torch.Tensor]) -> Launch:
+        key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
+        layout = layouts.get(key)
+        if layout is None:
+            layout = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
+        return host.launch(function, tensors, layout.numbers, layout.units, layout.grain)
+
+    return bind
+
+
+def prepare(specs: Sequence[tuple[Spec, str]]) -> None:
+    """Compile kernels (their specs and names) side by side, for `build` to find them."""
+    symbols = [re.sub(r"[^A-Za-z0-9_]", "_", kernel_name) for _, kernel_name in specs]
+    host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)])
+
+
+def _printed(spec: Spec, symbol: str) -> str:
+    printer = PRINTERS.get(type(spec))
+    if printer is None:
+        raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
+    return printer.source(spec, symbol)  # type: ignore[no-any-return]
