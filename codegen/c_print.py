@@ -88,6 +88,7 @@ class Scalars:
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._wide: dict[str, str] = {}  # the float64 behind a float32 that is computed once a row
 
     def define(self, variable: str, name: str, dtype: torch.dtype) -> None:
         """From here on `variable` is called `name`."""
@@ -100,15 +101,30 @@ class Scalars:
 
     def assign(self, statement: Statement) -> str:
         """A statement that is no reduction."""
-        return self.declared(statement.target, statement.dtype, self.expression(statement))
+        return self.declared(statement.target, statement.dtype, self._expression(statement, statement.dtype))
+
+    def assign_row(self, statement: Statement) -> list[str]:
+        """`assign` once a row: in float64 what is float32, for its error would be that of all elements."""
+        if statement.dtype is not torch.float32:
+            return [self.assign(statement)]
+        return self.widened(statement.target, self._expression(statement, torch.float64))
+
+    def widened(self, target: str, value: str) -> list[str]:
+        """The declarations of a float32 that is computed in float64."""
+        wide = f"{variable(target)}_wide"
+        narrow = self.declared(target, torch.float32, f"(float){wide}")
+        self._wide[target] = wide
+        return [f"const double {wide} = {value};", narrow]
 
     def value(self, argument: Any, dtype: torch.dtype) -> str:
         """A variable or a number as an expression."""
-        return self.names[argument] if isinstance(argument, str) else literal(argument, dtype)
+        if not isinstance(argument, str):
+            return literal(argument, dtype)
+        return self._wide.get(argument, self.names[argument]) if dtype is torch.float64 else self.names[argument]
 
-    def expression(self, statement: Statement) -> str:
-        """A statement's right side."""
-        function, dtype = statement.function, statement.dtype
+    def _expression(self, statement: Statement, dtype: torch.dtype) -> str:
+        """A statement's right side in arithmetic of a dtype."""
+        function = statement.function
         known = [self.dtypes[a] for a in statement.arguments if isinstance(a, str)]
         compares = dtype is torch.bool and function in ("==", "!=", "<", "<=", ">", ">=")
         args = [self.value(a, known[0] if compares and known else dtype) for a in statement.arguments]

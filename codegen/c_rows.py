@@ -144,7 +144,7 @@ class _Printer:
         lines.append(f"const int64_t first = begin * {FLAT};")
         lines.append(f"const int64_t stop = end * {FLAT} < geometry[0] ? end * {FLAT} : geometry[0];")
         lines += self._per_row_loads()
-        lines += [self.scalars.assign(statement) for statement in sweep.row]
+        lines += [line for statement in sweep.row for line in self.scalars.assign_row(statement)]
         lines += self._sweep(0, "first", "stop")
         return lines + self._per_row_stores("begin == 0")
 
@@ -174,7 +174,7 @@ class _Printer:
             size = max(1, spec.columns or 0)
             body.append(f"{c_print.VALUES[dtype]} kept_{c_print.variable(name)}[{size}] __attribute__((aligned(64)));")
         for number, sweep in enumerate(spec.passes):
-            body += [self.scalars.assign(statement) for statement in sweep.row]
+            body += [line for statement in sweep.row for line in self.scalars.assign_row(statement)]
             body += self._sweep(number, first, stop)
         body += self._per_row_stores("block == 0" if blocks > 1 else "")
         for depth, (step, reset) in enumerate(rest):
@@ -258,7 +258,7 @@ class _Printer:
         body += [total.add() for total in totals]
         if not body:
             return []
-        in_parts = totals and spec.columns is not None and spec.columns > WIDE
+        in_parts = totals and spec.columns is not None and spec.columns > FLAT
         lines = [total.start("total" if in_parts else "part") for total in totals]
         if in_parts:
             inner = [total.start("part") for total in totals]
@@ -270,7 +270,7 @@ class _Printer:
         else:
             lines += _loop(first, stop, body, totals)
         for total in totals:
-            lines.append(total.result(self.scalars, "total" if in_parts else "part", spec.columns or 0))
+            lines += total.result(self.scalars, "total" if in_parts else "part", spec.columns or 0)
         return lines
 
 
@@ -293,7 +293,8 @@ class _Total:
 
     def start(self, stage: str) -> str:
         zero = {"max": "-INFINITY", "min": "INFINITY"}.get(self.statement.function, "0")
-        return f"{c_print.VALUES[self.statement.dtype]} {self.name(stage)} = {zero};"
+        wide = stage == "total" and self.clause == "+"  # costs nothing, once in so many elements
+        return f"{'double' if wide else c_print.VALUES[self.statement.dtype]} {self.name(stage)} = {zero};"
 
     def add(self) -> str:
         return self._joined("part", self.value)
@@ -308,8 +309,10 @@ class _Total:
         sign = ">" if self.clause == "max" else "<"  # false for NaN, which is passed over
         return f"{name} = {value} {sign} {name} ? {value} : {name};"
 
-    def result(self, scalars: c_print.Scalars, stage: str, columns: int) -> str:
+    def result(self, scalars: c_print.Scalars, stage: str, columns: int) -> list[str]:
         value = self.name(stage)
         if self.statement.function == "mean":
-            value += f" / {c_print.literal(columns, self.statement.dtype)}"
-        return scalars.declared(self.statement.target, self.statement.dtype, value)
+            value += f" / {float(columns)!r}"
+        if self.statement.dtype is torch.float32:
+            return scalars.widened(self.statement.target, value)
+        return [scalars.declared(self.statement.target, self.statement.dtype, value)]

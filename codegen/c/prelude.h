@@ -60,14 +60,15 @@ INLINE float exp_float(float x) {
     float bounded = x > 90.0f ? 90.0f : x < -110.0f ? -110.0f : x;
     float shifted = bounded * 1.44269504f + 12582912.0f; /* rounds to an integer, which is in the low bits */
     float n = shifted - 12582912.0f;
-    float r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
+    float t = bounded - n * 0.693145752f;
+    float r = t - n * 1.42860677e-6f, r_low = (t - r) - n * 1.42860677e-6f;
     float p = 0.0013814609f;
     p = p * r + 0.00836871f;
     p = p * r + 0.04166839f;
     p = p * r + 0.16666521f;
     p = p * r + 0.49999994f;
-    p = p * (r * r) + r + 1.0f;
-    return x != x ? x : scaled(p, (int32_t)(as_bits(shifted) - 0x4b400000u));
+    float high = 1.0f + r, low = (r - (high - 1.0f)) + r_low;
+    return x != x ? x : scaled(high + (p * (r * r) + low), (int32_t)(as_bits(shifted) - 0x4b400000u));
 }
 
 INLINE float log_float(float x) {
