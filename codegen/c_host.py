@@ -165,6 +165,25 @@ class _Works(ctypes.Structure):
     _fields_ = (("launches", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a launch passes.
+
+    Attributes:
+        numbers: sizes and strides, as the function expects them.
+        units: of work.
+        grain: the fewest units that are worth a thread.
+        operands: for each address, the tensor of the call and an offset in bytes.
+        part: what the function's name ends in, where a kernel has several.
+    """
+
+    numbers: tuple[int, ...]
+    units: int
+    grain: int
+    operands: tuple[tuple[int, int], ...]
+    part: str = ""
+
+
 class Launch(functools.partial[None]):
     """A foreign call whose arguments are bound: calling it is one call of C.
 
@@ -177,17 +196,20 @@ class Launch(functools.partial[None]):
     held: tuple[Any, ...]
 
 
-def launch(
-    function: Callable[..., Any], tensors: Sequence[torch.Tensor], numbers: Sequence[int], units: int, grain: int
-) -> Launch:
+def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
     """A launch of a kernel's function on the memory of these tensors."""
-    operands = (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-    geometry = (ctypes.c_int64 * len(numbers))(*numbers)
+    addresses = [tensors[index].data_ptr() + offset for index, offset in layout.operands]
+    operands = (ctypes.c_void_p * len(addresses))(*addresses)
+    numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
     work = _Work(
-        ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(operands), ctypes.addressof(geometry), units, grain
+        ctypes.cast(function, ctypes.c_void_p),
+        ctypes.addressof(operands),
+        ctypes.addressof(numbers),
+        layout.units,
+        layout.grain,
     )
     made = Launch(runtime().run, ctypes.addressof(work))
-    made.works, made.held = (work,), (operands, geometry, function, *tensors)
+    made.works, made.held = (work,), (operands, numbers, function, *tensors)
     return made
 
 

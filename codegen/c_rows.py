@@ -7,11 +7,11 @@ kept in a buffer on the stack where it costs more than reading it again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from graph_capture.codegen import c_print
+from graph_capture.codegen.c_host import Layout
 from graph_capture.codegen.spec import KernelSpec, Operand, Pass, Statement
 
 FLAT = 1024  # elements in a unit of work of a flat kernel
@@ -20,16 +20,7 @@ KEPT_BYTES = 65536  # of a row in buffers on the stack
 COSTLY = 3  # from here on a value is kept rather than computed again
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a launch passes besides addresses: numbers for the function, units of work, and how many a thread takes."""
-
-    numbers: tuple[int, ...]
-    units: int
-    grain: int
-
-
-def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> Layout:
+def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
     """How a call on these tensors (inputs, then outputs) runs; a thread takes at least `thread_work` (see `weight`).
 
     Raises:
@@ -46,7 +37,8 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
             units *= size
         elements = min(spec.columns, WIDE) if blocks > 1 else spec.columns
     work = sum(c_print.weight(sweep.element, len(spec.operands)) for sweep in spec.passes)
-    return Layout(numbers, units, max(1, thread_work // max(1, work * elements)))
+    operands = tuple((index, 0) for index in range(len(spec.operands)))
+    return (Layout(numbers, units, max(1, thread_work // max(1, work * elements)), operands),)
 
 
 def source(spec: KernelSpec, name: str) -> str:

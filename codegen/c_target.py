@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import c_host as host
-from graph_capture.codegen import c_rows
-from graph_capture.codegen.c_host import Launch, chain
-from graph_capture.codegen.c_rows import Layout
+from graph_capture.codegen import c_rotary, c_rows
+from graph_capture.codegen.c_host import Launch, Layout, chain
+from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.errors import FusionError
@@ -30,12 +30,12 @@ class Printer(Protocol):
         """The text of the function."""
         ...
 
-    def layout(self, spec: Any, tensors: Sequence[torch.Tensor], thread_work: int) -> Layout:
-        """What a launch on these tensors passes besides their addresses."""
+    def layout(self, spec: Any, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
+        """What each launch on these tensors passes; a thread takes at least so much work."""
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: c_rows}
+PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary}
 name = "c"
 
 
@@ -78,16 +78,17 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], La
         FusionError: there is no compiler, or it fails.
     """
     symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
-    function = getattr(host.library(host.prelude() + _printed(spec, symbol)), symbol)
+    library = host.library(host.prelude() + _printed(spec, symbol))
     printer: Printer = PRINTERS[type(spec)]
-    layouts: dict[Any, Layout] = {}
+    layouts: dict[Any, tuple[Layout, ...]] = {}
 
     def bind(tensors: Sequence[torch.Tensor]) -> Launch:
         key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
-        layout = layouts.get(key)
-        if layout is None:
-            layout = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
-        return host.launch(function, tensors, layout.numbers, layout.units, layout.grain)
+        found = layouts.get(key)
+        if found is None:
+            found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
+        launches = [host.launch(getattr(library, symbol + layout.part), tensors, layout) for layout in found]
+        return launches[0] if len(launches) == 1 else chain(launches)
 
     return bind
 
