@@ -17,7 +17,7 @@ from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
 from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants
-from graph_capture.runtime.verify import Verification, close_enough, verify
+from graph_capture.runtime.verify import Verification, apart, close_enough, verify
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
@@ -246,6 +246,7 @@ class _Step:
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         if self.kernel is None:
             return self.recorded.run(tensors)
+        before = apart(self.region.body, tensors) if self.config.debug_mode else tensors
         try:
             outputs = self.kernel(tensors)
         except Exception as error:
@@ -261,7 +262,7 @@ class _Step:
                     empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
                     outputs[index] = empty.copy_(outputs[index])
         if self.config.debug_mode:
-            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(tensors), strict=True):
+            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(before), strict=True):
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
