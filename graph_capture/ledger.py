@@ -30,9 +30,11 @@ class Ledger:
     Attributes:
         addresses: address (`data_ptr`) of each captured tensor -> its value name.
         rebound: plain attributes (full paths) that the recorded code itself changed.
+        moves: how many times captured tensors have been found at new addresses (see `move`).
     """
 
     def __init__(self, modules: ModulePaths, captured: Mapping[str, torch.Tensor]) -> None:
+        self.moves = 0
         self._guards: list[tuple[dict[str, Any], str, Any, str]] = []
         self._pointers = [(tensor, _address(tensor), name) for name, tensor in captured.items()]
         self._sizes: list[tuple[Mapping[Any, Any], int, str]] = []
@@ -113,6 +115,7 @@ class Ledger:
         for index, (tensor, pointer, name) in enumerate(self._pointers):
             if _address(tensor) != pointer and pointer in _moved.get(tensor, ()):
                 self._pointers[index] = (tensor, _address(tensor), name)
+                self.moves += 1
         self.addresses = {pointer: name for _, pointer, name in self._pointers}
 
     def without(self, names: Iterable[str]) -> None:

@@ -24,7 +24,9 @@ from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.log import log
 from graph_capture.ops import FUSED
+from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
+from graph_capture.replay import Replay
 from graph_capture.signature import Call as Bound
 
 
@@ -123,7 +125,8 @@ class FusedGraph:
             self._bound.append(self._constants)
         steps = list(self._steps(self.subgraph))
         self.regions = tuple(self._regions[id(region.node)] for region in regions)
-        self._executor = Executor(steps, self.subgraph.input_names, self.subgraph.output_names)
+        executor = Executor(steps, self.subgraph.input_names, self.subgraph.output_names)
+        self._replay = Replay(executor, len(recorded.signature.names), enabled=not config.debug_mode)
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
@@ -160,7 +163,14 @@ class FusedGraph:
 
     def replay(self, call: Bound) -> Any:
         """Replay on a call that is known to fit."""
-        return self.recorded.replay(call, self._executor, self.constant_tensors())
+        constants = self.constant_tensors()
+        version = self._constants.version if self._constants is not None else 0
+        return self.recorded.replay(call, self._replay, constants, version)
+
+    @property
+    def plan(self) -> Plan | None:
+        """How a replay runs; None before the first one, or where there can be no plan."""
+        return self._replay.plan
 
     def constant_tensors(self) -> Sequence[torch.Tensor]:
         """The results of `constants`, made again where a weight behind them has changed."""

@@ -91,6 +91,7 @@ class Constants:
             if not all(_adjacent(group) or all(map(_owns_its_memory, group)) for group in groups):
                 raise FusionError("other tensors share the weights' memory")
             self._live = [merge(group) for group in groups]
+        self.version = 0  # of the results
         self._seen: tuple[object, ...] | None = None
         self._values: list[torch.Tensor] = []
 
@@ -100,6 +101,7 @@ class Constants:
         state = state_of(self.weights)
         if state is None or state != self._seen:
             self._values, self._seen = run(self.graph, self.weights), state
+            self.version += 1
         return self._values
 
     def refresh(self) -> None:
