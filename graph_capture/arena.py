@@ -66,7 +66,9 @@ def place(lifetimes: Sequence[Lifetime], alignment: int = 64) -> Placement:
     return best
 
 
-def _perturbed(lifetimes: Sequence[Lifetime], best: Placement, order: Sequence[int], chance: random.Random) -> list[int]:
+def _perturbed(
+    lifetimes: Sequence[Lifetime], best: Placement, order: Sequence[int], chance: random.Random
+) -> list[int]:
     """`order`, with those that reach the peak moved to the front, for they came too late; or one buffer moved ahead."""
     top = [i for i in order if best.offsets[i] + lifetimes[i].size == best.peak]
     if chance.random() < 0.5:

@@ -1,7 +1,7 @@
 """How an op is called on the hot path: by torch's own C binding, and into memory that is given.
 
-Nothing here is believed: a binding is taken where the dispatcher is seen to get the very op that was recorded, and a form
-that writes where it is told where it was tried and gave the same bits.
+Nothing here is believed: a binding is taken where the dispatcher is seen to get the very op that was recorded, and a
+form that writes where it is told where it was tried and gave the same bits.
 """
 
 from __future__ import annotations

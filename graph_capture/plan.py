@@ -50,7 +50,7 @@ class Plan:
         executor: what to replay.
         survey: what a run of it has shown.
         fixed: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
-        keep_outputs: results get memory of their own; otherwise they lie in the arena, and the next replay overwrites them.
+        keep_outputs: results get memory of their own; otherwise they lie in the arena, until the next replay.
 
     Attributes:
         function: takes a tensor for each other input, in order, and returns the outputs.
@@ -61,7 +61,9 @@ class Plan:
         counts: what became of how many steps.
     """
 
-    def __init__(self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], keep_outputs: bool) -> None:
+    def __init__(
+        self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], keep_outputs: bool
+    ) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._builder = _Builder(executor, survey, fixed, keep_outputs)
         self.arenas, self.counts = self._builder.arenas, self._builder.counts
@@ -105,7 +107,11 @@ class _Builder:
         self._refs = {slot: self._name(executor.names[slot]) for slot in executor.inputs}
         self._brought = [self._refs[slot] for slot in executor.inputs if slot not in fixed]
         self.namespace |= {self._refs[slot]: tensor for slot, tensor in fixed.items()}
-        self.namespace |= {"flat": flatten_outputs, "launches": self._launches, "region": torch.profiler.record_function}
+        self.namespace |= {
+            "flat": flatten_outputs,
+            "launches": self._launches,
+            "region": torch.profiler.record_function,
+        }
         self._holders: dict[str, int] = {}  # local variable -> how many living slots are in it
         returned = {self._value(slot).group for slot in executor.outputs}
         self._escaping = returned if keep_outputs else {g for g in returned if survey.groups[g].maker < 0}
@@ -359,7 +365,9 @@ class _Builder:
 class _Renewed:
     """Replaces a launch that failed, for good."""
 
-    def __init__(self, kernel: Prepares, inputs: Tensors, outputs: Tensors, launches: list[Launch], number: int) -> None:
+    def __init__(
+        self, kernel: Prepares, inputs: Tensors, outputs: Tensors, launches: list[Launch], number: int
+    ) -> None:
         self._kernel, self._known, self._launches, self._number = kernel, (inputs, outputs), launches, number
 
     def __call__(self, error: Exception) -> None:

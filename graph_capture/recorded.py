@@ -15,6 +15,7 @@ from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph
 from graph_capture.ledger import Ledger
+from graph_capture.matcher import Match
 from graph_capture.ops import GUARD, written_inputs
 from graph_capture.plan import Plan
 from graph_capture.replay import Replay
@@ -85,24 +86,26 @@ class RecordedGraph:
         """
         return self.replay(self.bind(args, kwargs), self._replay)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | Match:
         """A call that fits, with the modules as they were.
 
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call = Call(args, self.signature.ordered(kwargs), self._surroundings)
-        self.signature.check(call)
+        call: Call | Match | None = self.signature.match(args, kwargs, self._surroundings)
+        if call is None:
+            call = Call(args, self.signature.ordered(kwargs), self._surroundings)
+            self.signature.check(call)
         broken = self.ledger.broken()
         if broken is not None:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
 
     def replay(
-        self, call: Call, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0
+        self, call: Call | Match, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0
     ) -> Any:
-        """Run `replay` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and make
-        the result. `version` changes whenever `constants` are other tensors."""
+        """Run `replay` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
+        make the result. `version` changes whenever `constants` are other tensors."""
         fixed = [*self._weights, *constants]
         stamp = (self.ledger.moves, version)
         if self.guarded:

@@ -15,7 +15,6 @@ from graph_capture.log import log
 from graph_capture.plan import Plan
 from graph_capture.survey import Survey
 
-
 Tensors = Sequence[torch.Tensor]
 
 

@@ -1,7 +1,7 @@
 """What one real replay shows of each value and op, from which a plan is made.
 
-Which values share memory is read off the tensors themselves: op schemas do not say it of every op, and passes make values
-that the recorder never saw.
+Which values share memory is read off the tensors themselves: op schemas do not say it of every op, and passes make
+values that the recorder never saw.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Survey:
     def _enters(self, slot: int, tensor: torch.Tensor, number: int) -> bool:
         """Note a value; whether its memory is new."""
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-        plain = plain and not (tensor.is_conj() or tensor.is_neg()) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        plain = (
+            plain and not (tensor.is_conj() or tensor.is_neg()) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        )
         address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
         group = self._living.get(address)
         new = group is None
@@ -184,7 +186,9 @@ class Survey:
 def _kind(result: Any, count: int) -> str:
     if isinstance(result, torch.Tensor):
         return "tensor"
-    flat = isinstance(result, (list, tuple)) and len(result) == count and all(isinstance(t, torch.Tensor) for t in result)
+    flat = (
+        isinstance(result, (list, tuple)) and len(result) == count and all(isinstance(t, torch.Tensor) for t in result)
+    )
     return "flat" if flat else "nested"
 
 
