@@ -7,7 +7,7 @@ form that writes where it is told where it was tried and gave the same bits.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -55,10 +55,10 @@ class _Stop(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reached: Any = None
+        self.reached: tuple[Any, Sequence[Any], dict[str, Any]] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.reached = func
+        self.reached = (func, args, kwargs or {})
         raise _Seen
 
 
@@ -102,18 +102,17 @@ def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -
     hand = _BY_HAND.get(node.op_type)
     if hand is not None:
         form = hand(node, inputs, result)
-        # Another way to compute the same: tried on noise, for data may be all zeros.
-        tried = [_noise(tensor) for tensor in inputs]
-        return form if form is not None and _agrees(form, tried, op(node.op_type).function, node) else None
+        if form is None or not _writes(form, inputs, _like(result), result):
+            return None
+        tried = [_noise(tensor) for tensor in inputs]  # another way to compute the same, and data may be all zeros
+        return form if _agrees(form, tried, op(node.op_type).function, node) else None
     if overload is None or overload.namespace != "aten" or _UNSUITED.intersection(overload.tags):
         return None
     into = _out_overload(overload)
     if into is None:
         return None
     args, keywords = _call(node, inputs)
-    trial = torch.empty_like(result)
-    if trial.stride() != result.stride():
-        trial = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
+    trial = _like(result)
     function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
     form = _OutForm(node, function)
     return form if _writes(form, inputs, trial, result) else None
@@ -148,16 +147,35 @@ def _bindings(overload: OpOverload) -> list[Callable[..., Any]]:
 
 
 def _reaches(function: Callable[..., Any], overload: Any, args: Sequence[Any], keywords: dict[str, Any]) -> bool:
-    """Whether the call gets to the dispatcher as exactly `overload`."""
+    """Whether the call gets to the dispatcher as `overload` with these very arguments: bindings' defaults may differ."""
     stop = _Stop()
     try:
         with stop:
             function(*args, **keywords)
     except _Seen:
-        return stop.reached is overload
+        pass
     except (TypeError, RuntimeError, ValueError, NotImplementedError):  # it takes other arguments
         return False
-    return False
+    if stop.reached is None or stop.reached[0] is not overload:
+        return False
+    wanted, reached = _by_name(overload, args, keywords), _by_name(overload, *stop.reached[1:])
+    return all(_same(wanted[name], reached[name]) for name in wanted)
+
+
+def _by_name(overload: OpOverload, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call, those left at their default too."""
+    found = {a.name: a.default_value for a in overload._schema.arguments}
+    return found | {a.name: value for a, value in zip(overload._schema.arguments, args, strict=False)} | dict(keywords)
+
+
+def _same(wanted: Any, reached: Any) -> bool:
+    if isinstance(wanted, torch.Tensor):
+        return wanted is reached
+    if isinstance(wanted, (list, tuple)):
+        return len(wanted) == len(reached) and all(map(_same, wanted, reached))
+    if isinstance(reached, torch.Tensor):  # a number on its way to an overload that takes a tensor
+        return reached.dim() == 0 and type(reached.item()) is type(wanted) and reached.item() == wanted
+    return bool(wanted == reached)
 
 
 def _out_overload(overload: OpOverload) -> OpOverload | None:
@@ -197,21 +215,26 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """New memory with a tensor's layout."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
 def _noise(tensor: torch.Tensor) -> torch.Tensor:
-    """Other values in the same layout."""
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    """Other values in the same layout; whether it requires grad decides how torch's matmul folds."""
+    like = _like(tensor)
     generator = torch.Generator(tensor.device).manual_seed(tensor.dim())
     if tensor.is_floating_point() or tensor.is_complex():
         real = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
-        return like.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=real))
+        like.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=real))
+        return like.requires_grad_(tensor.requires_grad)
     return like.copy_(torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device))
 
 
 def _agrees(form: Writer, inputs: Sequence[torch.Tensor], function: Callable[..., Any], node: OpNode) -> bool:
     args, keywords = _call(node, inputs)
     expected = function(*args, **keywords)
-    out = torch.empty_strided(expected.shape, expected.stride(), dtype=expected.dtype, device=expected.device)
-    return _writes(form, inputs, out, expected)
+    return _writes(form, inputs, _like(expected), expected)
 
 
 # --- ops whose binding has no `out`, or that have a shorter way

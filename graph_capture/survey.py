@@ -140,7 +140,9 @@ class Survey:
         pure = _is_pure(node)
         form.is_view = pure and bool(results) and not any(fresh) and bool(given) and op(node.op_type).kind is Kind.VIEW
         wanted = pure and fresh == [True] and form.result == "tensor" and self._of(step.fills[0]).plain
-        layouts = [(t.shape, t.stride(), t.dtype, t.device) for t in given if t.layout is torch.strided]
+        layouts = [
+            (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in given if t.layout is torch.strided
+        ]
         key = (node.op_type, node.attrs, len(given), *layouts, wanted and results[0].stride())
         found = self._found.get(key)
         if found is None:
