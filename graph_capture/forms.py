@@ -147,7 +147,7 @@ def _bindings(overload: OpOverload) -> list[Callable[..., Any]]:
 
 
 def _reaches(function: Callable[..., Any], overload: Any, args: Sequence[Any], keywords: dict[str, Any]) -> bool:
-    """Whether the call gets to the dispatcher as `overload` with these very arguments: bindings' defaults may differ."""
+    """Whether the call gets to the dispatcher as `overload`, with the defaults that it has."""
     stop = _Stop()
     try:
         with stop:
