@@ -281,6 +281,16 @@ def _matmul(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) 
     return form
 
 
+def _embedding(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    rows, width = inputs[1].numel(), inputs[0].shape[-1]
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        rows_at = emit.view(torch.Tensor.view, inputs[1], (rows,))
+        emit.call(torch.index_select, inputs[0], 0, rows_at, out=emit.view(torch.Tensor.view, out, (rows, width)))
+
+    return form
+
+
 def _arange(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
     start, end, step = node.attr("start", 0), node.attr("end"), node.attr("step", 1)
 
@@ -294,6 +304,7 @@ _BY_HAND: dict[str, Callable[[OpNode, Sequence[torch.Tensor], torch.Tensor], Wri
     "linear": _linear,
     "matmul": _matmul,
     "softmax": _softmax,
+    "embedding": _embedding,
     "cast": _copy,
     "aten.clone.default": _copy,
     "aten.arange.default": _arange,

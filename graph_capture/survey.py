@@ -50,6 +50,7 @@ class Group:
         nbytes: the size of the memory.
         plain: whether an arena can stand for it: strided tensors that no op turns into others, none of them lent to
             code that could keep them.
+        written: whether a step writes into it after its maker.
     """
 
     maker: int
@@ -57,6 +58,7 @@ class Group:
     nbytes: int
     members: list[int] = field(default_factory=list)
     plain: bool = True
+    written: bool = False
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Form:
         writer: computes the op into given memory; None where it cannot.
         same: for each output, the input (by position) that it is, as an object; None elsewhere.
         is_view: it computes nothing and gives other views of its inputs.
+        is_pure: it computes new results from its inputs, and nothing else.
         result: "tensor", "flat" (a list or tuple of tensors), or "nested".
     """
 
@@ -75,6 +78,7 @@ class Form:
     writer: Writer | None = None
     same: tuple[int | None, ...] = ()
     is_view: bool = False
+    is_pure: bool = False
     result: str = "tensor"
 
 
@@ -126,6 +130,8 @@ class Survey:
         )
         if not step.own:
             self._learn(step, form, given, results, fresh)
+        for position in written_inputs(step.node):
+            self._of(step.reads[position]).written = True
         if not _is_known(step):
             for slot in (*step.reads, *step.fills):
                 self._of(slot).plain = False
@@ -139,6 +145,7 @@ class Survey:
         node = step.node
         pure = _is_pure(node)
         form.is_view = pure and bool(results) and not any(fresh) and bool(given) and op(node.op_type).kind is Kind.VIEW
+        form.is_pure = pure and bool(results) and all(fresh)
         wanted = pure and fresh == [True] and form.result == "tensor" and self._of(step.fills[0]).plain
         layouts = [
             (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in given if t.layout is torch.strided
