@@ -77,8 +77,8 @@ class RotarySpec:
         turned: how many of them are rotated, the first ones.
         interleaved: whether neighbours are rotated with each other, rather than halves.
         half_tables: whether a table's row has ``turned / 2`` elements, rather than `turned`.
-        cos, sin: names of the tables, [batch or 1, length or 1, 1, ...] in the order of `axes`; with `sin` empty, cos is
-            complex.
+        cos, sin: names of the tables, [batch or 1, length or 1, 1, ...] in the order of `axes`; with `sin` empty, cos
+            is complex.
         axes: the order of the tables' dimensions.
         positions: names of int64 inputs, [length] or scalars, whose sum is the slot of each token; a token whose slot
             is outside the cache is not written.

@@ -24,6 +24,7 @@ from graph_capture.graph import OpNode, SubGraph
 from graph_capture.log import log
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
+from graph_capture.replay import Memory
 
 
 class FusionScheduler:
@@ -32,6 +33,7 @@ class FusionScheduler:
     def __init__(self, config: FusionConfig | None = None) -> None:
         self.config = config or FusionConfig()
         self.heuristics = FusionHeuristics(self.config)
+        self._memory = Memory()  # graphs of one scheduler replay in turns
 
     def dispatch(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one region on `inputs`, by its fused kernel where that is decided and by its ops elsewhere.
@@ -52,7 +54,7 @@ class FusionScheduler:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
         config = self.config
         if not config.enable_fusion:
-            return FusedGraph(graph, unchanged(graph.subgraph), (), config)
+            return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
         passes = Passes(
             supports,
@@ -73,7 +75,7 @@ class FusionScheduler:
             used,
             len(regions.found),
         )
-        return FusedGraph(graph, rewritten, tuple(regions.found), config)
+        return FusedGraph(graph, rewritten, tuple(regions.found), config, self._memory)
 
 
 class _Regions:

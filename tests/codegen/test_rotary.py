@@ -118,8 +118,7 @@ def test_a_table_for_each_row_of_the_batch():
 
 
 def caches(batch, heads=2, width=16, slots=9, dtype=torch.float32):
-    return noise(batch, heads, slots, width, seed=7, dtype=dtype), noise(
-        batch, heads, slots, width, seed=8, dtype=dtype
+    return tuple(noise(batch, heads, slots, width, seed=seed, dtype=dtype) for seed in (7, 8))
     )
 
 
