@@ -6,9 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 import torch
 
 from graph_capture.errors import DataDependentError, SignatureMismatchError
@@ -19,6 +18,9 @@ from graph_capture.ops import GUARD, written_inputs
 from graph_capture.signature import Call, Signature, Surroundings
 from graph_capture.structure import Template
 from graph_capture.witness import RandomState, Verification, storage_bytes
+
+if TYPE_CHECKING:
+    import networkx
 
 
 class RecordedGraph:

@@ -9,15 +9,13 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from graph_capture.passes.receipts import Receipt, module_of, values_of
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from graph_capture.graph import OpNode
 from graph_capture.ops import Kind, op
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph, Region
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,9 @@ class Explanation:
 
     def table(self) -> Table:
         """The regions as a rich table."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for column in ("region", "where", "n", "ops", "saves", "recorded", "fused", "decision"):
             table.add_column(column, no_wrap=column in ("region", "recorded", "fused", "saves"))
@@ -60,6 +61,8 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=StringIO(), width=140, color_system=None)
         if self.rows:
             console.print(self.table())
