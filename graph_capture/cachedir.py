@@ -95,7 +95,7 @@ def environment(device: str = "cpu") -> Mapping[str, str]:
         **{name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "code": code_digest(),
-        "device": _processor() if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "compiler": _compiler(),
     }
 

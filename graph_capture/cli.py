@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo``."""
+"""The command line: ``graph-capture demo | cache``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,42 @@ def demo(
     if json:
         print(report.to_json())
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def cache(
+    action: Annotated[CacheAction, typer.Argument(help="Show what there is, or remove it.")] = CacheAction.INFO,
+    folder: Annotated[str | None, typer.Option(help="The cache folder (default: the user's).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Show or clear the folder of compiled kernels, measured decisions and recorded patterns."""
+    import json as text
+
+    from graph_capture.cachedir import cache_folder, clear, contents
+    from graph_capture.runtime.explain import format_bytes
+    from graph_capture.runtime.store import DecisionStore
+
+    path = cache_folder(folder)
+    if action is CacheAction.CLEAR:
+        count, size = clear(path)
+        print(text.dumps({"path": str(path), "removed": count, "bytes": size})) if json else Console().print(
+            f"removed {count} files, {format_bytes(size)}, from {path}", soft_wrap=True
+        )
+        return
+    kinds = contents(path)
+    decisions = len(DecisionStore(folder))
+    total = (sum(count for count, _ in kinds.values()), sum(size for _, size in kinds.values()))
+    if json:
+        found = {kind: {"files": count, "bytes": size} for kind, (count, size) in kinds.items()}
+        print(text.dumps({"path": str(path), "files": total[0], "bytes": total[1], "decisions": decisions, **found}))
+        return
+    table = Table(box=SIMPLE_HEAD, title=str(path), title_justify="left", caption=f"{decisions} decisions")
+    for column, justify in (("what", "left"), ("files", "right"), ("bytes", "right")):
+        table.add_column(column, justify=justify)
+    for kind, (count, size) in sorted(kinds.items()):
+        table.add_row(kind, str(count), format_bytes(size))
+    table.add_row("all", str(total[0]), format_bytes(total[1]))
+    Console().print(table)
 
 
 def main() -> None:

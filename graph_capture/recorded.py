@@ -65,6 +65,14 @@ class RecordedGraph:
         return bool(self._written_inputs(len(self.subgraph)))
 
     @cached_property
+    def written(self) -> frozenset[str]:
+        """The inputs of `subgraph` (arguments' and captured tensors) that lie in memory which a replay writes."""
+        values = self.subgraph.values
+        names = self.subgraph.input_names
+        written = {values[names[position]].storage for position in self._written_inputs(len(self.subgraph))}
+        return frozenset(name for name in names if values[name].storage in written)
+
+    @cached_property
     def guarded(self) -> bool:
         """Whether a replay checks values that Python read while recording."""
         return any(node.op_type.startswith(GUARD) for node in self.subgraph.nodes)

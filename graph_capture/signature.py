@@ -59,6 +59,7 @@ class Signature:
         key: see `Call.key`.
         names: a value name for each distinct tensor.
         metas: their layouts.
+        closed: the objects that count by identity, by their ids.
     """
 
     def __init__(self, call: Call) -> None:
@@ -66,7 +67,7 @@ class Signature:
         self._order = dict.fromkeys(label for label, _ in call.arguments)
         self.names: tuple[str, ...] = _names(call.walk.paths)
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
-        self._closed = call.walk.closed  # kept alive: the key holds their ids
+        self.closed = call.walk.closed  # kept alive: the key holds their ids
 
     def ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments in the order of the recording: it numbers what they hold."""

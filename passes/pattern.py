@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -100,7 +101,7 @@ class Pattern:
             for p in parameters
             if p.name not in holes
         }
-        with Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
+        with _no_autocast(), Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
             recording.output(function(**tensors, **numbers))
         graph = recording.graph.subgraph
         if recording.graph.captured:
@@ -124,6 +125,16 @@ class Pattern:
         values = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
         graph = self.templates[0].graph
         return replace(graph, nodes=tuple(_filled(node, values | numbers) for node in graph.nodes))
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """A pattern is the same whatever context it happens to be recorded in."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _is_connected(graph: SubGraph) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,9 @@ class FusionConfig:
 
     Attributes:
         enable_fusion: False replays everything as recorded.
-        enable_cache: keep kernels and measured decisions for regions that come again.
+        enable_cache: keep kernels and measured decisions for regions that come again, in this process and later ones.
+        cache_dir: where those for later processes are kept; None is what ``GRAPH_CAPTURE_CACHE_DIR`` says, or else the
+            user's cache folder.
         fallback_on_error: a region whose kernel cannot be made or fails replays as recorded; False raises.
         debug_mode: log every decision at INFO and check every fused result against the recorded ops.
         max_graph_size: the most ops in one region.
@@ -53,6 +56,7 @@ class FusionConfig:
     fold_weights: bool = False
     patterns: tuple[Pattern, ...] | None = None
     passes_off: frozenset[str] = frozenset()
+    cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("profile", self.profile, get_args(Profile))

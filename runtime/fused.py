@@ -104,7 +104,10 @@ class FusedGraph:
         regions: what was found, in graph order, used or not; the parts of a region follow it.
         receipts: what each rule looked at, matched and refused.
         config: the configuration it was made with.
+        whole: how the whole graph measured against the one with no kernel; None where that was not measured.
     """
+
+    whole: Decision | None = None
 
     def __init__(
         self, recorded: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...], config: FusionConfig

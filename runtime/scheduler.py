@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import torch
 from graph_capture.codegen import supports
-from graph_capture.passes import Passes, find_regions, rewrite
+from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
 from graph_capture.passes.rewrite import expand
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
-from graph_capture.runtime.heuristics import FusionHeuristics, fallback_of, input_metas
+from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import example_inputs
+from graph_capture.runtime.whole import decide_whole
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.log import log
@@ -63,7 +65,11 @@ class FusionScheduler:
             config.min_nodes_for_fusion,
             off,
         )
+        cache = DiskCache("templates", config.cache_dir) if config.enable_cache else None
+        known = cache is None or load_templates(cache)
         rewritten = rewrite(graph.subgraph, passes)
+        if cache is not None and not known:
+            store_templates(cache)
         regions = _Regions(self.heuristics, passes, rewritten.graph)
         used = sum(bool(region.decision) for region in regions.found)
         log.info(
@@ -73,7 +79,28 @@ class FusionScheduler:
             used,
             len(regions.found),
         )
-        return FusedGraph(graph, rewritten, tuple(regions.found), config)
+        return self._as_a_whole(graph, rewritten, tuple(regions.found))
+
+    def _as_a_whole(self, graph: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...]) -> FusedGraph:
+        """The fused graph; with no kernel in it where it measures no faster for them."""
+        fused = FusedGraph(graph, rewritten, regions, self.config)
+        if self.config.profile != "measure" or not any(region.decision for region in fused.regions):
+            return fused
+
+        def unfused() -> FusedGraph:
+            off = Decision(False, "left out to compare")
+            return FusedGraph(graph, rewritten, tuple(replace(r, decision=off) for r in regions), self.config)
+
+        whole = decide_whole(fused, unfused, self.heuristics.store)
+        if whole is not None and not whole:
+            log.info("%s: all regions replay as recorded", whole.reason)
+            off = tuple(
+                replace(r, decision=replace(r.decision, use=False, reason=whole.reason)) if r.decision else r
+                for r in regions
+            )
+            fused = FusedGraph(graph, rewritten, off, self.config)
+        fused.whole = whole
+        return fused
 
 
 class _Regions:
