@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -253,16 +254,35 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Kind (a folder or file in the cache folder) -> how many files it has, and their bytes."""
-    found: dict[str, tuple[int, int]] = {}
-    for file in folder.rglob("*"):
-        try:
+# --- the folder as a whole
+
+_OURS = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{16})?\.\w+|\.new_\w+|decisions-\d+\.(sqlite(-wal|-shm)?|lock|damaged)")
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The cache's files in `folder`, with their bytes; nobody else's."""
+    for file in [*folder.glob("*"), *folder.glob("*/*")]:
+        with contextlib.suppress(OSError):  # removed meanwhile
             status = file.lstat()
-        except OSError:  # removed meanwhile
-            continue
-        if stat.S_ISREG(status.st_mode):
-            kind = file.relative_to(folder).parts[0]
-            count, size = found.get(kind, (0, 0))
-            found[kind] = (count + 1, size + status.st_size)
+            if stat.S_ISREG(status.st_mode) and _OURS.fullmatch(file.name):
+                yield file, status.st_size
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """What the cache folder holds: kind (``kernels``) -> how many files, and their bytes."""
+    found: dict[str, tuple[int, int]] = {}
+    for file, size in _files(folder):
+        kind = "decisions" if file.parent == folder else file.parent.name
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
     return found
+
+
+def clear(folder: Path) -> tuple[int, int]:
+    """Remove everything that this package keeps in the folder; how many files that were, and their bytes."""
+    count = total = 0
+    for file, size in list(_files(folder)):
+        with contextlib.suppress(OSError):
+            file.unlink()
+            count, total = count + 1, total + size
+    return count, total

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+class CacheAction(str, Enum):
+    INFO = "info"
+    CLEAR = "clear"
 
 
 def _version(asked: bool) -> None:
