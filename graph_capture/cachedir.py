@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -268,13 +269,22 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
                 yield file, status.st_size
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """What the cache folder holds: kind (``kernels``) -> how many files, and their bytes."""
-    found: dict[str, tuple[int, int]] = {}
+class Usage(NamedTuple):
+    """What one kind of thing takes: entries, files, bytes."""
+
+    entries: int = 0
+    files: int = 0
+    bytes: int = 0
+
+
+def contents(folder: Path) -> dict[str, Usage]:
+    """What the cache folder holds, by kind (``kernels``); the entries of a database are not counted."""
+    found: dict[str, Usage] = {}
     for file, size in _files(folder):
         kind = "decisions" if file.parent == folder else file.parent.name
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + size)
+        before = found.get(kind, Usage())
+        entry = re.fullmatch(r"[0-9a-f]{64}\.json", file.name) is not None
+        found[kind] = Usage(before.entries + entry, before.files + 1, before.bytes + size)
     return found
 
 

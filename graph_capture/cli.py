@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 
-class CacheAction(str, Enum):
+class CacheAction(StrEnum):
     INFO = "info"
     CLEAR = "clear"
 
@@ -71,7 +71,7 @@ def cache(
     """Show or clear the folder of compiled kernels, measured decisions and recorded patterns."""
     import json as text
 
-    from graph_capture.cachedir import cache_folder, clear, contents
+    from graph_capture.cachedir import Usage, cache_folder, clear, contents
     from graph_capture.runtime.explain import format_bytes
     from graph_capture.runtime.store import DecisionStore
 
@@ -82,19 +82,20 @@ def cache(
             f"removed {count} files, {format_bytes(size)}, from {path}", soft_wrap=True
         )
         return
-    kinds = contents(path)
-    decisions = len(DecisionStore(folder))
-    total = (sum(count for count, _ in kinds.values()), sum(size for _, size in kinds.values()))
+    kinds = {"kernels": Usage()} | contents(path)
+    kinds["decisions"] = kinds.get("decisions", Usage())._replace(entries=len(DecisionStore(folder)))
     if json:
-        found = {kind: {"files": count, "bytes": size} for kind, (count, size) in kinds.items()}
-        print(text.dumps({"path": str(path), "files": total[0], "bytes": total[1], "decisions": decisions, **found}))
+        print(text.dumps({"path": str(path), **{kind: usage._asdict() for kind, usage in kinds.items()}}))
         return
-    table = Table(box=SIMPLE_HEAD, title=str(path), title_justify="left", caption=f"{decisions} decisions")
-    for column, justify in (("what", "left"), ("files", "right"), ("bytes", "right")):
-        table.add_column(column, justify=justify)
-    for kind, (count, size) in sorted(kinds.items()):
-        table.add_row(kind, str(count), format_bytes(size))
-    table.add_row("all", str(total[0]), format_bytes(total[1]))
+    table = Table(box=SIMPLE_HEAD)
+    for column, justify in (("what", "left"), ("entries", "right"), ("files", "right"), ("bytes", "right")):
+        table.add_column(column, justify=cast(JustifyMethod, justify))
+    for kind, usage in sorted(kinds.items()):
+        table.add_row(kind, str(usage.entries), str(usage.files), format_bytes(usage.bytes))
+    table.add_section()
+    files, size = (sum(getattr(usage, name) for usage in kinds.values()) for name in ("files", "bytes"))
+    table.add_row("all", "", str(files), format_bytes(size))
+    Console().print(str(path), soft_wrap=True)
     Console().print(table)
 
 

@@ -51,8 +51,8 @@ class _Side:
         self.function, self._device = function, device
         self._runs = 1  # of `function` in one sample
         self.calls = 1
-        self.sample()
-        self.once = max(self.sample(), 1e-7)
+        first = self.sample()
+        self.once = max(first if first > PATIENCE else self.sample(), 1e-7)
         self._runs = self.calls = max(1, min(1000, int(SAMPLE / self.once)))
 
     def replays(self, graph: torch.cuda.CUDAGraph) -> None:
