@@ -231,9 +231,8 @@ class FusionHeuristics:
 
 def as_it_will_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
     """A call of `kernel` on `tensors` as a plan makes it: into outputs that are there already, where it can."""
-    prepare = getattr(kernel, "prepare", None)
-    if prepare is not None:
-        return prepare(tensors, kernel(*tensors))  # type: ignore[no-any-return]
+    if isinstance(kernel, CompiledKernel):
+        return kernel.prepare(tensors, kernel.spec.allocate(tensors))
     return functools.partial(kernel.bind(tensors, share=False), tensors)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,8 +20,6 @@ from graph_capture.recorded import RecordedGraph
 from graph_capture.signature import Call
 from graph_capture.structure import Template
 from graph_capture.witness import RandomState
-
-SLOW = 0.5  # seconds; a replay that takes longer is not repeated to be timed
 
 
 def decide_whole(fused: FusedGraph, unfused: Callable[[], FusedGraph], store: DecisionStore | None) -> Decision | None:
@@ -48,21 +45,17 @@ def decide_whole(fused: FusedGraph, unfused: Callable[[], FusedGraph], store: De
     finally:
         if random is not None:
             random.restore()
-    if times is None:
-        return None
     if store is not None:
         store.put(key, times)
     return _judge(times)
 
 
-def _measure(fused: FusedGraph, unfused: Callable[[], FusedGraph]) -> Times | None:
+def _measure(fused: FusedGraph, unfused: Callable[[], FusedGraph]) -> Times:
     call = made_up_call(fused.recorded)
-    run = functools.partial(fused.replay, call)
-    start = time.perf_counter()
-    run()
-    if time.perf_counter() - start > SLOW:
-        return None
-    return Times(*compare(functools.partial(unfused().replay, call), run, device_of(fused.subgraph)))
+    runs = [functools.partial(graph.replay, call) for graph in (unfused(), fused)]
+    for run in runs:
+        run()  # a plan is made at the first replay
+    return Times(*compare(*runs, device_of(fused.subgraph)))
 
 
 def made_up_call(recorded: RecordedGraph) -> Call:
