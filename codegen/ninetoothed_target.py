@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.codegen import ninetoothed_rows
+from graph_capture.codegen import ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen.aot import Binary, compile_ahead
+from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.errors import FusionError
 
 
 class Printer(Protocol):
-    """How specs of one kind become a program: a module with these two functions."""
+    """How specs of one kind become a program: a module with these functions.
+
+    It may also have ``after(spec, tensors)``: a call that follows the launch, or None.
+    """
 
     def program(self, spec: Any, interpreted: bool) -> host.Program:
         """The program of a spec."""
@@ -26,7 +31,7 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows}
+PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows, RotarySpec: ninetoothed_rotary}
 name = "ninetoothed"
 
 
@@ -60,14 +65,15 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
     built = host.build(printer.program(spec, interpreted()), kernel_name)
 
     def bind(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-        launches = printer.views(spec, tensors)
-        if len(launches) == 1:
-            (operands,) = launches
-            return lambda: built.launch(*operands)
+        steps = [functools.partial(built.launch, *operands) for operands in printer.views(spec, tensors)]
+        last = printer.after(spec, tensors) if hasattr(printer, "after") else None
+        steps += [last] if last is not None else []
+        if len(steps) == 1:
+            return steps[0]
 
         def launch() -> None:
-            for operands in launches:
-                built.launch(*operands)
+            for step in steps:
+                step()
 
         return launch
 
