@@ -24,6 +24,7 @@ from graph_capture.runtime import (
     FusionScheduler,
     capture,
     fuse,
+    load,
 )
 
 configure()
@@ -54,6 +55,7 @@ __all__ = [
     "create_geglu_pattern",
     "create_swiglu_pattern",
     "fuse",
+    "load",
     "pattern",
     "record",
     "start_graph_recording",

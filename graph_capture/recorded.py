@@ -52,7 +52,7 @@ class RecordedGraph:
         self.captured = MappingProxyType(dict(captured))
         self.ledger = ledger
         self.verification = verification
-        self._surroundings = surroundings
+        self.surroundings = surroundings
 
     @cached_property
     def _executor(self) -> Executor:
@@ -93,7 +93,7 @@ class RecordedGraph:
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call = Call(args, self.signature.ordered(kwargs), self._surroundings)
+        call = Call(args, self.signature.ordered(kwargs), self.surroundings)
         self.signature.check(call)
         broken = self.ledger.broken()
         if broken is not None:

@@ -163,7 +163,7 @@ class Decoder:
             real, imaginary = (_real(self.value(part)) for part in as_list(inner, 2))
             return complex(real, imaginary)
         if tag == "device":
-            return _device(inner)
+            return decode_device(inner)
         if tag == "graph":
             return self.graph(inner)
         if tag in _NAMED:
@@ -208,7 +208,7 @@ def decode_meta(value: Any) -> TensorMeta:
         raise CacheError(f"{len(sizes)} dimensions with {len(steps)} strides")
     if type(storage) is not int:
         raise CacheError(f"{storage!r} is not a storage")
-    return TensorMeta(sizes, steps, named("dtype", dtype), _device(device), integer(offset), storage)
+    return TensorMeta(sizes, steps, named("dtype", dtype), decode_device(device), integer(offset), storage)
 
 
 def named(tag: str, name: Any) -> Any:
@@ -219,7 +219,8 @@ def named(tag: str, name: Any) -> Any:
     return found
 
 
-def _device(name: Any) -> torch.device:
+def decode_device(name: Any) -> torch.device:
+    """torch's device of a name."""
     try:
         return torch.device(text(name))
     except RuntimeError as error:

@@ -69,6 +69,22 @@ class Signature:
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
         self.closed = call.walk.closed  # kept alive: the key holds their ids
 
+    @classmethod
+    def restored(
+        cls,
+        arguments: tuple[tuple[str, Spec], ...],
+        contents: tuple[Spec, ...],
+        sharing: tuple[tuple[int, int], ...],
+        names: tuple[str, ...],
+        metas: tuple[TensorMeta, ...],
+    ) -> Signature:
+        """A signature from its parts, with nothing in it that counts by identity."""
+        self = cls.__new__(cls)
+        self.key = (arguments, contents, tuple(map(_layout_of, metas)), sharing)
+        self._order = dict.fromkeys(label for label, _ in arguments)
+        self.names, self.metas, self.closed = names, metas, {}
+        return self
+
     def ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments in the order of the recording: it numbers what they hold."""
         return {**{name: kwargs[name] for name in self._order if name in kwargs}, **kwargs}
@@ -209,13 +225,20 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's shape, strides, dtype and device; strides of dimensions of size 1 address nothing and do not count."""
-    shape = tensor.shape
     if tensor.layout != torch.strided:
-        return (shape, tensor.layout, tensor.dtype, tensor.device)
-    stride = tensor.stride()
-    if 1 in shape:
-        stride = tuple([step for size, step in zip(shape, stride, strict=True) if size != 1])
-    return (shape, stride, tensor.dtype, tensor.device)
+        return (tensor.shape, tensor.layout, tensor.dtype, tensor.device)
+    return (tensor.shape, _counting(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
+
+
+def _layout_of(meta: TensorMeta) -> tuple[Any, ...]:
+    """What `_layout` gives for a tensor laid out like that."""
+    return (meta.shape, _counting(meta.shape, meta.stride), meta.dtype, meta.device)
+
+
+def _counting(shape: Sequence[int], stride: tuple[int, ...]) -> tuple[int, ...]:
+    if 1 not in shape:
+        return stride
+    return tuple([step for size, step in zip(shape, stride, strict=True) if size != 1])
 
 
 def _steps(path: Path) -> list[Any]:

@@ -5,6 +5,7 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation
 from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics
+from graph_capture.runtime.save import load
 from graph_capture.runtime.scheduler import FusionScheduler, fuse
 from graph_capture.runtime.verify import Verification
 
@@ -20,4 +21,5 @@ __all__ = [
     "Verification",
     "capture",
     "fuse",
+    "load",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -215,6 +216,22 @@ class FusedGraph:
             SignatureMismatchError: as `__call__`.
         """
         return verify(self, self.tensors(self.recorded.bind(args, kwargs)))
+
+    def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
+        """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.
+
+        Args:
+            path: the file; it is replaced as a whole.
+            weights: keep the captured parameters too. Without them, `load` must be given them. Buffers and constants
+                are always kept.
+
+        Raises:
+            CaptureError: the graph takes or gives something other than tensors, plain values, tuples, lists and dicts;
+                or runs an op that is not torch's.
+        """
+        from graph_capture.runtime.save import save
+
+        save(self, path, weights)
 
     def tensors(self, call: Bound) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""

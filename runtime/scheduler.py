@@ -123,23 +123,13 @@ class _Regions:
             key = (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
             alike = self._decided.get(key)
             if alike is None:
-                alike = self._decided[key] = self._region(node)
+                undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
+                alike = self._decided[key] = decide_region(self.heuristics, undecided, self._library(node))
             tried = off | {kind}
             parts = self._parts(node, tried) if alike.kernel is None else None
             self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
             if parts is not None:
                 self._add(parts, name, tried)
-
-    def _region(self, node: OpNode) -> Region:
-        """Decide one region on made-up inputs."""
-        body: SubGraph = node.attr("body")
-        tensors = example_inputs(node.inputs, self.values)
-        executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
-        ops = len(node.recorded)
-        decision, kernel = self.heuristics.decide(
-            body, tensors, lambda: executor.run(tensors), ops, self._library(node)
-        )
-        return Region(node.op_type, node, self.values, decision, kernel)
 
     def _library(self, node: OpNode) -> LibraryKernel | None:
         """The region as library calls, where some of these stand for several recorded ops."""
@@ -164,6 +154,17 @@ class _Regions:
             off=self.passes.off | tried,
         )
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
+
+
+def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
+    """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
+    node = region.node
+    tensors = example_inputs(node.inputs, region.values)
+    executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
+    decision, kernel = heuristics.decide(
+        region.body, tensors, lambda: executor.run(tensors), len(node.recorded), library
+    )
+    return replace(region, decision=decision, kernel=kernel)
 
 
 def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph:
