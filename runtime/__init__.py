@@ -1,5 +1,6 @@
 """From a recorded graph to a fast replay: decisions, scheduling, replay."""
 
+from graph_capture.runtime.buckets import Bucket
 from graph_capture.runtime.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation
@@ -10,6 +11,7 @@ from graph_capture.runtime.scheduler import FusionScheduler, fuse
 from graph_capture.runtime.verify import Verification
 
 __all__ = [
+    "Bucket",
     "Captured",
     "Decision",
     "Explanation",

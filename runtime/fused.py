@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
 from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants
+from graph_capture.runtime.sample import check_sample
 from graph_capture.runtime.verify import Verification, close_enough, verify
 
 from graph_capture.errors import FusionError
@@ -105,6 +108,7 @@ class FusedGraph:
         regions: what was found, in graph order, used or not; the parts of a region follow it.
         receipts: what each rule looked at, matched and refused.
         config: the configuration it was made with.
+        samples: what `FusionConfig.verify_every` has found lately, oldest first.
         whole: how the whole graph measured against the one with no kernel; None where that was not measured.
     """
 
@@ -119,6 +123,8 @@ class FusedGraph:
         self.stages = rewritten.stages
         self.receipts = rewritten.receipts
         self.config = config
+        self.samples: deque[Verification] = deque(maxlen=16)
+        self._replays = itertools.count(1)
         self._regions = {id(region.node): region for region in regions}
         self._bound: list[Constants] = []
         weights = [recorded.captured[name] for name in self.constants.input_names]
@@ -164,6 +170,9 @@ class FusedGraph:
 
     def replay(self, call: Bound) -> Any:
         """Replay on a call that is known to fit."""
+        every = self.config.verify_every
+        if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
+            self.samples.append(sample)
         return self.recorded.replay(call, self._executor, self.constant_tensors())
 
     def constant_tensors(self) -> Sequence[torch.Tensor]:

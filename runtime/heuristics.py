@@ -190,11 +190,12 @@ class FusionHeuristics:
         known = self._measured.get(key) if config.enable_cache else None
         times = self.store.get(key) if known is None and self.store is not None else None
         if known is not None or times is not None:
-            kernel = library or cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))
             if known is None and times is not None:
                 known = self._measured[key] = replace(self.judge(times), cached=True)
             assert known is not None
-            return known, kernel
+            if library is not None or known:
+                return known, library or self.kernel(graph, metas)
+            return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))
         kernel = library or self.kernel(graph, metas)
         try:
             times = Times(*compare(fallback, as_it_will_run(kernel, tensors), device), kernel.interpreted)

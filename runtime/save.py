@@ -215,7 +215,9 @@ class _Regions:
         _check({*node.inputs, *node.outputs} <= self.values.keys(), "a region's values have no layouts")
         # Code is generated from these names.
         names = {*body.input_names, *(name for inner in body.nodes for name in inner.outputs)}
-        _check(all(re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) for name in names), "a region has a name that is none")
+        _check(
+            all(re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) for name in names), "a region's names are damaged"
+        )
         parts = None if table.get("parts") is None else self.decoder.graph(table["parts"])
         kind = table.get("kernel")
         library = None

@@ -51,8 +51,18 @@ def decide_whole(fused: FusedGraph, unfused: Callable[[], FusedGraph], store: De
 
 
 def _measure(fused: FusedGraph, unfused: Callable[[], FusedGraph]) -> Times:
-    call = made_up_call(fused.recorded)
-    runs = [functools.partial(graph.replay, call) for graph in (unfused(), fused)]
+    recorded = fused.recorded
+    call = made_up_call(recorded)
+    # Positions in a cache must not run off its end while this repeats.
+    given = zip(recorded.signature.names, call.tensors, strict=True)
+    counters = [t for name, t in given if name in recorded.written and not t.is_floating_point()]
+
+    def replay(graph: FusedGraph) -> None:
+        for counter in counters:
+            counter.zero_()
+        graph.replay(call)
+
+    runs = [functools.partial(replay, graph) for graph in (unfused(), fused)]
     for run in runs:
         run()  # a plan is made at the first replay
     return Times(*compare(*runs, device_of(fused.subgraph)))
