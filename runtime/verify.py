@@ -41,8 +41,11 @@ class Verification:
         return "\n".join(lines) or "no region has a kernel"
 
 
-def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
-    """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way."""
+def verify(fused: FusedGraph, env: dict[str, torch.Tensor], used: bool = False) -> Verification:
+    """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way.
+
+    With `used`, only those whose kernel a replay runs.
+    """
     regions = {id(region.node): region for region in fused.regions}
     rows = []
 
@@ -55,7 +58,7 @@ def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
             inputs = [env[name] for name in node.inputs]
             before = apart(region.body, inputs) if region is not None else inputs
             results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
-            if region is not None and region.kernel is not None:
+            if region is not None and region.kernel is not None and (region.decision or not used):
                 rows.append(_check(region, before, results))
             env.update(zip(node.outputs, results, strict=True))
 

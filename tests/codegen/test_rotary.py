@@ -119,7 +119,6 @@ def test_a_table_for_each_row_of_the_batch():
 
 def caches(batch, heads=2, width=16, slots=9, dtype=torch.float32):
     return tuple(noise(batch, heads, slots, width, seed=seed, dtype=dtype) for seed in (7, 8))
-    )
 
 
 def with_cache(query, key, value, cos, sin, keys, values, position):
