@@ -189,7 +189,7 @@ class Launch(functools.partial[None]):
 
     Attributes:
         works: what it runs, in order.
-        held: what must live as long: tensors, and the memory of arguments.
+        held: what must live as long: the memory of its arguments.
     """
 
     works: tuple[_Work, ...]
@@ -197,7 +197,7 @@ class Launch(functools.partial[None]):
 
 
 def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
-    """A launch of a kernel's function on the memory of these tensors."""
+    """A launch of a kernel's function on the memory of these tensors, which the caller keeps alive."""
     addresses = [tensors[index].data_ptr() + offset for index, offset in layout.operands]
     operands = (ctypes.c_void_p * len(addresses))(*addresses)
     numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
@@ -209,7 +209,7 @@ def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout
         layout.grain,
     )
     made = Launch(runtime().run, ctypes.addressof(work))
-    made.works, made.held = (work,), (operands, numbers, function, *tensors)
+    made.works, made.held = (work,), (operands, numbers, function)
     return made
 
 
