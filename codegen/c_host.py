@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from graph_capture.codegen.ninetoothed_host import workspace
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 FOLDER = Path(__file__).with_name("c")
@@ -33,109 +33,111 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 CFLAGS = "GRAPH_CAPTURE_CFLAGS"
 _lock = threading.Lock()
-_loaded: dict[str, ctypes.CDLL] = {}
+_loaded: dict[tuple[Any, ...], ctypes.CDLL] = {}
+_toolchains: dict[tuple[str, str, str], Toolchain] = {}
 
 
 @dataclass(frozen=True)
-class Compiler:
-    """A C compiler: its command, what it says of its version, and the flags that it takes."""
+class Toolchain:
+    """A C compiler (its command, what it says of its version, the flags that it takes), and what runs its kernels."""
 
     command: tuple[str, ...]
     version: str
     flags: tuple[str, ...]
+    runtime: ctypes.CDLL
 
 
-def compiler() -> Compiler:
+def toolchain(cache: DiskCache | None = None) -> Toolchain:
     """The C compiler of this machine.
 
     Raises:
         FusionError: there is none, or it cannot compile.
     """
-    return _compiler(os.environ.get("CC", ""), os.environ.get("PATH", ""), os.environ.get(CFLAGS, ""))
+    settings = (os.environ.get("CC", ""), os.environ.get("PATH", ""), os.environ.get(CFLAGS, ""))
+    with _lock:
+        if settings not in _toolchains:
+            _toolchains[settings] = _found(*settings, cache)
+        return _toolchains[settings]
 
 
-@functools.cache
-def _compiler(chosen: str, path: str, extra: str) -> Compiler:
+def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolchain:
     names = [shlex.split(chosen)] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
     found = next((found for name in names if (found := shutil.which(name[0], path=path))), None)
     if found is None:
         raise FusionError(f"there is no C compiler ({', '.join(name[0] for name in names)}); install one, or set CC")
     command = (found, *names[0][1:]) if chosen.strip() else (found,)
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise FusionError(f"the C compiler {found} cannot be run: {error}") from error
     source, failure = (FOLDER / "runtime.c").read_text(encoding="utf-8"), ""
     for native in NATIVE:
         flags = (*FLAGS, *native, *shlex.split(extra))
         try:
-            _compile(Compiler(command, version, flags), source)
-        except FusionError as error:
+            runtime = ctypes.CDLL(str(_compiled(source, command, version, flags, cache)))
+        except (FusionError, OSError) as error:
             failure = failure or str(error)
-        else:
-            return Compiler(command, version, flags)
+            continue
+        for function in (runtime.run, runtime.run_chain):
+            function.argtypes, function.restype = [ctypes.c_void_p], None
+        os.register_at_fork(after_in_child=lambda: setattr(ctypes.c_int.in_dll(runtime, "alone"), "value", 1))
+        return Toolchain(command, version, flags, runtime)
     raise FusionError(failure)
 
 
-def _compile(compiler: Compiler, source: str) -> Path:
-    """`source` as a shared library in this process's folder.
+def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None) -> Path:
+    """`source` as a shared library, in the cache or in this process's folder.
 
     Raises:
         FusionError: the compiler fails; the message is its own.
     """
+    key = DiskCache.key(source, *command, version, *flags)
+    if cache is not None and (known := cache.get(key, ".so")) is not None:
+        return known
     descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
     os.close(descriptor)
-    command = [*compiler.command, *compiler.flags, "-x", "c", "-", "-o", name, "-lm"]
+    line = [*command, *flags, "-x", "c", "-", "-o", name, "-lm"]
     try:
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        done = subprocess.run(line, input=source, capture_output=True, text=True, check=False)
     except OSError as error:
         raise FusionError(f"the C compiler cannot be run: {error}") from error
     if done.returncode:
         raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
+    if cache is not None:
+        cache.put(key, {".so": Path(name).read_bytes()})
     return Path(name)
 
 
-def library(source: str) -> ctypes.CDLL:
+def library(source: str, cache: DiskCache | None = None) -> ctypes.CDLL:
     """`source`, compiled and loaded; equal sources once a process.
 
     Raises:
         FusionError: there is no compiler, or it fails.
     """
-    chosen = compiler()
-    key = hashlib.sha256("\0".join((source, *chosen.command, chosen.version, *chosen.flags)).encode()).hexdigest()
+    chosen = toolchain(cache)
+    key = (source, chosen.command, chosen.version, chosen.flags)
     with _lock:
         if key in _loaded:
             return _loaded[key]
     try:
-        found = ctypes.CDLL(str(_compile(chosen, source)))
+        found = ctypes.CDLL(str(_compiled(source, chosen.command, chosen.version, chosen.flags, cache)))
     except OSError as error:
         raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
     with _lock:
         return _loaded.setdefault(key, found)
 
 
-def libraries(sources: Sequence[str]) -> list[ctypes.CDLL | FusionError]:
+def libraries(sources: Sequence[str], cache: DiskCache | None = None) -> list[ctypes.CDLL | FusionError]:
     """`library` of several sources, compiled side by side; what failed is its error."""
 
     def attempt(source: str) -> ctypes.CDLL | FusionError:
         try:
-            return library(source)
+            return library(source, cache)
         except FusionError as error:
             return error
 
     with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as pool:
         return list(pool.map(attempt, sources))
-
-
-@functools.cache
-def runtime() -> ctypes.CDLL:
-    """What runs kernels.
-
-    Raises:
-        FusionError: there is no compiler.
-    """
-    found = library((FOLDER / "runtime.c").read_text(encoding="utf-8"))
-    for function in (found.run, found.run_chain):
-        function.argtypes, function.restype = [ctypes.c_void_p], None
-    os.register_at_fork(after_in_child=lambda: setattr(ctypes.c_int.in_dll(found, "alone"), "value", 1))
-    return found
 
 
 @functools.cache
@@ -208,7 +210,7 @@ def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout
         layout.units,
         layout.grain,
     )
-    made = Launch(runtime().run, ctypes.addressof(work))
+    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
     made.works, made.held = (work,), (operands, numbers, function)
     return made
 
@@ -218,8 +220,6 @@ def chain(launches: Sequence[Launch]) -> Launch:
     works = tuple(work for one in launches for work in one.works)
     addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
     listed = _Works(ctypes.addressof(addresses), len(works))
-    made = Launch(runtime().run_chain, ctypes.addressof(listed))
+    made = Launch(toolchain().runtime.run_chain, ctypes.addressof(listed))
     made.works, made.held = works, (addresses, listed, *(one.held for one in launches))
     return made
-
-

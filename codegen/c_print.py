@@ -69,8 +69,8 @@ def literal(value: Any, dtype: torch.dtype) -> str:
     """A number in arithmetic of a dtype."""
     if not dtype.is_floating_point:
         number = int(value)
-        text = str(number) if -(2**63) < number else f"({number + 1} - 1)"
-        return f"INT64_C({text})" if dtype is torch.int64 and -(2**63) < number else text
+        text = str(number) if number > -(2**63) else f"({number + 1} - 1)"
+        return f"INT64_C({text})" if dtype is torch.int64 and number > -(2**63) else text
     if dtype is not torch.float64:
         with numpy.errstate(over="ignore"):
             value = numpy.float32(value)

@@ -31,7 +31,10 @@ def layout(spec: RotarySpec, tensors: Sequence[torch.Tensor], thread_work: int) 
         view, tensor = seen[name], tensors[names.index(_tensor(spec, name))]
         if view.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             raise FusionError(f"{name} lies so that it would have to be copied")
-        numbers += [*(step if size > 1 else 0 for size, step in zip(view.shape, view.stride(), strict=True)), view.shape[1]]
+        numbers += [
+            *(step if size > 1 else 0 for size, step in zip(view.shape, view.stride(), strict=True)),
+            view.shape[1],
+        ]
         operands.append((names.index(_tensor(spec, name)), view.data_ptr() - tensor.data_ptr()))
     work = sum(track.heads * spec.width * 8 for track in spec.tracks)
     calls = [Layout(tuple(numbers), batch * length, max(1, thread_work // work), tuple(operands))]
@@ -143,7 +146,11 @@ class _Printer:
         if track.norm is not None and track.norm.weight:
             lines.append(f"{self.float} weight[{spec.width}];")
             lines += self._load("weight", track.norm.weight, "0", spec.width)
-        lines += [f"for (int64_t h = 0; h < {track.heads}; h++) {{", *(f"    {x}" for x in self._head(track, slot)), "}"]
+        lines += [
+            f"for (int64_t h = 0; h < {track.heads}; h++) {{",
+            *(f"    {x}" for x in self._head(track, slot)),
+            "}",
+        ]
         if track.cached:
             inside = f"if (slot >= 0 && slot < {self._number(track.target, 4)}) {{"
             loop = next(index for index, line in enumerate(lines) if line.startswith("int64_t slot"))
@@ -161,7 +168,8 @@ class _Printer:
                 f"{self.float} squares = 0;",
                 "#pragma omp simd reduction(+:squares)",
                 f"for (int64_t j = 0; j < {spec.width}; j++) squares += x[j] * x[j];",
-                f"const {self.float} scale = ({self.float})(1.0 / sqrt(squares / {float(spec.width)!r} + {track.norm.eps!r}));",
+                f"const double mean = squares / {float(spec.width)!r};",
+                f"const {self.float} scale = ({self.float})(1.0 / sqrt(mean + {track.norm.eps!r}));",
             ]
             value = "x[j] * scale"
             if track.norm.weight:

@@ -1,6 +1,6 @@
 """The CPU target: specs as C functions, compiled by the system's compiler.
 
-A kernel is one function over a range of units of work; ``c/runtime.c`` runs it on the calling thread, or on torch's own.
+A kernel is a function over a range of units of work; ``c/runtime.c`` runs it on the calling thread, or on torch's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from graph_capture.codegen.c_host import Launch, Layout, chain
 from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 __all__ = ["Launch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
@@ -47,7 +48,7 @@ def interpreted() -> bool:
 def unavailable() -> str | None:
     """Why nothing can be compiled here, or None."""
     try:
-        host.compiler()
+        host.toolchain()
     except FusionError as error:
         return str(error)
     return None
@@ -71,14 +72,14 @@ def source(spec: Spec) -> str:
     return _printed(spec, "kernel")
 
 
-def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Launch]:
+def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Callable[[Sequence[torch.Tensor]], Launch]:
     """Compile a kernel; the result binds it to tensors.
 
     Raises:
         FusionError: there is no compiler, or it fails.
     """
     symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
-    library = host.library(host.prelude() + _printed(spec, symbol))
+    library = host.library(host.prelude() + _printed(spec, symbol), cache)
     printer: Printer = PRINTERS[type(spec)]
     layouts: dict[Any, tuple[Layout, ...]] = {}
 
@@ -93,10 +94,10 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], La
     return bind
 
 
-def prepare(specs: Sequence[tuple[Spec, str]]) -> None:
+def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
     """Compile kernels (their specs and names) side by side, for `build` to find them."""
     symbols = [re.sub(r"[^A-Za-z0-9_]", "_", kernel_name) for _, kernel_name in specs]
-    host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)])
+    host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)], cache)
 
 
 def _printed(spec: Spec, symbol: str) -> str:

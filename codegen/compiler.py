@@ -16,6 +16,7 @@ from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.lower import lower
 from graph_capture.codegen.spec import Operand, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
@@ -41,11 +42,13 @@ class Target(Protocol):
         """The code of a spec."""
         ...
 
-    def build(self, spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Launch]:
-        """Compile a spec; the result binds it to the tensors of a call, inputs before outputs."""
+    def build(
+        self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
+    ) -> Callable[[Sequence[torch.Tensor]], Launch]:
+        """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first."""
         ...
 
-    def prepare(self, specs: Sequence[tuple[Spec, str]]) -> None:
+    def prepare(self, specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
         """Compile specs (with their kernels' names) side by side, as far as that saves time in `build`."""
         ...
 
@@ -60,10 +63,17 @@ class CompiledKernel:
         source: the code that was generated for it.
     """
 
-    def __init__(self, spec: Spec, name: str, key: str, target: Target = ninetoothed_target) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        name: str,
+        key: str,
+        target: Target = ninetoothed_target,
+        cache: DiskCache | None = None,
+    ) -> None:
         self.spec, self.name, self.key, self.target = spec, name, key, target
         self.source = target.source(spec)
-        self._bind = target.build(spec, name)
+        self._bind = target.build(spec, name, cache)
 
     @property
     def interpreted(self) -> bool:
@@ -172,12 +182,13 @@ class KernelCompiler:
 
     Args:
         target: "auto", "ninetoothed" or "c".
+        cache: where machine code is kept for later processes; nowhere if None.
     """
 
-    def __init__(self, target: str = "auto") -> None:
+    def __init__(self, target: str = "auto", cache: DiskCache | None = None) -> None:
         if target != "auto" and target not in TARGETS:
             raise FusionError(f"there is no target {target!r}; use {', '.join(map(repr, ('auto', *TARGETS)))}")
-        self.target = target
+        self.target, self.cache = target, cache
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
@@ -227,7 +238,7 @@ class KernelCompiler:
                 if key not in self._kernels:
                     by_target.setdefault(target.name, {})[key] = (spec, name)
             for chosen, specs in by_target.items():
-                TARGETS[chosen].prepare(list(specs.values()))
+                TARGETS[chosen].prepare(list(specs.values()), self.cache)
 
     def _described(self, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> tuple[Target, Spec, str, str]:
         """A kernel before it is built: its target, its spec, its key and its name."""
@@ -243,7 +254,7 @@ class KernelCompiler:
 
     def _kernel(self, target: Target, spec: Spec, key: str, name: str) -> CompiledKernel:
         if key not in self._kernels:
-            self._kernels[key] = CompiledKernel(spec, name, key, target)
+            self._kernels[key] = CompiledKernel(spec, name, key, target, self.cache)
         return self._kernels[key]
 
 

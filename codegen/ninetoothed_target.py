@@ -13,6 +13,7 @@ from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 
@@ -55,8 +56,10 @@ def source(spec: Spec) -> str:
     return PRINTERS[type(spec)].program(spec, False).source
 
 
-def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
-    """Load the kernel; the result binds it to tensors.
+def build(
+    spec: Spec, kernel_name: str, cache: DiskCache | None = None
+) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
+    """Load the kernel; the result binds it to tensors. Triton keeps a cache of its own.
 
     Raises:
         FusionError: ninetoothed cannot be used here.
@@ -80,7 +83,7 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
     return bind
 
 
-def prepare(specs: Sequence[tuple[Spec, str]]) -> None:
+def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
     """Nothing to do ahead: Triton compiles at the first launch."""
 
 

@@ -30,8 +30,8 @@ class FusionConfig:
         fusion_ratio: a fused kernel is used if ``t_fused < t_fallback * fusion_ratio``.
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
-        target: what makes kernels: "ninetoothed" (Triton), "c" (the CPU, by the system's C compiler), or "auto": the first
-            on CUDA, the second on the CPU.
+        target: what makes kernels: "ninetoothed" (Triton), "c" (the system's C compiler, for the CPU), or "auto": the
+            first on CUDA, the second on the CPU.
         verify_every: check the kernels in use at every so many replays against float64, on copies, and log what is off
             (`FusedGraph.samples` keeps the latest outcomes); 0 checks none.
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,

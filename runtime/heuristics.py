@@ -62,7 +62,8 @@ class FusionHeuristics:
 
     def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
         self.config = config or FusionConfig()
-        self.compiler = compiler or KernelCompiler(self.config.target)
+        cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
+        self.compiler = compiler or KernelCompiler(self.config.target, cache)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
         self._measured: dict[str, Decision] = {}
 
@@ -219,7 +220,7 @@ class FusionHeuristics:
         device = next(iter(metas.values())).device
         dtypes, shapes = {n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}
         layouts = [(m.stride, str(m.device)) for m in metas.values()]
-        how = f"{kind}, interpreted {interpreted()}, {torch.get_num_threads()} threads"
+        how = f"{kind}, {torch.get_num_threads()} threads"
         return DiskCache.key(graph.cache_key(dtypes, shapes), repr(layouts), how, device=device)
 
     def judge(self, times: Times) -> Decision:
