@@ -80,9 +80,14 @@ def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolc
             continue
         for function in (runtime.run, runtime.run_chain):
             function.argtypes, function.restype = [ctypes.c_void_p], None
-        os.register_at_fork(after_in_child=lambda: setattr(ctypes.c_int.in_dll(runtime, "alone"), "value", 1))
+        os.register_at_fork(after_in_child=functools.partial(_leave_alone, runtime))
         return Toolchain(command, version, flags, runtime)
     raise FusionError(failure)
+
+
+def _leave_alone(runtime: ctypes.CDLL) -> None:
+    """In a forked child: the parent's threads are not there."""
+    ctypes.c_int.in_dll(runtime, "alone").value = 1
 
 
 def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None) -> Path:
@@ -191,7 +196,7 @@ class Launch(functools.partial[None]):
 
     Attributes:
         works: what it runs, in order.
-        held: what must live as long: the memory of its arguments.
+        held: what must live as long: the memory of its arguments, and its outputs.
     """
 
     works: tuple[_Work, ...]

@@ -165,7 +165,7 @@ class _Printer:
         if track.norm is not None:
             kind = torch.float64 if self.float == "double" else torch.float32
             lines += [
-                f"{self.float} squares = 0;",
+                "double squares = 0;",
                 "#pragma omp simd reduction(+:squares)",
                 f"for (int64_t j = 0; j < {spec.width}; j++) squares += x[j] * x[j];",
                 f"const double mean = squares / {float(spec.width)!r};",

@@ -15,7 +15,7 @@ from graph_capture.codegen.c_host import Layout
 from graph_capture.codegen.spec import KernelSpec, Operand, Pass, Statement
 
 FLAT = 1024  # elements in a unit of work of a flat kernel
-WIDE = 8192  # columns beyond which a row is several units, or its sums are taken in parts, for accuracy
+WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
 KEPT_BYTES = 65536  # of a row in buffers on the stack
 COSTLY = 3  # from here on a value is kept rather than computed again
 
@@ -250,61 +250,41 @@ class _Printer:
         body += [total.add() for total in totals]
         if not body:
             return []
-        in_parts = totals and spec.columns is not None and spec.columns > FLAT
-        lines = [total.start("total" if in_parts else "part") for total in totals]
-        if in_parts:
-            inner = [total.start("part") for total in totals]
-            inner.append(f"const int64_t until = first + {FLAT} < {stop} ? first + {FLAT} : {stop};")
-            inner += _loop("first", "until", body, totals)
-            inner += [total.join() for total in totals]
-            lines.append(f"for (int64_t first = {first}; first < {stop}; first += {FLAT}) {{")
-            lines += [*(f"    {line}" for line in inner), "}"]
-        else:
-            lines += _loop(first, stop, body, totals)
+        lines = [total.start() for total in totals] + _loop(first, stop, body, totals)
         for total in totals:
-            lines += total.result(self.scalars, "total" if in_parts else "part", spec.columns or 0)
+            lines += total.result(self.scalars, spec.columns or 0)
         return lines
 
 
 def _loop(first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
-    clauses = "".join(f" reduction({total.clause}:{total.name('part')})" for total in totals)
+    clauses = "".join(f" reduction({total.clause}:{total.name})" for total in totals)
     lines = [f"#pragma omp simd{clauses}", f"for (int64_t j = {first}; j < {stop}; j++) {{"]
     return [*lines, *(f"    {line}" for line in body), "}"]
 
 
 class _Total:
-    """One reduction while a row is walked through."""
+    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements."""
 
     def __init__(self, statement: Statement, scalars: c_print.Scalars) -> None:
         self.statement = statement
         self.clause = {"sum": "+", "mean": "+"}.get(statement.function, statement.function)
+        self.name = f"{c_print.variable(statement.target)}_{statement.function}"
         self.value = scalars.value(statement.arguments[0], statement.dtype)
 
-    def name(self, stage: str) -> str:
-        return f"{c_print.variable(self.statement.target)}_{stage}"
-
-    def start(self, stage: str) -> str:
-        zero = {"max": "-INFINITY", "min": "INFINITY"}.get(self.statement.function, "0")
-        wide = stage == "total" and self.clause == "+"  # costs nothing, once in so many elements
-        return f"{'double' if wide else c_print.VALUES[self.statement.dtype]} {self.name(stage)} = {zero};"
+    def start(self) -> str:
+        if self.clause == "+":
+            return f"double {self.name} = 0;"
+        zero = "-INFINITY" if self.clause == "max" else "INFINITY"
+        return f"{c_print.VALUES[self.statement.dtype]} {self.name} = {zero};"
 
     def add(self) -> str:
-        return self._joined("part", self.value)
-
-    def join(self) -> str:
-        return self._joined("total", self.name("part"))
-
-    def _joined(self, stage: str, value: str) -> str:
-        name = self.name(stage)
         if self.clause == "+":
-            return f"{name} += {value};"
+            return f"{self.name} += {self.value};"
         sign = ">" if self.clause == "max" else "<"  # false for NaN, which is passed over
-        return f"{name} = {value} {sign} {name} ? {value} : {name};"
+        return f"{self.name} = {self.value} {sign} {self.name} ? {self.value} : {self.name};"
 
-    def result(self, scalars: c_print.Scalars, stage: str, columns: int) -> list[str]:
-        value = self.name(stage)
-        if self.statement.function == "mean":
-            value += f" / {float(columns)!r}"
+    def result(self, scalars: c_print.Scalars, columns: int) -> list[str]:
+        value = f"{self.name} / {float(columns)!r}" if self.statement.function == "mean" else self.name
         if self.statement.dtype is torch.float32:
             return scalars.widened(self.statement.target, value)
         return [scalars.declared(self.statement.target, self.statement.dtype, value)]

@@ -89,7 +89,9 @@ def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Calla
         if found is None:
             found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
         launches = [host.launch(getattr(library, symbol + layout.part), tensors, layout) for layout in found]
-        return launches[0] if len(launches) == 1 else chain(launches)
+        made = launches[0] if len(launches) == 1 else chain(launches)
+        made.held = (*made.held, *tensors[len(spec.inputs) :])
+        return made
 
     return bind
 

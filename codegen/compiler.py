@@ -102,7 +102,7 @@ class CompiledKernel:
     def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
         """A launch that reads and writes these tensors, and no others, each time it is called.
 
-        It may hold nothing but their addresses: they must live as long as it is called.
+        It holds its outputs; the inputs must live as long as it is called, for it may have nothing but their addresses.
 
         Raises:
             FusionError: they do not fit the kernel, in dtype, device, shape or strides.
