@@ -9,6 +9,9 @@ from dataclasses import replace
 import torch
 from graph_capture.codegen import supports
 from graph_capture.passes import Passes, find_regions, rewrite
+from graph_capture.passes.epilogues import ALONE as SKINNY_LINEAR
+from graph_capture.passes.epilogues import RULE as LINEAR_EPILOGUE
+from graph_capture.passes.epilogues import is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
@@ -98,7 +101,7 @@ class _Regions:
             if alike is None:
                 alike = self._decided[key] = self._region(node)
             tried = off | {kind}
-            parts = self._parts(node, tried) if alike.kernel is None else None
+            parts = None if alike.decision or not self._divides(alike) else self._parts(node, tried)
             self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
             if parts is not None:
                 self._add(parts, name, tried)
@@ -123,10 +126,15 @@ class _Regions:
             return None
         return LibraryKernel(body)
 
+    def _divides(self, region: Region) -> bool:
+        """Whether a region that is not used is worth taking apart: what it is made of may be used."""
+        node = region.node
+        if region.kind in (LINEAR_EPILOGUE, SKINNY_LINEAR):
+            return len(node.origin) > 1 or is_merged(node.origin[0])
+        return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
+
     def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
-        """What a region that can have no kernel is made of, with regions of its own; None where it has none."""
-        if len(node.origin) == 1 or self.passes.supports(node.attr("body")) is None:
-            return None
+        """What a region that is not used is made of, with regions of its own; None where it has none."""
         graph = expand(SubGraph(node.origin, node.inputs, node.outputs, self.values), is_composed)
         plan = find_regions(
             graph,
