@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from graph_capture.codegen.lower import KernelSpec, Layout
-from graph_capture.codegen.ninetoothed_target import Built, rank_of
+from graph_capture.codegen.ninetoothed_host import Built
 
 from graph_capture.errors import FusionError
 
@@ -56,31 +55,30 @@ class Binary:
     stores: dict[int, int]
 
 
-def compile_ahead(jobs: Sequence[tuple[KernelSpec, Built, int]], architecture: str) -> list[Binary]:
-    """Compile kernels (with their warps) for ``sm_NN``: contiguous operands, addresses and row sizes aligned.
+def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
+    """Compile programs for ``sm_NN``: contiguous operands, addresses and row sizes aligned.
 
     Raises:
         FusionError: the architecture's name is not of that form, or the compiler fails.
     """
     if not re.fullmatch(r"sm_\d{2,3}", architecture):
         raise FusionError(f"{architecture!r} is not an architecture such as 'sm_90'")
-    request = [
-        {
-            "file": built.triton_file,
-            "kernel": built.kernel_name,
-            "capability": int(architecture[3:]),
-            "warps": warps,
-            "operands": [
-                {
-                    "pointer": _POINTERS[operand.dtype],
-                    "rank": rank_of(operand, spec),
-                    "aligned": operand.layout is Layout.FULL and (spec.columns or 16) % 16 == 0,
-                }
-                for operand in (*spec.inputs, *spec.outputs)
-            ],
-        }
-        for spec, built, warps in jobs
-    ]
+    request = []
+    for built in jobs:
+        program = built.program
+        operands = zip(program.dtypes, program.ranks, program.aligned, strict=True)
+        request.append(
+            {
+                "file": built.triton_file,
+                "kernel": built.kernel_name,
+                "capability": int(architecture[3:]),
+                "warps": program.warps,
+                "stages": program.stages,
+                "operands": [
+                    {"pointer": _POINTERS[dtype], "rank": rank, "aligned": aligned} for dtype, rank, aligned in operands
+                ],
+            }
+        )
     command = [sys.executable, str(Path(__file__).with_name("aot_worker.py"))]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -46,12 +46,12 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if operand["aligned"] and (operand["rank"] == 1 or name.endswith("_stride_0")):
+            if operand["aligned"] and (operand["rank"] == 1 or "_stride_" in name):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", job["capability"], 32),
-        options={"num_warps": job["warps"], "num_stages": 1},
+        options={"num_warps": job["warps"], "num_stages": job["stages"]},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from graph_capture.codegen import ninetoothed_target as target
-from graph_capture.codegen.aot import Binary, compile_ahead
-from graph_capture.codegen.lower import KernelSpec, Layout, lower
+from graph_capture.codegen import ninetoothed_target
+from graph_capture.codegen.aot import Binary
+from graph_capture.codegen.geometry import dense_strides
+from graph_capture.codegen.lower import lower
+from graph_capture.codegen.spec import Operand, Spec
 
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
 
 By = Mapping[str, Any] | Sequence[Any]
+Launch = Callable[[], Any]
+
+
+class Target(Protocol):
+    """What makes specs run somewhere: a module with these names."""
+
+    name: str
+
+    def interpreted(self) -> bool:
+        """Whether kernels give right numbers but no speed."""
+        ...
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise FusionError if kernels cannot run on these tensors."""
+        ...
+
+    def source(self, spec: Spec) -> str:
+        """The code of a spec."""
+        ...
+
+    def build(self, spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Launch]:
+        """Compile a spec; the result binds it to the tensors of a call, inputs before outputs."""
+        ...
 
 
 class CompiledKernel:
@@ -27,84 +51,64 @@ class CompiledKernel:
         name: the kernel's name, as profilers show it.
         key: equal for equal kernels, in every process.
         spec: what it computes.
-        source: the ninetoothed arrangement and application that were generated for it.
+        source: the code that was generated for it.
     """
 
-    def __init__(self, spec: KernelSpec, name: str, key: str) -> None:
-        self.spec, self.name, self.key = spec, name, key
-        self.source = target.print_source(spec, target.choose_blocks(spec, interpreted=False))
-        blocks = target.choose_blocks(spec, self.interpreted)
-        self._built = target.build(spec, blocks, name)
+    def __init__(self, spec: Spec, name: str, key: str, target: Target = ninetoothed_target) -> None:
+        self.spec, self.name, self.key, self.target = spec, name, key, target
+        self.source = target.source(spec)
+        self._bind = target.build(spec, name)
 
     @property
     def interpreted(self) -> bool:
         """Whether it runs in Triton's interpreter: right numbers, no speed."""
-        return target.interpreted()
+        return self.target.interpreted()
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run on `inputs` (in the graph's order) into new outputs.
+        """Run on `inputs` (in the graph's order); the outputs are new, but for those that are written in place.
 
         Raises:
             FusionError: the inputs do not fit the kernel in dtype, device, or shape beyond the number of rows.
         """
-        space = self._space(inputs)
-        outputs = []
-        for operand in self.spec.outputs:
-            shape = space if operand.layout is Layout.FULL else (*space[:-1], 1) if operand.keepdim else space[:-1]
-            outputs.append(torch.empty(shape, dtype=operand.dtype, device=inputs[0].device))
-        self._launch(inputs, outputs, space)
+        self._check(self.spec.inputs, inputs)
+        outputs = self.spec.allocate(inputs)
+        try:
+            self.prepare(inputs, outputs)()
+        except FusionError:
+            if all(tensor.is_contiguous() for tensor in inputs):
+                raise
+            # Made for other strides: written places keep their memory, the rest is copied.
+            held = {output.data_ptr() for output in outputs}
+            copies = [t if t.data_ptr() in held else t.contiguous() for t in inputs]
+            self.prepare(copies, outputs)()
         return tuple(outputs)
+
+    def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
+        """A launch that reads and writes these tensors, and no others, each time it is called.
+
+        Raises:
+            FusionError: they do not fit the kernel, in dtype, device, shape or strides.
+        """
+        self._check(self.spec.inputs, inputs)
+        self._check(self.spec.outputs, outputs)
+        self.target.check((*inputs, *outputs))
+        if all(tensor.numel() == 0 for tensor in outputs):
+            return _nothing
+        try:
+            return self._bind((*inputs, *outputs))
+        except FusionError as error:
+            raise FusionError(f"{self.name}: {error}") from error
 
     def bind(self, tensors: Sequence[torch.Tensor], share: bool) -> Callable[[Sequence[torch.Tensor]], Any]:
         """A call for replays; a kernel prepares nothing."""
         return lambda inputs: self(*inputs)
 
-    def run(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        """Run into the given contiguous outputs.
-
-        Raises:
-            FusionError: as `__call__`; or an output is not contiguous.
-        """
-        if not all(output.is_contiguous() for output in outputs):
-            raise FusionError("a kernel writes contiguous outputs only")
-        self._launch(inputs, outputs, self._space(inputs))
-
-    def _space(self, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
-        spec = self.spec
-        if len(inputs) != len(spec.inputs):
-            raise FusionError(f"{self.name} takes {len(spec.inputs)} inputs, got {len(inputs)}")
-        for operand, tensor in zip(spec.inputs, inputs, strict=True):
+    def _check(self, operands: Sequence[Operand], tensors: Sequence[torch.Tensor]) -> None:
+        if len(tensors) != len(operands):
+            raise FusionError(f"{self.name} takes {len(operands)} tensors here, got {len(tensors)}")
+        for operand, tensor in zip(operands, tensors, strict=True):
             if tensor.dtype is not operand.dtype:
                 raise FusionError(f"{self.name}: {operand.name} is {tensor.dtype}, expected {operand.dtype}")
-            if tensor.device.type == "cpu" and not self.interpreted:
-                raise FusionError(f"{self.name}: {operand.name} is on the CPU, the kernel runs on CUDA")
-        try:
-            space = tuple(torch.broadcast_shapes(*(tensor.shape for tensor in inputs)))
-        except RuntimeError as error:
-            raise FusionError(f"{self.name}: {error}") from error
-        if spec.columns is not None and (not space or space[-1] != spec.columns):
-            raise FusionError(f"{self.name}: rows have {list(space)[-1:]} elements, expected {spec.columns}")
-        if math.prod(space) >= 2**31:
-            raise FusionError(f"{self.name}: {math.prod(space)} elements need 64-bit offsets")
-        rows = math.prod(space[:-1])
-        sizes = {Layout.SCALAR: 1, Layout.ROW: spec.columns, Layout.COLUMN: rows, Layout.FULL: math.prod(space)}
-        for operand, tensor in zip(spec.inputs, inputs, strict=True):
-            if tensor.numel() != sizes[operand.layout]:
-                raise FusionError(
-                    f"{self.name}: {operand.name} of shape {list(tensor.shape)} is not a {operand.layout.value} operand"
-                )
-        return space
-
-    def _launch(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], space: tuple[int, ...]) -> None:
-        if math.prod(space) == 0:
-            return
-        rows = math.prod(space[:-1])
-        operands = (*self.spec.inputs, *self.spec.outputs)
-        tensors = [
-            target.bind(operand, tensor, self.spec, rows)
-            for operand, tensor in zip(operands, (*inputs, *outputs), strict=True)
-        ]
-        self._built.launch(*tensors)
 
     def compile_for(self, architecture: str) -> Binary:
         """Machine code for ``sm_80``, ``sm_90``, ...; needs no GPU.
@@ -118,13 +122,13 @@ class CompiledKernel:
         return f"<CompiledKernel {self.name}>"
 
 
+def _nothing() -> None:
+    """The launch of a kernel that has no elements to compute."""
+
+
 def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[Binary]:
     """Machine code of several kernels in one go; see `CompiledKernel.compile_for`."""
-    jobs = []
-    for kernel in kernels:
-        blocks = target.choose_blocks(kernel.spec, interpreted=False)
-        jobs.append((kernel.spec, target.build(kernel.spec, blocks, kernel.name), blocks.warps))
-    return compile_ahead(jobs, architecture)
+    return ninetoothed_target.compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
 
 
 class KernelCompiler:
@@ -138,7 +142,7 @@ class KernelCompiler:
         if target not in ("auto", "ninetoothed"):
             raise FusionError(f"there is no target {target!r}; use 'auto' or 'ninetoothed'")
         self._kernels: dict[str, CompiledKernel] = {}
-        self._specs: dict[tuple[Any, ...], KernelSpec] = {}
+        self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
 
     @property
@@ -152,15 +156,15 @@ class KernelCompiler:
         """The kernel of `graph` for inputs of these dtypes and shapes (by name, or in the order of its inputs).
 
         The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
-        rows in place that lie apart, as halves of a merged projection do.
+        in place what is not contiguous: halves of a merged projection, transposed heads.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
-        strides = list(map(_contiguous, shapes)) if input_strides is None else _listed(graph, input_strides)
+        strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
         with self._lock:
-            known = (graph, *dtypes, *shapes, *strides)
+            known = (graph, *dtypes, *shapes, *map(tuple, strides))
             spec = self._specs.get(known)
             if spec is None:
                 metas = {
@@ -180,7 +184,3 @@ def _listed(graph: SubGraph, table: By) -> list[Any]:
     if len(values) != len(graph.input_names):
         raise FusionError(f"the graph takes ({', '.join(graph.input_names)}), got {len(values)} values")
     return values
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

@@ -68,10 +68,17 @@ _pointwise("div.Scalar", aten.div.Scalar, "self / other")
 def _power(given: Mapping[str, Any], dtype: torch.dtype) -> str | None:
     by_hand = {2: "self * self", 3: "self * self * self", 0.5: "sqrt(self)", -0.5: "rsqrt(self)", -1: "1 / self"}
     exponent = given["exponent"]
-    if not dtype.is_floating_point and (not isinstance(exponent, int) or exponent < 0):
-        return None
-    return by_hand.get(exponent)
+    if not dtype.is_floating_point:
+        return by_hand.get(exponent) if isinstance(exponent, int) and exponent > 0 else None
+    if exponent in by_hand or not math.isfinite(exponent) or exponent == 0:
+        return by_hand.get(exponent)
+    magnitude = "power(abs(self), exponent)"
+    if exponent != int(exponent):
+        return f"where((self < 0) & (abs(self) < {_INF}), {_NAN}, {magnitude})"
+    return f"where(self < 0, -{magnitude}, {magnitude})" if exponent % 2 else magnitude
 
+
+_NAN, _INF = "(1e999 - 1e999)", "1e999"  # as the language of expressions writes them
 
 _pointwise("pow", aten.pow.Tensor_Scalar, _power)
 _pointwise("neg", aten.neg.default, "-self")
@@ -94,8 +101,18 @@ _pointwise("clamp", aten.clamp.default, _clamp)
 
 # --- pointwise: functions
 
-for _name in ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "sigmoid", "floor"):
+for _name in ("exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "sigmoid", "floor"):
     _pointwise(_name, getattr(aten, _name).default, f"{_name}(self)")
+_pointwise("ceil", aten.ceil.default, "-floor(-self)")
+_pointwise("trunc", aten.trunc.default, "where(self < 0, -floor(-self), floor(self))")
+
+
+def _softplus(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    beta, threshold = given.get("beta", 1), given.get("threshold", 20)
+    return f"where(self * {beta!r} > {threshold!r}, self, log1p(exp(self * {beta!r})) / {beta!r})"
+
+
+_pointwise("softplus", aten.softplus.default, _softplus)
 _pointwise("silu", aten.silu.default, "self / (1 + exp(-self))")
 _pointwise("relu", aten.relu.default, "maximum(self, 0)")
 
@@ -136,6 +153,14 @@ for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">
     _symmetric = _name in ("eq", "ne")
     _pointwise(_name, getattr(aten, _name).Tensor, f"self {_operator} other", commutative=_symmetric)
     _pointwise(f"{_name}.Scalar", getattr(aten, _name).Scalar, f"self {_operator} other")
+for _name, _operator in {"and": "&", "or": "|", "xor": "^"}.items():
+    _pointwise(
+        f"bitwise_{_name}", getattr(aten, f"bitwise_{_name}").Tensor, f"self {_operator} other", commutative=True
+    )
+    _logical = f"(self != 0) {_operator} (other != 0)"
+    _pointwise(f"logical_{_name}", getattr(aten, f"logical_{_name}").default, _logical, commutative=True)
+_pointwise("bitwise_not", aten.bitwise_not.default, "~self")
+_pointwise("logical_not", aten.logical_not.default, "self == 0")
 _pointwise("where", aten.where.self, "where(condition, self, other)")
 _pointwise("masked_fill", aten.masked_fill.Scalar, "where(mask, value, self)")
 _pointwise("cast", aten._to_copy.default, _only("dtype")("self"))  # the target's dtype is the output's
@@ -147,6 +172,34 @@ for _name, _overload in {"sum": aten.sum.dim_IntList, "mean": aten.mean.dim}.ite
 for _name, _overload, _reduce in (("amax", aten.amax.default, "max"), ("amin", aten.amin.default, "min")):
     _any_nan = "sum(where(self != self, 1, 0)) > 0"  # a reduction's max and min pass NaN over; torch's do not
     _row(_name, _overload, Kind.ROW, f"where({_any_nan}, sum(self), {_reduce}(self))")
+
+
+_hit = f"where({_any_nan}, where(self != self, 1, 0), where(self == max(self), 1, 0)) > 0"
+_row("argmax", aten.argmax.default, Kind.ROW, f"min(where({_hit}, index(), {_INF}))")
+
+
+def _variance(root: bool) -> Expression:
+    def make(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+        correction = 1 if given.get("correction") is None else given["correction"]
+        centred = "(self - mean(self))"
+        text = f"sum({centred} * {centred}) / maximum(columns - {correction!r}, 0)"
+        return f"sqrt({text})" if root else text
+
+    return make
+
+
+_row("var", aten.var.correction, Kind.ROW, _variance(root=False))
+_row("std", aten.std.correction, Kind.ROW, _variance(root=True))
+
+# The largest element, or 0 where it is infinite: subtracting it leaves no NaN that was not there.
+_top = f"where({_any_nan}, sum(self), where(abs(max(self)) == {_INF}, 0, max(self)))"
+_row("logsumexp", aten.logsumexp.default, Kind.ROW, _only("dim", "keepdim")(f"{_top} + log(sum(exp(self - {_top})))"))
+_row(
+    "log_softmax",
+    aten._log_softmax.default,
+    Kind.ROW,
+    lambda given, dtype: None if given.get("half_to_float") else "(self - max(self)) - log(sum(exp(self - max(self))))",
+)
 
 
 def softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -317,82 +370,3 @@ def cond(A: torch.Tensor, p: Any = None) -> torch.Tensor:  # noqa: N803
 
 for _function in (svdvals, eigvalsh, cond):
     _row(_function.__name__, _function, Kind.OPAQUE)
-
-# --- torch functions that the recorder keeps whole: their call as (op, arguments); None records what they do inside
-
-Call = tuple[Any, ...]  # (op, args) or (op, args, kwargs)
-SEMANTIC: dict[Any, Callable[..., Call | None]] = {}
-
-
-def _keeps(*functions: Any) -> Callable[[Callable[..., Call | None]], Callable[..., Call | None]]:
-    def register(adapter: Callable[..., Call | None]) -> Callable[..., Call | None]:
-        SEMANTIC.update(dict.fromkeys(functions, adapter))
-        return adapter
-
-    return register
-
-
-@_keeps(F.linear)
-def _call_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
-    return "linear", (input, weight, bias)
-
-
-@_keeps(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-def _call_matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> Call | None:
-    return None if out is not None else ("matmul", (input, other))
-
-
-@_keeps(F.softmax, torch.softmax, torch.Tensor.softmax)
-def _call_softmax(
-    input: torch.Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-    *,
-    out: torch.Tensor | None = None,
-) -> Call | None:
-    return None if out is not None or not isinstance(dim, int) else ("softmax", (input, dim, dtype))
-
-
-@_keeps(F.rms_norm, torch.rms_norm)
-def _call_rms_norm(
-    input: torch.Tensor,
-    normalized_shape: Any,
-    weight: torch.Tensor | None = None,
-    eps: float | None = None,
-) -> Call | None:
-    return ("rms_norm", (input, weight, eps)) if tuple(normalized_shape) == tuple(input.shape[-1:]) else None
-
-
-@_keeps(F.layer_norm)
-def _call_layer_norm(
-    input: torch.Tensor,
-    normalized_shape: Any,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> Call | None:
-    return ("layer_norm", (input, weight, bias, eps)) if tuple(normalized_shape) == tuple(input.shape[-1:]) else None
-
-
-@_keeps(F.scaled_dot_product_attention)
-def _call_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Call:
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return "scaled_dot_product_attention", arguments
-
-
-def _call_whole(name: str) -> Callable[..., Call | None]:
-    return lambda *args, out=None, **kwargs: None if out is not None else (name, args, kwargs)
-
-
-for _name in ("svdvals", "eigvalsh", "cond"):
-    _keeps(getattr(torch.linalg, _name))(_call_whole(_name))

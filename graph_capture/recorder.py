@@ -1,7 +1,7 @@
 """The recorder: runs the user's code as it is and writes down every op it calls.
 
 Two torch modes do the work. The dispatch mode sees each ATen op after autograd and autocast; the function mode above it
-keeps a few calls whole (`graph_capture.optable.SEMANTIC`). `graph_capture.writer` turns the calls into nodes.
+keeps a few calls whole (`graph_capture.semantic.SEMANTIC`). `graph_capture.writer` turns the calls into nodes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_capture.errors import CaptureError
 from graph_capture.ops import op, op_of
-from graph_capture.optable import SEMANTIC
 from graph_capture.recorded import RecordedGraph
+from graph_capture.semantic import SEMANTIC
 from graph_capture.signature import Surroundings
 from graph_capture.writer import Writer
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_capture.codegen import ninetoothed_target as target
+from graph_capture.codegen import ninetoothed_host as target
 
 from graph_capture import FusionConfig, UnrecordedWriteError, capture, fuse, record
 from graph_capture.graph import order_edges
