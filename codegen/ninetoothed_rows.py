@@ -204,7 +204,7 @@ class _Printer:
             lines += [self._assign(statement) for statement in sweep.row]
             sums = {s.target: f"v{s.target[1:]}_{s.function}" for s in sweep.reductions}
             for statement in sweep.reductions:
-                start = _number(IDENTITY[statement.function])
+                start = print_number(IDENTITY[statement.function])
                 dtype = str(statement.dtype).removeprefix("torch.")
                 lines.append(f"{sums[statement.target]} = ntl.full({shape}, {start}, dtype=ntl.{dtype})")
             body = [f"index = {self._spread(f'(ntl.arange(0, {columns}) + step * {columns})')}"]
@@ -241,7 +241,7 @@ class _Printer:
 
     def _accumulated(self, total: str, statement: Statement) -> str:
         (value,) = self._arguments(statement)
-        inner = f"ntl.where(inside, {value}, {_number(IDENTITY[statement.function])})" if self.padded else value
+        inner = f"ntl.where(inside, {value}, {print_number(IDENTITY[statement.function])})" if self.padded else value
         if statement.function in ("max", "min"):
             return f"ntl.{statement.function}imum({total}, {inner})"
         return f"{total} + {inner}"
@@ -251,7 +251,7 @@ class _Printer:
         if statement.function not in REDUCTIONS:
             return None
         (value,) = self._arguments(statement)
-        inner = f"ntl.where(inside, {value}, {_number(IDENTITY[statement.function])})" if self.padded else value
+        inner = f"ntl.where(inside, {value}, {print_number(IDENTITY[statement.function])})" if self.padded else value
         return self._total(statement, inner)
 
     def _total(self, statement: Statement, value: str) -> str:
@@ -268,7 +268,7 @@ class _Printer:
         return f"{self.values[statement.target]} = {value}"
 
     def _arguments(self, statement: Statement) -> list[str]:
-        return [self.values[a] if isinstance(a, str) else _number(a) for a in statement.arguments]
+        return [self.values[a] if isinstance(a, str) else print_number(a) for a in statement.arguments]
 
 
 def print_statement(statement: Statement, args: Sequence[str]) -> str:
@@ -319,7 +319,8 @@ def _log1p(x: str) -> str:
     return f"ntl.where({far}, {x}, ntl.log({rounded}) * ({x} / ({rounded} - 1.0)))"
 
 
-def _number(value: Any) -> str:
+def print_number(value: Any) -> str:
+    """A number as an expression."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return repr(value)

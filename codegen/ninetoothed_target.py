@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.codegen import ninetoothed_rows
+from graph_capture.codegen import ninetoothed_matvec, ninetoothed_rows
 from graph_capture.codegen.aot import Binary, compile_ahead
+from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.errors import FusionError
@@ -26,7 +27,7 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows}
+PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows, MatvecSpec: ninetoothed_matvec}
 name = "ninetoothed"
 
 
