@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from graph_capture.codegen.spec import Operand
@@ -68,13 +68,17 @@ class AttentionSpec:
         Raises:
             FusionError: a tensor has another shape, or strides of which no such view can be made.
         """
-        query, key, value, *mask, out = [t[:, None] if t.dim() == 3 else t for t in tensors]
+        query, key, value, *mask, out = tensors
+        if query.dim() == 3:  # without heads
+            query, key, value, out = (tensor[:, None] for tensor in (query, key, value, out))
+            mask = [m[:, None] if m.dim() == 3 else m for m in mask]
         keys = (self.batch, self.heads, self.length)
         if key.shape != (*keys, self.width) or value.shape != (*keys, self.out_width):
             raise FusionError(f"keys are {list(key.shape)} and values {list(value.shape)}, which does not fit")
-        found = [_grouped(query, self, self.width), key, value]
-        found += [_grouped_mask(m, query, self) for m in mask]
-        return [*found, _grouped(out, self, self.out_width)]
+        masks = [_grouped_mask(m, query, self) for m in mask]
+        if self.mask and [tuple(size > 1 for size in m.shape[:3]) for m in masks] != [self.mask]:
+            raise FusionError("the mask broadcasts in another way than the kernel's")
+        return [_grouped(query, self, self.width), key, value, *masks, _grouped(out, self, self.out_width)]
 
 
 def _grouped(tensor: torch.Tensor, spec: AttentionSpec, width: int) -> torch.Tensor:
@@ -94,18 +98,12 @@ def _grouped_mask(mask: torch.Tensor, query: torch.Tensor, spec: AttentionSpec) 
     batch, heads, rows, length = mask.shape
     if length != spec.length:
         raise FusionError(f"the mask {list(mask.shape)} does not cover {spec.length} keys")
-    if heads > 1 or rows > 1:
-        group = spec.heads if spec.rows > 1 or heads > 1 else 1
-        inner = query.shape[1] // spec.heads
-        whole = mask.expand(batch, query.shape[1] if heads > 1 or inner > 1 else 1, query.shape[2], length)
-        try:
-            mask = whole.view(batch, group if whole.shape[1] > 1 else 1, -1, length)
-        except RuntimeError as error:
-            raise FusionError("the mask's heads and queries cannot be seen as one dimension") from error
-    moves = tuple(size > 1 for size in mask.shape[:3])
-    if moves != spec.mask and spec.mask:
-        raise FusionError("the mask broadcasts in another way than the kernel's")
-    return mask
+    if heads == rows == 1:
+        return mask
+    try:
+        return mask.expand(batch, *query.shape[1:3], length).view(batch, spec.heads, spec.rows, length)
+    except RuntimeError as error:
+        raise FusionError("the mask's heads and queries cannot be seen as one dimension") from error
 
 
 def claims(graph: SubGraph) -> bool:
@@ -145,7 +143,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> AttentionSpec:
     if not len(query.shape) == len(key.shape) == len(value.shape) in (3, 4):
         raise FusionError("it is not over [B, H, L, E]")
     batch = query.shape[0]
-    heads, length = (1, *key.shape[-3:])[-3] if len(key.shape) == 4 else 1, key.shape[-2]
+    heads, length = (key.shape[1] if len(key.shape) == 4 else 1), key.shape[-2]
     if key.shape[0] != batch or value.shape[:-1] != key.shape[:-1]:
         raise FusionError("keys and values broadcast")
     rows = math.prod(query.shape[1:-1]) // max(1, heads)
@@ -171,15 +169,11 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> AttentionSpec:
         float(query.shape[-1] ** -0.5 if scale is None else scale),
         (),
     )
-    tensors = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in values_of(graph, values)]
+    metas = [values[name] for name in graph.input_names]
+    tensors = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in metas]
     seen = spec.operands([*tensors, *spec.allocate(tensors)])
     if "attn_mask" not in bound:
         return spec
     if values[bound["attn_mask"]].dtype not in (torch.bool, out.dtype):
         raise FusionError(f"a mask of {values[bound['attn_mask']].dtype} is not supported")
-    return AttentionSpec(**{**vars(spec), "mask": tuple(size > 1 for size in seen[3].shape[:3])})
-
-
-def values_of(graph: SubGraph, values: Mapping[str, TensorMeta]) -> list[TensorMeta]:
-    """The layouts of the inputs of `graph`."""
-    return [values[name] for name in graph.input_names]
+    return replace(spec, mask=tuple(size > 1 for size in seen[3].shape[:3]))

@@ -290,7 +290,7 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     if function == "where":
         return f"ntl.where({', '.join(args)})"
     if function == "tanh":
-        return _tanh(args[0], statement.dtype)
+        return print_tanh(args[0], statement.dtype)
     if function == "log1p":
         return _log1p(args[0])
     if function == "power":
@@ -302,7 +302,7 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     return f"ntl.{function}({args[0]})"
 
 
-def _tanh(x: str, dtype: torch.dtype) -> str:
+def print_tanh(x: str, dtype: torch.dtype) -> str:
     """From exp, which cancels near 0; there by its series, as far as the next term is below the dtype's rounding."""
     near = 0.02 if dtype is torch.float64 else 0.25
     square, series = f"({x} * {x})", f"{62 / 2835}"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.codegen import ninetoothed_matvec, ninetoothed_rows
+from graph_capture.codegen import ninetoothed_attention, ninetoothed_matvec, ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen.aot import Binary, compile_ahead
+from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.matvec import MatvecSpec
+from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.errors import FusionError
 
 
 class Printer(Protocol):
-    """How specs of one kind become a program: a module with these two functions."""
+    """How specs of one kind become a program: a module with these functions.
+
+    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; and, instead of `program`,
+    ``programs(spec, interpreted)``: one for each launch.
+    """
 
     def program(self, spec: Any, interpreted: bool) -> host.Program:
         """The program of a spec."""
@@ -27,7 +34,12 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows, MatvecSpec: ninetoothed_matvec}
+PRINTERS: dict[type, Any] = {
+    KernelSpec: ninetoothed_rows,
+    RotarySpec: ninetoothed_rotary,
+    MatvecSpec: ninetoothed_matvec,
+    AttentionSpec: ninetoothed_attention,
+}
 name = "ninetoothed"
 
 
@@ -48,7 +60,12 @@ def check(tensors: Sequence[torch.Tensor]) -> None:
 
 def source(spec: Spec) -> str:
     """The generated module, as it is compiled for a GPU."""
-    return PRINTERS[type(spec)].program(spec, False).source
+    return "\n\n".join(program.source for program in _programs(spec, False))
+
+
+def _programs(spec: Spec, interpreted: bool) -> Sequence[host.Program]:
+    printer = PRINTERS[type(spec)]
+    return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
 
 def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
@@ -58,17 +75,22 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
         FusionError: ninetoothed cannot be used here.
     """
     printer: Printer = PRINTERS[type(spec)]
-    built = host.build(printer.program(spec, interpreted()), kernel_name)
+    programs = _programs(spec, interpreted())
+    several = len(programs) > 1
+    built = [host.build(p, f"{kernel_name}_{n}" if several else kernel_name) for n, p in enumerate(programs)]
 
     def bind(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         launches = printer.views(spec, tensors)
-        if len(launches) == 1:
-            (operands,) = launches
-            return lambda: built.launch(*operands)
+        kernels = built if several else built * len(launches)
+        steps = [functools.partial(k.launch, *operands) for k, operands in zip(kernels, launches, strict=True)]
+        last = printer.after(spec, tensors) if hasattr(printer, "after") else None
+        steps += [last] if last is not None else []
+        if len(steps) == 1:
+            return steps[0]
 
         def launch() -> None:
-            for operands in launches:
-                built.launch(*operands)
+            for step in steps:
+                step()
 
         return launch
 
@@ -78,8 +100,10 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
 def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Binary]:
     """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 
+    Of a spec with several programs, that of the first.
+
     Raises:
         FusionError: the compiler fails.
     """
-    jobs = [host.build(PRINTERS[type(spec)].program(spec, False), kernel_name) for spec, kernel_name in specs]
+    jobs = [host.build(_programs(spec, False)[0], kernel_name) for spec, kernel_name in specs]
     return compile_ahead(jobs, architecture)

@@ -1,0 +1,196 @@
+"""A `RotarySpec` as a ninetoothed arrangement and application.
+
+A block has one token and a group of heads: of each track as many as belong to one of the fewest. A cache is a list of
+its slots, one of which is chosen by the position that the block reads. Halves of a head are operands of their own, so
+that nothing moves between threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from graph_capture.codegen.ninetoothed_host import Program
+from graph_capture.codegen.rotary import RotarySpec, Track
+
+
+def program(spec: RotarySpec, interpreted: bool) -> Program:
+    """The program of a spec."""
+    printer = _Printer(spec)
+    elements = sum(printer.heads[number] * spec.width for number in range(len(spec.tracks)))
+    dtypes = {operand.name: operand.dtype for operand in (*spec.inputs, *spec.outputs)}
+    operands = list(_operands(spec))
+    return Program(
+        printer.source(),
+        (4,) * len(operands),
+        tuple(_real(dtypes.get(operand.tensor, torch.complex64)) for operand in operands),
+        tuple(operand.tensor not in (*spec.positions, spec.count) and spec.width % 16 == 0 for operand in operands),
+        warps=max(1, min(8, elements // 512)),
+    )
+
+
+def views(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The operands of the launch."""
+    seen = spec.seen(tensors)
+    launch = []
+    for operand in _operands(spec):
+        view = seen[operand.tensor]
+        if operand.part is not None:
+            parts = spec.table_parts if operand.tensor in (spec.cos, spec.sin) else spec.parts
+            view = parts(view)[operand.part]
+        launch.append(view)
+    return [launch]
+
+
+def after(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> Callable[[], Any] | None:
+    """What follows the launch: a counter that several blocks read is added to when all are done."""
+    if not spec.count or spec.single:
+        return None
+    names = [operand.name for operand in spec.inputs]
+    counter = tensors[names.index(spec.count)]
+    return lambda: counter.add_(spec.step)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype is torch.complex64 else dtype
+
+
+class _Operand(NamedTuple):
+    parameter: str  # of the program
+    tensor: str  # that it is of
+    part: int | None = None  # of the tensor's width
+
+
+def _operands(spec: RotarySpec) -> Iterator[_Operand]:
+    parts = range(3 if spec.rest else 2)
+    for number, track in enumerate(spec.tracks):
+        yield from (_Operand(f"x{number}_{part}", track.source, part) for part in parts)
+    for table, name in (("cos", spec.cos), ("sin", spec.sin)):
+        yield from (_Operand(f"{table}_{part}", name, part) for part in range(1 if spec.half_tables else 2))
+    for number, track in enumerate(spec.tracks):
+        if track.norm is not None and track.norm.weight:
+            yield from (_Operand(f"weight{number}_{part}", track.norm.weight, part) for part in parts)
+    yield from (_Operand(f"position{number}", name) for number, name in enumerate(spec.positions))
+    for number, track in enumerate(spec.tracks):
+        yield from (_Operand(f"out{number}_{part}", track.target, part) for part in parts)
+    if spec.count and spec.single:
+        yield _Operand("counter", spec.count)
+
+
+class _Printer:
+    def __init__(self, spec: RotarySpec) -> None:
+        self.spec = spec
+        self.sizes = [spec.half, spec.half, spec.rest][: 3 if spec.rest else 2]
+        self.blocks = [_power(size) for size in self.sizes]
+        self.groups, self.heads = _grouped([track.heads for track in spec.tracks], alone=bool(spec.count) and spec.single)
+        doubles = {operand.dtype for operand in spec.inputs} & {torch.float64}
+        self.float = "float64" if doubles else "float32"
+
+    def source(self) -> str:
+        """The module that ninetoothed compiles."""
+        parameters = ", ".join(operand.parameter for operand in _operands(self.spec))
+        lines = ["import ninetoothed.language as ntl", "", ""]
+        lines += [f"def arrangement({parameters}):", *(f"    {line}" for line in self._arrangement()), "", ""]
+        lines += [f"def application({parameters}):", *(f"    {line}" for line in self._application())]
+        return "\n".join(lines) + "\n"
+
+    def _arrangement(self) -> list[str]:
+        """The grid is batch x length x groups of heads; a cache's slots are a list inside."""
+        spec = self.spec
+        lines, tiles = [], []
+        for operand in _operands(spec):
+            name, kind = operand.parameter, operand.parameter.rstrip("0123456789").split("_")[0].rstrip("0123456789")
+            block = self.blocks[operand.part] if operand.part is not None else 1
+            size = self.sizes[operand.part] if operand.part is not None else 1
+            if kind in ("x", "out"):
+                number = int(name.removeprefix(kind).split("_")[0])
+                track, heads = spec.tracks[number], self.heads[number]
+                lines.append(f"{name}.shape = ({name}.shape[0], {name}.shape[1], {track.heads}, {size})")
+                tile = f"{name}.tile((1, 1, {heads}, {block}))"
+                if kind == "out" and track.cached:
+                    lines.append(f"{name}_slots = {tile}.tile((1, -1, 1, 1)).expand((-1, grid[1], -1, -1))")
+                    lines += [f"{name}_slots.dtype = {name}_slots.dtype.squeeze({dim})" for dim in (0, 1, 1)]
+                    tile = f"{name}_slots"
+            else:
+                lines.append(f"{name}.shape = ({name}.shape[0], {name}.shape[1], 1, {size})")
+                batch = f"{name}.shape[0]" if kind in ("cos", "sin") else "1"
+                length = f"{name}.shape[1]" if kind in ("cos", "sin", "position") else "1"
+                lines[-1] = f"{name}.shape = ({batch}, {length}, 1, {size})"
+                # A table for all of the batch has one row too many strides, not too few: its own is 0.
+                over = ["-1" if kind in ("cos", "sin") else "grid[0]", "-1" if length != "1" else "grid[1]", "grid[2]", "-1"]
+                tile = f"{name}.tile((1, 1, 1, {block})).expand(({', '.join(over)}))"
+            if not tiles:
+                lines.append(f"grid = {tile}.shape")
+            tiles.append(tile)
+        return [*lines, "return (", *(f"    {tile}," for tile in tiles), ")"]
+
+    def _application(self) -> list[str]:
+        spec, lines = self.spec, []
+        for operand in _operands(spec):  # each mention of a parameter is a load
+            if not operand.parameter.startswith(("out", "position", "counter")):
+                lines.append(f"{operand.parameter}_value = ntl.cast({operand.parameter}, ntl.{self.float})")
+        if spec.positions:
+            lines.append("slot = " + " + ".join(f"position{number}" for number in range(len(spec.positions))))
+        if spec.half_tables:
+            lines += ["cos_1_value = cos_0_value", "sin_1_value = sin_0_value"]
+        for number, track in enumerate(spec.tracks):
+            lines += self._track(number, track)
+        if spec.count and spec.single:
+            position = f"position{spec.positions.index(spec.count)}"
+            lines.append(f"counter = {position} + {spec.step}")
+        return lines
+
+    def _track(self, number: int, track: Track) -> list[str]:
+        spec = self.spec
+        parts = range(len(self.sizes))
+        values = [f"x{number}_{part}_value" for part in parts]
+        lines = []
+        if track.norm is not None:
+            squares = [
+                f"ntl.sum({self._inside(part, f'{value} * {value}')}, axis=3, keep_dims=True)"
+                for part, value in zip(parts, values, strict=True)
+            ]
+            lines.append(f"scale{number} = ntl.rsqrt(({' + '.join(squares)}) / {spec.width} + {track.norm.eps!r})")
+            for part, value in zip(parts, values, strict=True):
+                lines.append(f"{value} = {value} * scale{number}")
+                if track.norm.weight:
+                    weight = f"weight{number}_{part}_value"
+                    weight = f"({weight} + {track.norm.offset!r})" if track.norm.offset else weight
+                    lines.append(f"{value} = {value} * {weight}")
+        results = list(values)
+        if track.rotates:
+            results[0] = f"{values[0]} * cos_0_value - {values[1]} * sin_0_value"
+            results[1] = f"{values[1]} * cos_1_value + {values[0]} * sin_1_value"
+        for part, result in zip(parts, results, strict=True):
+            if not track.cached:
+                lines.append(f"out{number}_{part} = {result}")
+                continue
+            slot = "slot"
+            if spec.wraps:
+                slot = f"wrapped{number}"
+                lines.append(f"{slot} = ntl.where(slot < 0, slot + out{number}_{part}.shape[0], slot)")
+            lines.append(f"out{number}_{part}[{slot}] = {result}")
+        return lines
+
+    def _inside(self, part: int, value: str) -> str:
+        """`value`, with 0 in the place of padding."""
+        if self.blocks[part] == self.sizes[part]:
+            return value
+        columns = f"ntl.arange(0, {self.blocks[part]})[None, None, None, :]"
+        return f"ntl.where({columns} < {self.sizes[part]}, {value}, 0.0)"
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _grouped(heads: Sequence[int], alone: bool) -> tuple[int, list[int]]:
+    """How many groups there are, and the heads of each track in one; all in one group where they do not divide."""
+    groups = 1 if alone else min(heads)
+    sizes = [_power(math.ceil(count / groups)) for count in heads]
+    if any(math.ceil(count / size) != groups for count, size in zip(heads, sizes, strict=True)):
+        groups, sizes = 1, [_power(count) for count in heads]
+    return groups, sizes
