@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from graph_capture.codegen import ninetoothed_host as host
 from graph_capture.codegen import ninetoothed_attention, ninetoothed_matvec, ninetoothed_rotary, ninetoothed_rows
+from graph_capture.codegen import ninetoothed_host as host
 from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.matvec import MatvecSpec

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from graph_capture.passes.cleanup import is_contiguous
-from graph_capture.passes.epilogues import epilogues, is_merged
+from graph_capture.passes.decode import decode_regions, is_merged
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
@@ -74,7 +74,7 @@ def find_regions(
     """
     named = _Finder(graph, supports, (min_nodes, max_nodes))
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
-    named.follow_linears(off)
+    named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
     graph = expand(graph, is_composed)
@@ -130,9 +130,9 @@ class _Finder:
                     tally.seen += 1
                     tally.refuse(self.graph, [anchor], miss.reason)
 
-    def follow_linears(self, off: Collection[str]) -> None:
-        """Find linears that can be kernels, with what follows or alone."""
-        for rule, nodes, against in epilogues(self.graph, self._unmultipliable, self.bounds[1]):
+    def match_decode(self, off: Collection[str]) -> None:
+        """Find the linears and attentions of few rows."""
+        for rule, nodes, against in decode_regions(self.graph, self._no_kernel, self.bounds[1]):
             if rule in off:
                 continue
             tally = self.tally(rule)
@@ -177,17 +177,18 @@ class _Finder:
         blocked = self.dependencies.blocked(nodes)
         if blocked is not None or compound or any(is_library(graph.nodes[index]) for index in nodes):
             return blocked
-        return self._no_kernel(nodes, outputs)
+        return self._no_kernel(nodes)
 
-    def _no_kernel(self, nodes: Sequence[int], outputs: Sequence[str]) -> str | None:
-        return self.unsupported(nodes, outputs) or next(filter(None, map(self._unviewable, outputs)), None)
-
-    def _unmultipliable(self, nodes: Sequence[int]) -> str | None:
-        """Why a linear and what follows it cannot be a kernel; it may well be one alone."""
+    def _no_kernel(self, nodes: Sequence[int]) -> str | None:
+        """Why `nodes` cannot be a kernel, however few they are."""
         outputs = exposed(self.graph, nodes)
         if not outputs:
             return "its result is never used"
-        return self.dependencies.blocked(nodes) or self._no_kernel(nodes, outputs)
+        return (
+            self.dependencies.blocked(nodes)
+            or self.unsupported(nodes, outputs)
+            or next(filter(None, map(self._unviewable, outputs)), None)
+        )
 
     def _unviewable(self, name: str) -> str | None:
         """The view of a result that fails where it is contiguous, as kernels leave it."""

@@ -18,6 +18,7 @@ from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
+from graph_capture.ops import Kind, op
 
 Kernel = CompiledKernel | LibraryKernel
 
@@ -83,7 +84,7 @@ class FusionHeuristics:
         ops = len(graph) if ops is None else ops
         if not config.enable_fusion:
             return "fusion is off (enable_fusion=False)"
-        alone = ops == 1 and graph.nodes[0].op_type == "linear"  # worth a kernel without anything else
+        alone = ops == 1 and op(graph.nodes[0].op_type).kind is Kind.OPAQUE  # worth a kernel without anything else
         if ops < config.min_nodes_for_fusion and not alone:
             return f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
         if ops > config.max_graph_size:

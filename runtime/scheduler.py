@@ -9,9 +9,8 @@ from dataclasses import replace
 import torch
 from graph_capture.codegen import supports
 from graph_capture.passes import Passes, find_regions, rewrite
-from graph_capture.passes.epilogues import ALONE as SKINNY_LINEAR
-from graph_capture.passes.epilogues import RULE as LINEAR_EPILOGUE
-from graph_capture.passes.epilogues import is_merged
+from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
@@ -129,7 +128,7 @@ class _Regions:
     def _divides(self, region: Region) -> bool:
         """Whether a region that is not used is worth taking apart: what it is made of may be used."""
         node = region.node
-        if region.kind in (LINEAR_EPILOGUE, SKINNY_LINEAR):
+        if region.kind in DECODE:
             return len(node.origin) > 1 or is_merged(node.origin[0])
         return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
 

@@ -1,7 +1,7 @@
-"""Linears of few rows, each with the pointwise ops behind it.
+"""The ops of a decode step that are worth a kernel for their own sake: linears and attention of few rows.
 
 Such a linear takes as long as reading its weight does, so that a kernel of codegen's can be as fast as a library's, and
-compute what follows on the way. How few rows count is codegen's to say.
+compute the pointwise ops that follow on the way. How few rows count is codegen's to say.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
 
 RULE = "linear_epilogue"
 ALONE = "skinny_linear"  # a linear with nothing behind it that its kernel could take
+ATTENTION = "decode_attention"
+RULES = (RULE, ALONE, ATTENTION)
 Reason = Callable[[Sequence[int]], "str | None"]
 
 
@@ -25,8 +27,8 @@ def is_merged(node: OpNode) -> bool:
     return node.op_type == FUSED + PARALLEL_LINEAR
 
 
-def epilogues(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
-    """Each linear with as much of what follows as can be one kernel, be it nothing.
+def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple[str, tuple[int, ...], str | None]]:
+    """Each attention, and each linear with as much of what follows as can be one kernel, be it nothing.
 
     Args:
         reason: why nodes (ascending indices) cannot be one region, or None if they can.
@@ -35,6 +37,8 @@ def epilogues(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple[str,
     Yields:
         The rule, ascending indices, and what speaks against them.
     """
+    for index in graph.by_op.get("scaled_dot_product_attention", ()):
+        yield ATTENTION, (index,), reason([index])
     for index, node in enumerate(graph.nodes):
         if node.op_type != "linear" and not is_merged(node):
             continue
