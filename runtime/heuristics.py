@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graph_capture.codegen import CompiledKernel, KernelCompiler, interpreted, supports
+from graph_capture.codegen import CompiledKernel, KernelCompiler, infer_values, interpreted, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import compare
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
-from graph_capture.graph import SubGraph, TensorMeta
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.log import log
 from graph_capture.ops import Kind, op
 
@@ -134,7 +135,8 @@ class FusionHeuristics:
                     raise
                 decision = Decision(False, f"no kernel: {error}")
             if library is not None and not (made and made[0][0] and self.config.profile != "measure"):
-                made.append((self._by_profile(graph, library, tensors, metas, fallback), library))
+                for way in (library, *self._with_kernels(library, metas)):
+                    made.append((self._by_profile(graph, way, tensors, metas, fallback), way))
             if made:
                 decision, kernel = min(made, key=_merit)
         if self.config.debug_mode:
@@ -160,6 +162,19 @@ class FusionHeuristics:
         except Exception as error:  # a compiler's own failure must not become the user's
             raise FusionError(f"{type(error).__name__}: {error}") from error
 
+    def _with_kernels(self, library: LibraryKernel, metas: Mapping[str, TensorMeta]) -> list[LibraryKernel]:
+        """The same calls with linears of few rows as kernels, if there are any."""
+        values = infer_values(library.body, metas)
+        kernels: dict[OpNode, CompiledKernel] = {}
+        for node in library.body.nodes:
+            if node.op_type == "linear":
+                with contextlib.suppress(FusionError):
+                    alone = SubGraph(
+                        (OpNode(node.op_type, node.inputs, ("product",), node.attrs),), node.inputs, ("product",)
+                    )
+                    kernels[node] = self.kernel(alone, {name: values[name] for name in node.inputs})
+        return [LibraryKernel(library.body, library.weights, kernels)] if kernels else []
+
     def _by_profile(
         self,
         graph: SubGraph,
@@ -178,7 +193,7 @@ class FusionHeuristics:
             graph.cache_key({n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}),
             tuple(meta.stride for meta in metas.values()),
             tuple(str(meta.device) for meta in metas.values()),
-            type(kernel),
+            kernel.name,
         )
         if config.enable_cache and key in self._measured:
             return self._measured[key]

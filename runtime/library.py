@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from graph_capture.codegen import CompiledKernel
 from graph_capture.passes.cleanup import split_constants
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
-from graph_capture.graph import SubGraph
+from graph_capture.graph import OpNode, SubGraph
 from graph_capture.ledger import move
 
 Tensors = Sequence[torch.Tensor]
@@ -21,16 +22,20 @@ class LibraryKernel:
     Args:
         body: the region.
         weights: inputs of `body` that are the same in every replay; what depends on them alone is computed at `bind`.
+        kernels: of codegen's, for some of the ops.
     """
 
-    interpreted = False
-
-    def __init__(self, body: SubGraph, weights: Collection[str] = ()) -> None:
-        self.body = body
-        self.name = "_".join(node.op_type for node in body.nodes)
+    def __init__(
+        self, body: SubGraph, weights: Collection[str] = (), kernels: Mapping[OpNode, CompiledKernel] | None = None
+    ) -> None:
+        self.body, self.weights = body, weights
+        kernels = kernels or {}
+        self.name = "_".join(kernels[node].name if node in kernels else node.op_type for node in body.nodes)
+        self.interpreted = any(kernel.interpreted for kernel in kernels.values())
         once, rest = split_constants(body, weights) if weights else (None, body)
         self._once = once if once is not None and once.nodes else None
-        self._rest = Executor([(node, None) for node in rest.nodes], rest.input_names, rest.output_names)
+        steps = [(node, kernels[node].bind((), share=False) if node in kernels else None) for node in rest.nodes]
+        self._rest = Executor(steps, rest.input_names, rest.output_names)
 
     @property
     def source(self) -> str:
