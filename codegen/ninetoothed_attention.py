@@ -15,24 +15,28 @@ from graph_capture.codegen.attention import MAX_ROWS, AttentionSpec
 from graph_capture.codegen.ninetoothed_host import Program
 from graph_capture.codegen.ninetoothed_rows import print_tanh
 
-BLOCK = 64  # keys that are read at a time
+BLOCK = 128  # keys that are read at a time
+BLOCK_BYTES = 32768  # of keys, at most
 PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
 class Splits:
-    """How the keys are divided: how many parts, and blocks of keys in each."""
+    """How the keys are divided: how many parts, blocks of keys in each, and keys in a block."""
 
     count: int
     blocks: int
+    block: int
 
 
 def choose_splits(spec: AttentionSpec, interpreted: bool) -> Splits:
     """Enough parts to keep the device busy; the interpreter wants few."""
-    blocks = -(-spec.length // BLOCK)
+    widest = _wide(max(spec.width, spec.out_width)) * spec.dtype.itemsize
+    block = max(16, min(BLOCK, BLOCK_BYTES // widest, _power(spec.length)))
+    blocks = -(-spec.length // block)
     wanted = max(1, (4 if interpreted else PROGRAMS) // (spec.batch * spec.heads))
     each = -(-blocks // min(wanted, blocks))
-    return Splits(-(-blocks // each), each)
+    return Splits(-(-blocks // each), each, block)
 
 
 def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
@@ -44,7 +48,7 @@ def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
     else:
         dtypes += [torch.float32] * 3
     ranks = [4] * len(spec.inputs) + ([4] if splits.count == 1 else [5, 4, 4])
-    even = spec.length % BLOCK == 0 and _power(spec.width) == spec.width and _power(spec.out_width) == spec.out_width
+    even = all(_wide(width) == width for width in (spec.width, spec.out_width))
     aligned = [spec.width % 16 == 0, spec.width % 16 == 0, spec.out_width % 16 == 0]
     aligned += [spec.length % 16 == 0] * (len(spec.inputs) - 3) + [spec.out_width % 16 == 0, False, False]
     first = Program(
@@ -53,7 +57,7 @@ def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
         tuple(dtypes),
         tuple(aligned[: len(ranks)]),
         warps=4,
-        other=None if even and splits.count * splits.blocks * BLOCK == spec.length else 0,
+        other=None if even and splits.count * splits.blocks * splits.block == spec.length else 0,
     )
     if splits.count == 1:
         return [first]
@@ -84,6 +88,11 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _wide(size: int) -> int:
+    """The elements of a head as tensor cores take them."""
+    return max(16, _power(size))
+
+
 def _module(names: Sequence[str], arrangement: Sequence[str], application: Sequence[str]) -> str:
     parameters = ", ".join(names)
     lines = ["import ninetoothed.language as ntl", "", ""]
@@ -97,28 +106,28 @@ def _attend(spec: AttentionSpec, splits: Splits, interpreted: bool) -> tuple[lis
     names = ["query", "key", "value", *(["mask"] if masked else []), "out", *(["peak", "sum"] if several else [])]
     shape = f"{spec.batch}, {spec.heads}"
     lines = [f"query.shape = ({shape}, {spec.rows}, {spec.width})"]
-    lines += _tiled("query", (1, 1, MAX_ROWS, spec.width), (0, 1))
+    lines += _tiled("query", (1, 1, MAX_ROWS, _wide(spec.width)), (0, 1))
     lines.append(f"query_tiles = query_tiles.expand((-1, -1, {splits.count}, -1))")
     for name, width in (("key", spec.width), ("value", spec.out_width)):
         lines.append(f"{name}.shape = ({shape}, {spec.length}, {width})")
-        lines += [*_tiled(name, (1, 1, BLOCK, width), (0, 1)), *_split(name, spec, splits)]
+        lines += [*_tiled(name, (1, 1, splits.block, _wide(width)), (0, 1)), *_split(name, spec, splits)]
     if masked:
         sizes = zip(spec.mask, (spec.batch, spec.heads, spec.rows), strict=True)
         lines.append(f"mask.shape = ({', '.join(str(size if moves else 1) for moves, size in sizes)}, {spec.length})")
-        lines += _tiled("mask", (1, 1, MAX_ROWS if spec.mask[2] else 1, BLOCK), (0, 1))
+        lines += _tiled("mask", (1, 1, MAX_ROWS if spec.mask[2] else 1, splits.block), (0, 1))
         lines += ["mask_tiles = mask_tiles.permute((0, 1, 3, 2))", *_split("mask", spec, splits)]
         if not all(spec.mask[:2]):
             wide = (-1 if moves else size for moves, size in zip(spec.mask[:2], (spec.batch, spec.heads), strict=True))
             lines.append(f"mask_tiles = mask_tiles.expand(({', '.join(map(str, wide))}, -1, -1))")
     if several:
         lines.append(f"out.shape = ({shape}, {splits.count}, {spec.rows}, {spec.out_width})")
-        lines += _tiled("out", (1, 1, 1, MAX_ROWS, spec.out_width), (0, 1, 2))
+        lines += _tiled("out", (1, 1, 1, MAX_ROWS, _wide(spec.out_width)), (0, 1, 2))
         for name in ("peak", "sum"):
             lines.append(f"{name}.shape = ({shape}, {splits.count}, {spec.rows})")
             lines += _tiled(name, (1, 1, 1, MAX_ROWS), (0, 1, 2))
     else:
         lines.append(f"out.shape = ({shape}, {spec.rows}, {spec.out_width})")
-        lines += _tiled("out", (1, 1, MAX_ROWS, spec.out_width), (0, 1))
+        lines += _tiled("out", (1, 1, MAX_ROWS, _wide(spec.out_width)), (0, 1))
     lines += ["return (", *(f"    {name}_tiles," for name in names), ")"]
     return names, lines, _attention(spec, splits, interpreted)
 
@@ -129,7 +138,7 @@ def _tiled(name: str, tile: tuple[int, ...], squeezed: tuple[int, ...]) -> list[
 
 def _split(name: str, spec: AttentionSpec, splits: Splits) -> list[str]:
     """Blocks of keys, the third dimension, as splits of every so-manieth."""
-    missing = splits.count * splits.blocks - -(-spec.length // BLOCK)
+    missing = splits.count * splits.blocks - -(-spec.length // splits.block)
     lines = [f"{name}_tiles = {name}_tiles.pad(((0, 0), (0, 0), (0, {missing}), (0, 0)))"] if missing else []
     tile = f"(1, 1, {splits.blocks}, 1), strides=(-1, -1, 1, -1), dilation=(1, 1, {splits.count}, 1)"
     return [
@@ -143,7 +152,7 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
     """The softmax runs along (Milakov and Gimelshein, 2018): its maximum, its sum, and the weighted values so far."""
     masked = len(spec.inputs) > 3
     mask_dtype = spec.inputs[3].dtype if masked else None
-    padded = splits.count * splits.blocks * BLOCK != spec.length
+    padded = splits.count * splits.blocks * splits.block != spec.length
     exact = ', input_precision="ieee"' if spec.dtype is torch.float32 else ""
     wide = (lambda text: f"ntl.cast({text}, ntl.float32)") if interpreted else str  # it takes bfloat16 for integers
     name = "float32" if interpreted else str(spec.dtype).removeprefix("torch.")
@@ -152,7 +161,7 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
         f"rows = {wide('query')}",
         f"top = ntl.full(({MAX_ROWS},), {low}, dtype=ntl.float32)",
         f"total = ntl.full(({MAX_ROWS},), 0.0, dtype=ntl.float32)",
-        f"mean = ntl.full(({MAX_ROWS}, {_power(spec.out_width)}), 0.0, dtype=ntl.float32)",
+        f"mean = ntl.full(({MAX_ROWS}, {_wide(spec.out_width)}), 0.0, dtype=ntl.float32)",
         f"for step in range({splits.blocks}):",
     ]
     body: list[str] = []
@@ -205,13 +214,13 @@ def _combine(spec: AttentionSpec, splits: Splits) -> tuple[list[str], list[str],
     count, low = _power(splits.count), 'float("-inf")'
     lines = [
         f"part.shape = ({shape}, {splits.count}, {spec.rows}, {spec.out_width})",
-        *_tiled("part", (1, 1, count, 1, spec.out_width), (0, 1, 3)),
+        *_tiled("part", (1, 1, count, 1, _wide(spec.out_width)), (0, 1, 3)),
         f"peak.shape = ({shape}, {splits.count}, {spec.rows})",
         *_tiled("peak", (1, 1, count, 1), (0, 1, 3)),
         f"sum.shape = ({shape}, {splits.count}, {spec.rows})",
         *_tiled("sum", (1, 1, count, 1), (0, 1, 3)),
         f"out.shape = ({shape}, {spec.rows}, {spec.out_width})",
-        *_tiled("out", (1, 1, 1, spec.out_width), (0, 1, 2)),
+        *_tiled("out", (1, 1, 1, _wide(spec.out_width)), (0, 1, 2)),
         "return (part_tiles, peak_tiles, sum_tiles, out_tiles)",
     ]
     peaks, sums, parts = "peak", "sum", "part"
