@@ -61,7 +61,13 @@ def test_epilogues(name, dtype):
         x, residual = noise(rows, inner, dtype=dtype), noise(rows, columns, dtype=dtype, seed=1)
         weights = [noise(columns, inner, dtype=dtype, seed=seed) for seed in (2, 3)]
         bias = noise(columns, dtype=dtype, seed=4)
-        used = {"plain": (0, 1), "bias": (0, 1, 3), "residual": (0, 1, 4), "softcap": (0, 1, 3), "two results": (0, 1, 4)}
+        used = {
+            "plain": (0, 1),
+            "bias": (0, 1, 3),
+            "residual": (0, 1, 4),
+            "softcap": (0, 1, 3),
+            "two results": (0, 1, 4),
+        }
         inputs = (x, *weights, bias, residual)
         chosen = used.get(name, (0, 1, 2, 3))
         check(lambda *given, chosen=chosen: make(*_filled(given, chosen)), *[inputs[i] for i in chosen])
