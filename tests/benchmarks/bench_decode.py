@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.benchmarks.bench_gpu import WORKING_SET, in_graph
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
+from tests.benchmarks.bench_gpu import WORKING_SET, in_graph
 
 LINEARS = {  # columns, inner, whether two of them gate each other
     "k or v": (1024, 4096, False),

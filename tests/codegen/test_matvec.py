@@ -1,4 +1,4 @@
-"""Linears of few rows with their epilogues: numbers against float64, and the machine code against hand-written Triton."""
+"""Linears of few rows with their epilogues: numbers against float64, machine code against hand-written Triton."""
 
 import pytest
 import torch
