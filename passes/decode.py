@@ -43,7 +43,7 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
         if node.op_type != "linear" and not is_merged(node):
             continue
         group, stop = _behind(graph, index, most)
-        alone = reason(group[:1])
+        alone = reason([index])
         while len(group) > 1:
             against = reason(group)
             if against is None:
@@ -60,16 +60,18 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
 
 
 def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | None]:
-    """A linear and the ops that read it element by element, in order; and what ended that."""
+    """A linear, the ops that read it element by element, and the linears of its input that these read too, in order;
+    and what ended that."""
     group: list[int] = []
     stop = None
+    source = graph.nodes[start].inputs[0]
     pending = [start]
     while pending and len(group) < most:
         index = heapq.heappop(pending)
         if index in group:
             continue
         node = graph.nodes[index]
-        if index != start:
+        if node.op_type != "linear" and index != start:
             target = op(node.op_type)
             if target.kind is Kind.VIEW:
                 if not _is_part(graph, node):
@@ -79,10 +81,17 @@ def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | No
             elif (row := _row_reader(graph, node)) is not None:
                 stop = stop or f"{node.op_type} is read by {row}, which takes it"
                 continue
+        elif node.op_type == "linear" and node.inputs[0] != source:
+            continue
         group.append(index)
         for name in node.outputs:
             for user in graph.users.get(name, ()):
                 heapq.heappush(pending, user)
+        for name in node.inputs if index != start else ():
+            producer = graph.producers.get(name)
+            if producer is not None and graph.nodes[producer].op_type == "linear":
+                heapq.heappush(pending, producer)
+    group.sort()
     views = takewhile(lambda index: op(graph.nodes[index].op_type).kind is Kind.VIEW, reversed(group))
     return group[: len(group) - len(list(views))], stop
 

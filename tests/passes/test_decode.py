@@ -127,6 +127,16 @@ def test_what_is_not_used_falls_apart_into_what_may_be(monkeypatch):
     check(fused, gated, X)
 
 
+def test_linears_that_were_not_merged_meet_in_what_follows():
+    def gated(x):
+        return torch.exp(F.linear(x, V)), F.silu(F.linear(x, W)) * F.linear(x, W + 1.0)
+
+    fused = fused_of(gated, X, config=FusionConfig(profile="always", merge_linears="off"))
+    found = sorted(map(sorted, ops_of(fused, "linear_epilogue")))
+    assert found == [["exp", "linear"], ["linear", "linear", "mul", "silu"]]
+    check(fused, gated, X)
+
+
 def test_rules_can_be_left_out():
     config = FusionConfig(profile="always", passes_off={"linear_epilogue", "skinny_linear", "decode_attention"})
     assert not fused_of(lambda x: F.gelu(F.linear(x, W)), X, config=config).regions
