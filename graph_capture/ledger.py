@@ -7,17 +7,18 @@ training flag of a module that ran, what its lists, dicts and objects (a config)
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graph_capture.ops import same_value
 from graph_capture.source import PLAIN, ModulePaths
-from graph_capture.structure import items_of
+from graph_capture.structure import items_of, slots_of
 
 _MISSING = object()
 _moved: MutableMapping[torch.Tensor, set[int]] = WeakTensorKeyDictionary()  # where a tensor's memory was before
@@ -30,9 +31,11 @@ class Ledger:
     Attributes:
         addresses: address (`data_ptr`) of each captured tensor -> its value name.
         rebound: plain attributes (full paths) that the recorded code itself changed.
+        moves: how many times captured tensors have been found at new addresses (see `move`).
     """
 
     def __init__(self, modules: ModulePaths, captured: Mapping[str, torch.Tensor]) -> None:
+        self.moves = 0
         self._guards: list[tuple[dict[str, Any], str, Any, str]] = []
         self._pointers = [(tensor, _address(tensor), name) for name, tensor in captured.items()]
         self._sizes: list[tuple[Mapping[Any, Any], int, str]] = []
@@ -95,24 +98,39 @@ class Ledger:
         return None
 
     def _holds(self) -> bool:
-        """Whether nothing was even touched. Every replay asks, so the long loop runs in C."""
-        tables, keys, values = self._columns
+        """Whether nothing was even touched. Every replay asks, so the long loops run in C."""
+        seen = self._columns
         return (
-            all(map(operator.is_, map(_get, tables, keys), values))
-            and all(_address(tensor) == pointer for tensor, pointer, _ in self._pointers)
-            and all(len(entries) == count for entries, count, _ in self._sizes)
-            and all(_alike(items_of(value), items) for value, items, _ in self._held)
+            all(map(operator.is_, map(_get, seen.tables, seen.keys), seen.values))
+            and all(map(operator.eq, map(torch.Tensor.data_ptr, seen.tensors), seen.pointers))
+            and all(map(operator.eq, map(len, seen.entries), seen.counts))
+            and all(map(_untouched, seen.held, seen.items))
         )
 
     @cached_property
-    def _columns(self) -> tuple[list[Any], list[str], list[Any]]:
-        return [guard[0] for guard in self._guards], [guard[1] for guard in self._guards], [g[2] for g in self._guards]
+    def _columns(self) -> _Columns:
+        tables, keys, values, _ = zip(*self._guards, strict=True) if self._guards else ((), (), (), ())
+        strided = [(tensor, pointer) for tensor, pointer, _ in self._pointers if tensor.layout == torch.strided]
+        held = {id(value): (value, items) for value, items, _ in self._held}
+        return _Columns(
+            tables,
+            keys,
+            values,
+            [tensor for tensor, _ in strided],
+            [pointer for _, pointer in strided],
+            [entries for entries, _, _ in self._sizes],
+            [count for _, count, _ in self._sizes],
+            [value for value, _ in held.values()],
+            [items for _, items in held.values()],
+        )
 
     def _follow(self) -> None:
         """Take over the new addresses of tensors that `move` has moved."""
         for index, (tensor, pointer, name) in enumerate(self._pointers):
             if _address(tensor) != pointer and pointer in _moved.get(tensor, ()):
                 self._pointers[index] = (tensor, _address(tensor), name)
+                self.moves += 1
+                self.__dict__.pop("_columns", None)
         self.addresses = {pointer: name for _, pointer, name in self._pointers}
 
     def without(self, names: Iterable[str]) -> None:
@@ -130,6 +148,37 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._guards) + len(self._pointers) + len(self._sizes) + len(self._held)
+
+
+class _Columns(NamedTuple):
+    """The guards, column by column."""
+
+    tables: Sequence[dict[str, Any]]
+    keys: Sequence[str]
+    values: Sequence[Any]
+    tensors: Sequence[torch.Tensor]
+    pointers: Sequence[int]
+    entries: Sequence[Mapping[Any, Any]]
+    counts: Sequence[int]
+    held: Sequence[Any]
+    items: Sequence[tuple[Any, ...]]
+
+
+def _untouched(value: Any, items: tuple[Any, ...]) -> bool:
+    """Whether a container or an instance holds the very objects `items`; what is unsure is compared in full."""
+    if type(value) is list or type(value) is tuple:
+        same = len(value) == len(items) and all(map(operator.is_, value, items))
+    else:
+        kind: Any = type(value)
+        table = value if isinstance(value, dict) else None
+        if table is None and kind.__dictoffset__ and not slots_of(kind):
+            table = object.__getattribute__(value, "__dict__")
+        same = (
+            table is not None
+            and 2 * len(table) == len(items)
+            and all(map(operator.is_, itertools.chain(table, table.values()), items))
+        )
+    return same or _alike(items_of(value), items)
 
 
 def move(tensor: torch.Tensor, memory: torch.Tensor) -> None:

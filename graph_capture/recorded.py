@@ -14,7 +14,10 @@ from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph
 from graph_capture.ledger import Ledger
+from graph_capture.matcher import Match
 from graph_capture.ops import GUARD, written_inputs
+from graph_capture.plan import Plan
+from graph_capture.replay import Replay
 from graph_capture.signature import Call, Signature, Surroundings
 from graph_capture.structure import Template
 from graph_capture.witness import RandomState, Verification, storage_bytes
@@ -55,9 +58,15 @@ class RecordedGraph:
         self.surroundings = surroundings
 
     @cached_property
-    def _executor(self) -> Executor:
+    def _replay(self) -> Replay:
         graph = self.subgraph
-        return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+        executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+        return Replay(executor, len(graph.input_names) - len(self.captured))
+
+    @property
+    def plan(self) -> Plan | None:
+        """How `run` replays; None before the first replay, or where there can be no plan."""
+        return self._replay.plan
 
     @property
     def writes(self) -> bool:
@@ -85,31 +94,40 @@ class RecordedGraph:
                 weight, a submodule or a plain attribute of a module that ran was replaced since.
             DataDependentError: a value that Python read while recording is another one now; nothing has been changed.
         """
-        return self.replay(self.bind(args, kwargs), self._executor)
+        return self.replay(self.bind(args, kwargs), self._replay)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | Match:
         """A call that fits, with the modules as they were.
 
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call = Call(args, self.signature.ordered(kwargs), self.surroundings)
-        self.signature.check(call)
+        call: Call | Match | None = self.signature.match(args, kwargs, self.surroundings)
+        if call is None:
+            call = Call(args, self.signature.ordered(kwargs), self.surroundings)
+            self.signature.check(call)
         broken = self.ledger.broken()
         if broken is not None:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
 
-    def replay(self, call: Call, executor: Executor, constants: Sequence[torch.Tensor] = ()) -> Any:
-        """Run `executor` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
-        make the result."""
-        tensors = [*call.tensors, *self.captured.values(), *constants]
+    def replay(
+        self, call: Call | Match, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0
+    ) -> Any:
+        """Run `replay` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
+        make the result. `version` changes whenever `constants` are other tensors."""
+        fixed = [*self._weights, *constants]
+        stamp = (self.ledger.moves, version)
         if self.guarded:
-            with self._undone_on_mismatch(tensors):
-                results = executor.run(tensors)
+            with self._undone_on_mismatch([*call.tensors, *fixed]):
+                results = replay.run(call.tensors, fixed, stamp)
         else:
-            results = executor.run(tensors)
+            results = replay.run(call.tensors, fixed, stamp)
         return self.template.build(results, call.objects)
+
+    @cached_property
+    def _weights(self) -> list[torch.Tensor]:
+        return list(self.captured.values())
 
     @contextlib.contextmanager
     def _undone_on_mismatch(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:

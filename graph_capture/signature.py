@@ -7,12 +7,14 @@ by what they hold; modules and functions by identity (see `graph_capture.structu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from graph_capture.errors import SignatureMismatchError
 from graph_capture.graph import TensorMeta
+from graph_capture.matcher import Match, Matcher, matcher
 from graph_capture.structure import Path, Spec, Walk
 
 Surroundings = Callable[[], Mapping[str, Any]]  # what a call uses besides its arguments, by name
@@ -84,6 +86,17 @@ class Signature:
         self._order = dict.fromkeys(label for label, _ in arguments)
         self.names, self.metas, self.closed = names, metas, {}
         return self
+
+    @cached_property
+    def _matcher(self) -> Matcher | None:
+        arguments, contents, _, sharing = self.key
+        return matcher(arguments, contents, sharing, self.metas, self.closed)
+
+    def match(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], surroundings: Surroundings | None
+    ) -> Match | None:
+        """The call's tensors and objects if it is seen at once to fit; None means that it may not."""
+        return self._matcher(args, kwargs, surroundings() if surroundings else {}) if self._matcher else None
 
     def ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments in the order of the recording: it numbers what they hold."""

@@ -116,7 +116,7 @@ class Walk:
         elif isinstance(value, set):
             return (type(value), frozenset(value), ())
         else:
-            state = _state(value)
+            state = state_of(value)
             keys, children = tuple(state), list(state.values())
         return (type(value), keys, self._children(children, keys, path))
 
@@ -166,12 +166,13 @@ def _is_open(value: Any) -> bool:
         return False
     kind: Any = type(value)
     return kind.__module__.partition(".")[0] not in _CLOSED_PACKAGES and (
-        hasattr(value, "__dict__") or _slots(kind) != ()
+        hasattr(value, "__dict__") or slots_of(kind) != ()
     )
 
 
 @functools.cache
-def _slots(kind: Any) -> tuple[str, ...]:
+def slots_of(kind: Any) -> tuple[str, ...]:
+    """The attributes that instances of a class hold outside their ``__dict__``."""
     names = [slot for base in kind.__mro__ for slot in _as_names(base.__dict__.get("__slots__", ()))]
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
@@ -180,10 +181,10 @@ def _as_names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _state(value: Any) -> Mapping[str, Any]:
+def state_of(value: Any) -> Mapping[str, Any]:
     """The attributes that an instance holds."""
     kind: Any = type(value)
-    slots = _slots(kind)
+    slots = slots_of(kind)
     held = {name: getattr(value, name) for name in slots if hasattr(value, name)} if slots else {}
     return {**held, **value.__dict__} if hasattr(value, "__dict__") else held
 
@@ -195,7 +196,7 @@ def items_of(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, (list, tuple, set, collections.deque)):
         return tuple(value)
     if not isinstance(value, (*VALUES, torch.Tensor)) and _is_open(value):
-        state = _state(value)
+        state = state_of(value)
         return (*state, *state.values())
     return None
 
@@ -264,7 +265,7 @@ class Template:
             target.clear()
             target.update(zip(keys, values, strict=True))
         else:
-            for name in set(_state(target)) - set(keys):
+            for name in set(state_of(target)) - set(keys):
                 object.__delattr__(target, name)
             for name, value in zip(keys, values, strict=True):
                 object.__setattr__(target, name, value)

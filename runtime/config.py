@@ -38,6 +38,8 @@ class FusionConfig:
         fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory
             (`FusedGraph.constant_bytes`).
         patterns: the fusions to look for; None is those registered for the process.
+        clone_outputs: False lets results lie in buffers that the next replay overwrites: clone what must outlive it. A
+            result of the latest replay may be an argument of the next; an older one raises SignatureMismatchError.
         passes_off: names of passes, spellings and fusions to leave out (`graph_capture.passes.pass_names`).
 
     Raises:
@@ -59,6 +61,7 @@ class FusionConfig:
     fold_weights: bool = False
     patterns: tuple[Pattern, ...] | None = None
     passes_off: frozenset[str] = frozenset()
+    clone_outputs: bool = True
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from graph_capture.codegen import CompiledKernel
 from graph_capture.passes import Rewritten
 from graph_capture.passes.cleanup import is_contiguous
 from graph_capture.passes.regions import moved_bytes
@@ -19,16 +20,19 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
 from graph_capture.runtime.library import Bound as BoundLibrary
-from graph_capture.runtime.library import Constants
+from graph_capture.runtime.library import Constants, LibraryKernel
 from graph_capture.runtime.sample import check_sample
-from graph_capture.runtime.verify import Verification, close_enough, verify
+from graph_capture.runtime.verify import Verification, apart, close_enough, verify
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.launches import Launch, Tensors
 from graph_capture.log import log
 from graph_capture.ops import FUSED
+from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
+from graph_capture.replay import Memory, Replay
 from graph_capture.signature import Call as Bound
 
 
@@ -115,7 +119,12 @@ class FusedGraph:
     whole: Decision | None = None
 
     def __init__(
-        self, recorded: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...], config: FusionConfig
+        self,
+        recorded: RecordedGraph,
+        rewritten: Rewritten,
+        regions: tuple[Region, ...],
+        config: FusionConfig,
+        memory: Memory | None = None,
     ) -> None:
         self.recorded = recorded
         self.subgraph = rewritten.graph
@@ -126,34 +135,56 @@ class FusedGraph:
         self.samples: deque[Verification] = deque(maxlen=16)
         self._replays = itertools.count(1)
         self._regions = {id(region.node): region for region in regions}
-        self._bound: list[Constants] = []
+        self._bound: list[Constants] = []  # whose results the replay takes as further inputs
+        self._more: list[Constants] = []  # that regions hold themselves
+        self._inner_names: list[str] = []
+        self._labels: dict[int, str] = {}
         weights = [recorded.captured[name] for name in self.constants.input_names]
         self._constants = Constants(self.constants, weights, share=False) if self.constants.nodes else None
         if self._constants is not None:
             self._bound.append(self._constants)
-        steps = list(self._steps(self.subgraph))
+        steps: list[tuple[OpNode, Call | None]] = []
+        for node, call, label in self._steps(self.subgraph):
+            if label:
+                self._labels[len(steps)] = label
+            steps.append((node, call))
         self.regions = tuple(self._regions[id(region.node)] for region in regions)
-        self._executor = Executor(steps, self.subgraph.input_names, self.subgraph.output_names)
+        names = (*self.subgraph.input_names, *self._inner_names)
+        executor = Executor(steps, names, self.subgraph.output_names, self._labels)
+        self._replay = Replay(
+            executor,
+            len(recorded.signature.names),
+            memory,
+            keep_outputs=config.clone_outputs,
+            enabled=not config.debug_mode,
+        )
 
-    def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None]]:
+    def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
         for node in graph.nodes:
             region = self._regions.get(id(node))
             step = self._step(region, graph) if region is not None and region.decision else None
-            if step is not None:
-                yield node, step
+            if region is not None and isinstance(step, _Inlined):
+                self._bound.extend(step.constants)
+                self._inner_names.extend(step.names)
+                yield from ((inner, None, region.name) for inner in step.nodes)
+            elif region is not None and step is not None:
+                yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
             else:
-                yield from ((recorded, None) for recorded in node.recorded)
+                yield from ((recorded, None, "") for recorded in node.recorded)
 
-    def _step(self, region: Region, graph: SubGraph) -> _Step | None:
+    def _step(self, region: Region, graph: SubGraph) -> _Step | _Inlined | None:
         if region.kernel is None:
             return None
         try:
-            step = _Step(region, self.recorded, self.config, _relaid(graph, region.node))
+            relaid = _relaid(graph, region.node)
+            if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
+                return _Inlined.of(region, region.kernel, self.recorded, self.config)
+            step = _Step(region, self.recorded, self.config, relaid)
             if isinstance(step.kernel, BoundLibrary):
-                self._bound.append(step.kernel.constants)
+                self._more.append(step.kernel.constants)
             return step
         except FusionError as error:  # found only with the weights at hand
             decision = replace(region.decision, use=False, reason=str(error))
@@ -173,7 +204,13 @@ class FusedGraph:
         every = self.config.verify_every
         if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
             self.samples.append(sample)
-        return self.recorded.replay(call, self._executor, self.constant_tensors())
+        constants = [tensor for bound in self._bound for tensor in bound()]
+        return self.recorded.replay(call, self._replay, constants, sum([bound.version for bound in self._bound]))
+
+    @property
+    def plan(self) -> Plan | None:
+        """How a replay runs; None before the first one, or where there can be no plan."""
+        return self._replay.plan
 
     def constant_tensors(self) -> Sequence[torch.Tensor]:
         """The results of `constants`, made again where a weight behind them has changed."""
@@ -185,7 +222,7 @@ class FusedGraph:
         Needed only after a write that torch does not count (``parameter.data.mul_(2)``), and only with
         ``fold_weights=True`` or ``merge_linears="copy"``: everything else reads the weights themselves.
         """
-        for constants in self._bound:
+        for constants in (*self._bound, *self._more):
             constants.refresh()
 
     @property
@@ -255,6 +292,35 @@ class FusedGraph:
         return f"<FusedGraph: {len(self.subgraph)} nodes, {used} of {len(self.regions)} regions run as kernels>"
 
 
+@dataclass(frozen=True)
+class _Inlined:
+    """A region as library calls that are steps of the replay themselves.
+
+    Attributes:
+        nodes: the calls.
+        names: value names of what the weights make computed, which is an input of the replay.
+        constants: what computes it.
+    """
+
+    nodes: tuple[OpNode, ...]
+    names: tuple[str, ...] = ()
+    constants: tuple[Constants, ...] = ()
+
+    @classmethod
+    def of(cls, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig) -> _Inlined:
+        """Raises FusionError where the weights cannot be merged."""
+        outer = dict(zip(kernel.body.input_names, region.node.inputs, strict=True))
+        outer |= dict(zip(kernel.rest.output_names, region.node.outputs, strict=True))
+        inner = [*kernel.rest.input_names, *(name for node in kernel.rest.nodes for name in node.outputs)]
+        renamed = {name: f"{region.name}.{name}" for name in inner} | outer
+        nodes = tuple(node.rename(renamed) for node in kernel.rest.nodes)
+        if kernel.once is None:
+            return cls(nodes)
+        given = {name: graph.captured[renamed[name]] for name in kernel.once.input_names}
+        constants = Constants(kernel.once, list(given.values()), config.merge_linears == "views")
+        return cls(nodes, tuple(renamed[name] for name in kernel.once.output_names), (constants,))
+
+
 class _Step:
     """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
 
@@ -275,6 +341,7 @@ class _Step:
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         if self.kernel is None:
             return self.recorded.run(tensors)
+        before = apart(self.region.body, tensors) if self.config.debug_mode else tensors
         try:
             outputs = self.kernel(tensors)
         except Exception as error:
@@ -290,10 +357,31 @@ class _Step:
                     empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
                     outputs[index] = empty.copy_(outputs[index])
         if self.config.debug_mode:
-            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(tensors), strict=True):
+            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(before), strict=True):
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
+
+    def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
+        """See `graph_capture.launches.Prepares`."""
+        if self.kernel is None or not isinstance(self.region.kernel, CompiledKernel):
+            raise FusionError("only compiled kernels are bound to addresses")
+        return self.region.kernel.prepare(inputs, outputs)
+
+    def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:
+        """The recorded ops, whose results are copied to where the kernel's were to be."""
+        if not self.config.fallback_on_error:
+            raise error
+        if self.kernel is not None:
+            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
+            self.kernel = None
+
+        def launch() -> None:
+            for output, result in zip(outputs, self.recorded.run(inputs), strict=True):
+                if output.data_ptr() != result.data_ptr():
+                    output.copy_(result)
+
+        return launch
 
 
 def _relaid(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:

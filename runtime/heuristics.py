@@ -15,12 +15,14 @@ from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import compare
 from graph_capture.runtime.store import DecisionStore, Times
+from graph_capture.runtime.verify import apart
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
+from graph_capture.ops import written_inputs
 
 Kernel = CompiledKernel | LibraryKernel
 
@@ -103,12 +105,12 @@ class FusionHeuristics:
     def profile_and_decide(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> Decision:
         """Whether the fused kernel of `graph` is used for `inputs`, by measurement (see `FusionConfig.profile`).
 
-        Both sides run on `inputs` themselves; a region holds no op that writes, so they are only read.
+        Both sides run on `inputs` themselves, but for copies of what the region writes.
 
         Raises:
             FusionError: an input is missing, or, with ``fallback_on_error=False``, no kernel can be made.
         """
-        decision, _ = self.decide(graph, [inputs[name] for name in input_metas(graph, inputs)])
+        decision, _ = self.decide(graph, apart(graph, [inputs[name] for name in input_metas(graph, inputs)]))
         return decision
 
     def decide(
@@ -198,7 +200,10 @@ class FusionHeuristics:
             return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))
         kernel = library or self.kernel(graph, metas)
         try:
-            times = Times(*compare(fallback, as_it_will_run(kernel, tensors), device), kernel.interpreted)
+            counters = _counters(graph, tensors)
+            fused = as_it_will_run(kernel, tensors)
+            measured = compare(_reset(fallback, counters), _reset(fused, counters), device)
+            times = Times(*measured, kernel.interpreted)
         except Exception as error:
             if not config.fallback_on_error:
                 raise
@@ -241,6 +246,26 @@ def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[]
     """A call that runs a graph's own ops on `tensors`."""
     executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
     return lambda: executor.run(tensors)
+
+
+def _counters(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The integers that a graph writes: positions in a cache, which must not run off its end while it is timed."""
+    written = {node.inputs[position] for node in graph.nodes for position in written_inputs(node)}
+    given = zip(graph.input_names, tensors, strict=True)
+    return [tensor for name, tensor in given if name in written and not tensor.is_floating_point()]
+
+
+def _reset(call: Callable[[], Any], counters: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """`call`, with the counters at 0 each time; the same work on either side."""
+    if not counters:
+        return call
+
+    def with_reset() -> Any:
+        for counter in counters:
+            counter.zero_()
+        return call()
+
+    return with_reset
 
 
 def _merit(made: tuple[Decision, Kernel]) -> tuple[bool, float]:

@@ -21,6 +21,10 @@ class LibraryKernel:
     Args:
         body: the region.
         weights: inputs of `body` that are the same in every replay; what depends on them alone is computed at `bind`.
+
+    Attributes:
+        once: what is computed at `bind`; None where that is nothing.
+        rest: what each call computes; takes the results of `once` as further inputs.
     """
 
     interpreted = False
@@ -29,7 +33,8 @@ class LibraryKernel:
         self.body, self.weights = body, tuple(weights)
         self.name = "_".join(node.op_type for node in body.nodes)
         once, rest = split_constants(body, weights) if weights else (None, body)
-        self._once = once if once is not None and once.nodes else None
+        self.once = once if once is not None and once.nodes else None
+        self.rest = rest
         self._rest = Executor([(node, None) for node in rest.nodes], rest.input_names, rest.output_names)
 
     @property
@@ -42,10 +47,10 @@ class LibraryKernel:
         return tuple(self._rest.run([*tensors, *self._constants(tensors)]))
 
     def _constants(self, tensors: Tensors) -> Tensors:
-        if self._once is None:
+        if self.once is None:
             return ()
         given = dict(zip(self.body.input_names, tensors, strict=True))
-        return run(self._once, [given[name] for name in self._once.input_names])
+        return run(self.once, [given[name] for name in self.once.input_names])
 
     def bind(self, tensors: Tensors, share: bool) -> Callable[[Tensors], list[torch.Tensor]]:
         """A call for replays in which the weights are those of `tensors`.
@@ -56,10 +61,10 @@ class LibraryKernel:
         Raises:
             FusionError: they cannot, for other tensors share their memory.
         """
-        if self._once is None:
+        if self.once is None:
             return self._rest.run
         given = dict(zip(self.body.input_names, tensors, strict=True))
-        return Bound(self._rest, Constants(self._once, [given[name] for name in self._once.input_names], share))
+        return Bound(self._rest, Constants(self.once, [given[name] for name in self.once.input_names], share))
 
     def __repr__(self) -> str:
         return f"<LibraryKernel {self.name}>"
@@ -91,6 +96,7 @@ class Constants:
             if not all(_adjacent(group) or all(map(_owns_its_memory, group)) for group in groups):
                 raise FusionError("other tensors share the weights' memory")
             self._live = [merge(group) for group in groups]
+        self.version = 0  # of the results
         self._seen: tuple[object, ...] | None = None
         self._values: list[torch.Tensor] = []
 
@@ -100,6 +106,7 @@ class Constants:
         state = state_of(self.weights)
         if state is None or state != self._seen:
             self._values, self._seen = run(self.graph, self.weights), state
+            self.version += 1
         return self._values
 
     def refresh(self) -> None:

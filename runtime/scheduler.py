@@ -26,6 +26,7 @@ from graph_capture.graph import OpNode, SubGraph
 from graph_capture.log import log
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
+from graph_capture.replay import Memory
 
 
 class FusionScheduler:
@@ -34,6 +35,7 @@ class FusionScheduler:
     def __init__(self, config: FusionConfig | None = None) -> None:
         self.config = config or FusionConfig()
         self.heuristics = FusionHeuristics(self.config)
+        self._memory = Memory()  # graphs of one scheduler replay in turns
 
     def dispatch(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one region on `inputs`, by its fused kernel where that is decided and by its ops elsewhere.
@@ -54,7 +56,7 @@ class FusionScheduler:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
         config = self.config
         if not config.enable_fusion:
-            return FusedGraph(graph, unchanged(graph.subgraph), (), config)
+            return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
         passes = Passes(
             supports,
@@ -83,13 +85,15 @@ class FusionScheduler:
 
     def _as_a_whole(self, graph: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...]) -> FusedGraph:
         """The fused graph; with no kernel in it where it measures no faster for them."""
-        fused = FusedGraph(graph, rewritten, regions, self.config)
+        fused = FusedGraph(graph, rewritten, regions, self.config, self._memory)
         if self.config.profile != "measure" or not any(region.decision for region in fused.regions):
             return fused
 
         def unfused() -> FusedGraph:
             off = Decision(False, "left out to compare")
-            return FusedGraph(graph, rewritten, tuple(replace(r, decision=off) for r in regions), self.config)
+            return FusedGraph(
+                graph, rewritten, tuple(replace(r, decision=off) for r in regions), self.config, self._memory
+            )
 
         whole = decide_whole(fused, unfused, self.heuristics.store)
         if whole is not None and not whole:
@@ -98,7 +102,7 @@ class FusionScheduler:
                 replace(r, decision=replace(r.decision, use=False, reason=whole.reason)) if r.decision else r
                 for r in regions
             )
-            fused = FusedGraph(graph, rewritten, off, self.config)
+            fused = FusedGraph(graph, rewritten, off, self.config, self._memory)
         fused.whole = whole
         return fused
 

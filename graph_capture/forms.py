@@ -1,0 +1,313 @@
+"""How an op is called on the hot path: by torch's own C binding, and into memory that is given.
+
+Nothing here is believed: a binding is taken where the dispatcher is seen to get the very op that was recorded, and a
+form that writes where it is told where it was tried and gave the same bits.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graph_capture.graph import Arg, OpNode
+from graph_capture.ops import arg_indices, arguments, op
+
+Ref = TypeVar("Ref")
+
+
+class Emit(Protocol[Ref]):
+    """Where a form puts its calls: they are run at once, or written down."""
+
+    def view(self, function: Callable[..., Any], of: Ref, *arguments: Any) -> Ref:
+        """A view of a value."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        """A call for its effect."""
+
+
+class Writer(Protocol):
+    """Emits the calls that compute an op of `inputs` into `out`."""
+
+    def __call__(self, emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None: ...
+
+
+class _Now:
+    """Runs what is emitted."""
+
+    def view(self, function: Callable[..., Any], of: Any, *arguments: Any) -> Any:
+        return function(of, *arguments)
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        function(*arguments, **keywords)
+
+
+class _Seen(Exception):
+    pass
+
+
+class _Stop(TorchDispatchMode):
+    """Stops at the first op that reaches the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: tuple[Any, Sequence[Any], dict[str, Any]] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reached = (func, args, kwargs or {})
+        raise _Seen
+
+
+def template(node: OpNode) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a node's call, by position as far as that goes, then by name; inputs as ``Arg(i)``."""
+    given = arguments(node)
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    in_order = True
+    for parameter in op(node.op_type).parameters:
+        if parameter.name not in given:
+            in_order = False
+        elif parameter.keyword_only or not in_order:
+            keywords[parameter.name] = given[parameter.name]
+        else:
+            positional.append(given[parameter.name])
+    return positional, keywords
+
+
+def filled(value: Any, inputs: Sequence[Any]) -> Any:
+    """`value` with its ``Arg(i)`` replaced, and lists as torch takes them."""
+    if isinstance(value, Arg):
+        return inputs[value.index]
+    if isinstance(value, tuple):
+        return [filled(item, inputs) for item in value] if arg_indices(value) else list(value)
+    return value
+
+
+def direct(node: OpNode, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+    """The C binding that calls the node's op, which is not run; None where there is none."""
+    overload = op(node.op_type).overload
+    if overload is None or overload.namespace != "aten":
+        return None
+    args, keywords = _call(node, inputs)
+    return next((f for f in _bindings(overload) if _reaches(f, overload, args, keywords)), None)
+
+
+def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    """A form that computes the node into memory with `result`'s layout, bit for bit; None where there is none."""
+    overload = op(node.op_type).overload
+    hand = _BY_HAND.get(node.op_type)
+    if hand is not None:
+        form = hand(node, inputs, result)
+        if form is None or not _writes(form, inputs, _like(result), result):
+            return None
+        tried = [_noise(tensor) for tensor in inputs]  # another way to compute the same, and data may be all zeros
+        return form if _agrees(form, tried, op(node.op_type).function, node) else None
+    if overload is None or overload.namespace != "aten" or _UNSUITED.intersection(overload.tags):
+        return None
+    into = _out_overload(overload)
+    if into is None:
+        return None
+    args, keywords = _call(node, inputs)
+    trial = _like(result)
+    function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
+    form = _OutForm(node, function)
+    return form if _writes(form, inputs, trial, result) else None
+
+
+class _OutForm:
+    """The ``out=`` overload of the node's own op."""
+
+    def __init__(self, node: OpNode, function: Callable[..., Any]) -> None:
+        self._function, self._node = function, node
+
+    def __call__(self, emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        args, keywords = _call(self._node, inputs)
+        emit.call(self._function, *args, **keywords, out=out)
+
+
+_UNSUITED = frozenset(
+    {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
+)
+
+
+def _call(node: OpNode, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    positional, keywords = template(node)
+    return [filled(value, inputs) for value in positional], {k: filled(v, inputs) for k, v in keywords.items()}
+
+
+def _bindings(overload: OpOverload) -> list[Callable[..., Any]]:
+    name = overload._schema.name.partition("::")[2]
+    homes = (torch, torch._C._nn, torch.Tensor)
+    found = (getattr(home, name, None) for home in homes)
+    return [f for f in found if isinstance(f, (types.BuiltinFunctionType, types.MethodDescriptorType))]
+
+
+def _reaches(function: Callable[..., Any], overload: Any, args: Sequence[Any], keywords: dict[str, Any]) -> bool:
+    """Whether the call gets to the dispatcher as `overload`, with the defaults that it has."""
+    stop = _Stop()
+    try:
+        with stop:
+            function(*args, **keywords)
+    except _Seen:
+        pass
+    except (TypeError, RuntimeError, ValueError, NotImplementedError):  # it takes other arguments
+        return False
+    if stop.reached is None or stop.reached[0] is not overload:
+        return False
+    wanted, reached = _by_name(overload, args, keywords), _by_name(overload, *stop.reached[1:])
+    return all(_same(wanted[name], reached[name]) for name in wanted)
+
+
+def _by_name(overload: OpOverload, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call, those left at their default too."""
+    found = {a.name: a.default_value for a in overload._schema.arguments}
+    return found | {a.name: value for a, value in zip(overload._schema.arguments, args, strict=False)} | dict(keywords)
+
+
+def _same(wanted: Any, reached: Any) -> bool:
+    if isinstance(wanted, torch.Tensor):
+        return wanted is reached
+    if isinstance(wanted, (list, tuple)):
+        return len(wanted) == len(reached) and all(map(_same, wanted, reached))
+    if isinstance(reached, torch.Tensor):  # a number on its way to an overload that takes a tensor
+        return reached.dim() == 0 and type(reached.item()) is type(wanted) and reached.item() == wanted
+    return bool(wanted == reached)
+
+
+def _out_overload(overload: OpOverload) -> OpOverload | None:
+    """The overload with the same arguments and an `out`, if it is more than the op and a copy."""
+    packet = overload.overloadpacket
+    names = [(a.name, str(a.type)) for a in overload._schema.arguments]
+    for name in packet.overloads():
+        found = getattr(packet, name)
+        rest = [a for a in found._schema.arguments if not a.is_out]
+        if len(rest) + 1 != len(found._schema.arguments) or torch.Tag.generated in found.tags:
+            continue
+        if found._schema.arguments[-1].name == "out" and [(a.name, str(a.type)) for a in rest] == names:
+            return found
+    return None
+
+
+def _writes(form: Writer, inputs: Sequence[torch.Tensor], out: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the form fills `out` with the bits of `expected`, where it is."""
+    layout, address = (out.shape, out.stride()), out.data_ptr()
+    try:
+        form(_Now(), inputs, out)
+    except (TypeError, RuntimeError, ValueError, NotImplementedError, IndexError):
+        return False
+    return (out.shape, out.stride()) == layout and out.data_ptr() == address and same_bits(out, expected)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN for NaN."""
+    if torch.equal(left, right):
+        return left.shape == right.shape
+    if left.shape != right.shape or not (left.is_floating_point() or left.is_complex()):
+        return False
+    return torch.equal(_as_bytes(left), _as_bytes(right))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """New memory with a tensor's layout."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _noise(tensor: torch.Tensor) -> torch.Tensor:
+    """Other values in the same layout; whether it requires grad decides how torch's matmul folds."""
+    like = _like(tensor)
+    generator = torch.Generator(tensor.device).manual_seed(tensor.dim())
+    if tensor.is_floating_point() or tensor.is_complex():
+        real = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+        like.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=real))
+        return like.requires_grad_(tensor.requires_grad)
+    return like.copy_(torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device))
+
+
+def _agrees(form: Writer, inputs: Sequence[torch.Tensor], function: Callable[..., Any], node: OpNode) -> bool:
+    args, keywords = _call(node, inputs)
+    expected = function(*args, **keywords)
+    return _writes(form, inputs, _like(expected), expected)
+
+
+# --- ops whose binding has no `out`, or that have a shorter way
+
+
+def _linear(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    if node.attr("transposed") or inputs[0].dim() < 2:
+        return None
+    rows = inputs[0].shape[:-1].numel()
+    wide, narrow = inputs[1].shape
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        x, weight, *bias = inputs
+        x, out = emit.view(torch.Tensor.view, x, (rows, narrow)), emit.view(torch.Tensor.view, out, (rows, wide))
+        weight = emit.view(torch.t, weight)
+        if bias:
+            emit.call(torch.addmm, bias[0], x, weight, out=out)
+        else:
+            emit.call(torch.mm, x, weight, out=out)
+
+    return form
+
+
+def _copy(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        emit.call(torch.Tensor.copy_, out, inputs[0])
+
+    return form if len(inputs) == 1 and inputs[0].device == result.device else None
+
+
+def _softmax(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    dim, dtype = node.attr("dim"), node.attr("dtype")
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        emit.call(torch.softmax, inputs[0], dim, dtype, out=out)
+
+    return form
+
+
+def _matmul(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        emit.call(torch.matmul, *inputs, out=out)
+
+    return form
+
+
+def _embedding(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    rows, width = inputs[1].numel(), inputs[0].shape[-1]
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        rows_at = emit.view(torch.Tensor.view, inputs[1], (rows,))
+        emit.call(torch.index_select, inputs[0], 0, rows_at, out=emit.view(torch.Tensor.view, out, (rows, width)))
+
+    return form
+
+
+def _arange(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    start, end, step = node.attr("start", 0), node.attr("end"), node.attr("step", 1)
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        emit.call(torch.arange, start, end, step, out=out)
+
+    return form
+
+
+_BY_HAND: dict[str, Callable[[OpNode, Sequence[torch.Tensor], torch.Tensor], Writer | None]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "softmax": _softmax,
+    "embedding": _embedding,
+    "cast": _copy,
+    "aten.clone.default": _copy,
+    "aten.arange.default": _arange,
+    "aten.arange.start": _arange,
+    "aten.arange.start_step": _arange,
+}
