@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-
-from graph_capture.graph import TensorMeta
 from graph_capture.runtime import measure
 from graph_capture.runtime.measure import compare, example_inputs
+
+from graph_capture.graph import TensorMeta
 
 CPU = torch.device("cpu")
 
