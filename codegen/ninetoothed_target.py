@@ -13,6 +13,7 @@ from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 
@@ -86,5 +87,13 @@ def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Bi
     Raises:
         FusionError: the compiler fails.
     """
-    jobs = [host.build(PRINTERS[type(spec)].program(spec, False), kernel_name) for spec, kernel_name in specs]
-    return compile_ahead(jobs, architecture)
+    programs = [(PRINTERS[type(spec)].program(spec, False), kernel_name) for spec, kernel_name in specs]
+    cache = DiskCache("sass")
+    keys = [cache.key(repr(program), kernel_name, architecture) for program, kernel_name in programs]
+    found = {key: Binary.from_json(data) for key in keys if (data := cache.read(key, ".binary")) is not None}
+    missing = {key: item for key, item in zip(keys, programs, strict=True) if key not in found}
+    made = compile_ahead([host.build(*item) for item in missing.values()], architecture) if missing else []
+    for key, binary in zip(missing, made, strict=True):
+        cache.put(key, {".binary": binary.to_json().encode()})
+        found[key] = binary
+    return [found[key] for key in keys]
