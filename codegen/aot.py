@@ -119,7 +119,7 @@ def _read(*, sass: str, shared: int, usage: str) -> Binary:
     widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for line in code:
         for access, found in widths.items():
-            if line.startswith(access):
+            if re.match(rf"{access}(STS)?\b", line):  # LDGSTS copies to shared memory
                 width = re.search(r"\.(128|64|U?16|U?8|S16|S8)\b", line.split()[0])
                 bits = int(re.sub(r"\D", "", width.group(1))) if width else 32
                 found[bits] = found.get(bits, 0) + 1
