@@ -10,7 +10,8 @@ import keyword
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,23 +34,56 @@ class Blocks:
     warps: int
     sweeps: bool = False
 
+    def with_warps(self, least: int, enough: bool) -> Blocks:
+        """No more warps than have 16 bytes a thread to move, unless there are `enough`."""
+        return self if enough else replace(self, warps=max(1, min(self.warps, self.rows * self.columns // least)))
 
-def choose_blocks(spec: KernelSpec, interpreted: bool) -> Blocks:
-    """Sizes that keep 16-byte accesses and a few thousand elements a block; the interpreter wants few blocks."""
+
+def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = None) -> Blocks:
+    """Sizes that keep 16-byte accesses and a few thousand elements a block; the interpreter wants few blocks.
+
+    With few `elements` (None: many) blocks are smaller, so that there are some for every multiprocessor.
+    """
     wide = max(operand.dtype.itemsize for operand in spec.operands) > 2
+    least = 32 * (4 if wide else 8)  # what one warp moves at once
     if spec.columns is None:
-        return Blocks(1, 65536 if interpreted else 1024 if wide else 2048, 4)
+        most = 65536 if interpreted else 8 * least
+        return Blocks(1, most if interpreted else _enough(least, most, elements), 4).with_warps(least, interpreted)
     row = max(1, 1 << (spec.columns - 1).bit_length())
     if spec.reduces and row > MAX_BLOCK:
         return Blocks(1, SWEEP, 8, sweeps=True)
-    columns = row if spec.reduces or interpreted else min(row, 1024)
-    rows = max(1, (65536 if interpreted else 1024) // columns)
-    return Blocks(rows, columns, min(16, max(4, rows * columns // 512)))
+    most = 65536 if interpreted else _enough(least, 1024, elements)
+    columns = row if spec.reduces or interpreted else min(row, most)
+    rows = max(1, most // columns)
+    return Blocks(rows, columns, min(16, max(4, rows * columns // 512))).with_warps(least, interpreted or spec.reduces)
+
+
+def _enough(least: int, most: int, elements: int | None) -> int:
+    """The largest block of which there are four for each multiprocessor."""
+    if elements is None:
+        return most
+    while most > least and elements < most * 4 * _multiprocessors():
+        most //= 2
+    return most
+
+
+@cache
+def _multiprocessors() -> int:
+    """Of the GPU that is there, or of an H100."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 
 
 def program(spec: KernelSpec, interpreted: bool) -> Program:
     """The program of a spec."""
-    blocks = choose_blocks(spec, interpreted)
+    return _program(spec, choose_blocks(spec, interpreted))
+
+
+def fitted(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> Program:
+    """The program for tensors (inputs, then outputs) of this size."""
+    return _program(spec, choose_blocks(spec, False, spec.geometry(tensors).elements))
+
+
+def _program(spec: KernelSpec, blocks: Blocks) -> Program:
     rank = len(spec.operands[0].over)
     aligned = tuple(operand.over[-1] and (spec.columns or 16) % 16 == 0 for operand in spec.operands)
     return Program(

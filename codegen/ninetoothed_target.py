@@ -15,14 +15,15 @@ from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 
 class Printer(Protocol):
     """How specs of one kind become a program: a module with these functions.
 
-    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; and, instead of `program`,
-    ``programs(spec, interpreted)``: one for each launch.
+    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; ``fitted(spec, tensors)``: the
+    program for tensors of this size; and, instead of `program`, ``programs(spec, interpreted)``: one for each launch.
     """
 
     def program(self, spec: Any, interpreted: bool) -> host.Program:
@@ -75,13 +76,22 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
         FusionError: ninetoothed cannot be used here.
     """
     printer: Printer = PRINTERS[type(spec)]
-    programs = _programs(spec, interpreted())
-    several = len(programs) > 1
-    built = [host.build(p, f"{kernel_name}_{n}" if several else kernel_name) for n, p in enumerate(programs)]
+    known: dict[host.Program, host.Built] = {}
+
+    def load(programs: Sequence[host.Program]) -> list[host.Built]:
+        for program in programs:
+            if program not in known:
+                number = f"_{len(known)}" if known else ""
+                known[program] = host.build(program, kernel_name + number)
+        return [known[program] for program in programs]
+
+    load(_programs(spec, interpreted()))
 
     def bind(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         launches = printer.views(spec, tensors)
-        kernels = built if several else built * len(launches)
+        fits = not interpreted() and hasattr(printer, "fitted")
+        built = load([printer.fitted(spec, tensors)] if fits else _programs(spec, interpreted()))
+        kernels = built if len(built) > 1 else built * len(launches)
         steps = [functools.partial(k.launch, *operands) for k, operands in zip(kernels, launches, strict=True)]
         last = printer.after(spec, tensors) if hasattr(printer, "after") else None
         steps += [last] if last is not None else []
@@ -105,5 +115,13 @@ def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Bi
     Raises:
         FusionError: the compiler fails.
     """
-    jobs = [host.build(_programs(spec, False)[0], kernel_name) for spec, kernel_name in specs]
-    return compile_ahead(jobs, architecture)
+    programs = [(_programs(spec, False)[0], kernel_name) for spec, kernel_name in specs]
+    cache = DiskCache("sass")
+    keys = [cache.key(repr(program), kernel_name, architecture) for program, kernel_name in programs]
+    found = {key: Binary.from_json(data) for key in keys if (data := cache.read(key, ".binary")) is not None}
+    missing = {key: item for key, item in zip(keys, programs, strict=True) if key not in found}
+    made = compile_ahead([host.build(*item) for item in missing.values()], architecture) if missing else []
+    for key, binary in zip(missing, made, strict=True):
+        cache.put(key, {".binary": binary.to_json().encode()})
+        found[key] = binary
+    return [found[key] for key in keys]
