@@ -75,7 +75,7 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
     Raises:
         FusionError: ninetoothed cannot be used here.
     """
-    printer: Printer = PRINTERS[type(spec)]
+    printer = PRINTERS[type(spec)]
     known: dict[host.Program, host.Built] = {}
 
     def load(programs: Sequence[host.Program]) -> list[host.Built]:

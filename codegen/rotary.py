@@ -174,9 +174,10 @@ class _Reader:
 
     def _track(self, value: _Value, axes: Axes, target: str, cached: bool) -> Track:
         """The track that ends in `target`, whose dimensions are in the order of `axes`."""
-        own = tuple(value.dims[dim] for dim in axes)
+        batch, length, heads, width = (value.dims[dim] for dim in axes)
+        own = (batch, length, heads, width)
         shape = self.values[value.track.source].shape
-        return replace(value.track, axes=own, heads=shape[own[2]], target=target, target_axes=axes, cached=cached)
+        return replace(value.track, axes=own, heads=shape[heads], target=target, target_axes=axes, cached=cached)
 
     def spec(self) -> RotarySpec:
         """The finished description."""

@@ -169,7 +169,7 @@ class FusedGraph:
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, None, region.name) for inner in step.nodes)
-            elif region is not None and step is not None:
+            elif region is not None and isinstance(step, _Step):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
