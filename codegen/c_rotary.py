@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from graph_capture.codegen import c_print
 from graph_capture.codegen.c_host import Layout
-from graph_capture.codegen.rotary import RotarySpec, Track
+from graph_capture.codegen.rotary_spec import RotarySpec, Track
 
 from graph_capture.errors import FusionError
 

@@ -13,7 +13,7 @@ import torch
 from graph_capture.codegen import c_host as host
 from graph_capture.codegen import c_rotary, c_rows
 from graph_capture.codegen.c_host import Launch, Layout, chain
-from graph_capture.codegen.rotary import RotarySpec
+from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.cachedir import DiskCache
