@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import c_host as host
-from graph_capture.codegen import c_rotary, c_rows
+from graph_capture.codegen import c_matvec, c_rotary, c_rows
 from graph_capture.codegen.c_host import Launch, Layout, chain
+from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
@@ -36,7 +37,7 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary}
+PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary, MatvecSpec: c_matvec}
 name = "c"
 
 
