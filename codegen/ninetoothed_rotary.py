@@ -1,7 +1,7 @@
 """A `RotarySpec` as a ninetoothed arrangement and application.
 
-A block has one token and a group of heads: of each track as many as belong to one of the fewest. A cache is a list of
-its slots, one of which is chosen by the position that the block reads. Halves of a head are operands of their own, so
+A block has one token and a group of heads, as many of each track as belong together. A cache is a list of its slots,
+one of which is chosen by the position that the block reads. Halves of a head are operands of their own, so
 that nothing moves between threads.
 """
 
@@ -19,7 +19,6 @@ from graph_capture.codegen.rotary import RotarySpec, Track
 def program(spec: RotarySpec, interpreted: bool) -> Program:
     """The program of a spec."""
     printer = _Printer(spec)
-    elements = sum(printer.heads[number] * spec.width for number in range(len(spec.tracks)))
     dtypes = {operand.name: operand.dtype for operand in (*spec.inputs, *spec.outputs)}
     operands = list(_operands(spec))
     return Program(
@@ -27,7 +26,7 @@ def program(spec: RotarySpec, interpreted: bool) -> Program:
         (4,) * len(operands),
         tuple(_real(dtypes.get(operand.tensor, torch.complex64)) for operand in operands),
         tuple(operand.tensor not in (*spec.positions, spec.count) and spec.width % 16 == 0 for operand in operands),
-        warps=max(1, min(8, elements // 512)),
+        warps=max(1, min(8, min(printer.heads) * spec.half // printer.swept)),
     )
 
 
@@ -84,7 +83,12 @@ class _Printer:
         self.spec = spec
         self.sizes = [spec.half, spec.half, spec.rest][: 3 if spec.rest else 2]
         self.blocks = [_power(size) for size in self.sizes]
-        self.groups, self.heads = _grouped([track.heads for track in spec.tracks], alone=bool(spec.count) and spec.single)
+        widest = max(operand.dtype.itemsize for operand in spec.outputs if operand.dtype.is_floating_point)
+        self.swept = 32 * max(1, 16 // widest)  # elements that a warp moves at once, 16 bytes a thread
+        alone = bool(spec.count) and spec.single
+        least = min(track.heads for track in spec.tracks)
+        groups = 1 if alone else max(1, least * spec.half // self.swept)
+        self.heads = _grouped([track.heads for track in spec.tracks], min(groups, least))
         doubles = {operand.dtype for operand in spec.inputs} & {torch.float64}
         self.float = "float64" if doubles else "float32"
 
@@ -114,13 +118,11 @@ class _Printer:
                     lines += [f"{name}_slots.dtype = {name}_slots.dtype.squeeze({dim})" for dim in (0, 1, 1)]
                     tile = f"{name}_slots"
             else:
-                lines.append(f"{name}.shape = ({name}.shape[0], {name}.shape[1], 1, {size})")
                 batch = f"{name}.shape[0]" if kind in ("cos", "sin") else "1"
                 length = f"{name}.shape[1]" if kind in ("cos", "sin", "position") else "1"
-                lines[-1] = f"{name}.shape = ({batch}, {length}, 1, {size})"
-                # A table for all of the batch has one row too many strides, not too few: its own is 0.
-                over = ["-1" if kind in ("cos", "sin") else "grid[0]", "-1" if length != "1" else "grid[1]", "grid[2]", "-1"]
-                tile = f"{name}.tile((1, 1, 1, {block})).expand(({', '.join(over)}))"
+                lines.append(f"{name}.shape = ({batch}, {length}, 1, {size})")
+                wide = ("grid[0]" if batch == "1" else "-1", "grid[1]" if length == "1" else "-1", "grid[2]", "-1")
+                tile = f"{name}.tile((1, 1, 1, {block})).expand(({', '.join(wide)}))"
             if not tiles:
                 lines.append(f"grid = {tile}.shape")
             tiles.append(tile)
@@ -187,10 +189,9 @@ def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _grouped(heads: Sequence[int], alone: bool) -> tuple[int, list[int]]:
-    """How many groups there are, and the heads of each track in one; all in one group where they do not divide."""
-    groups = 1 if alone else min(heads)
+def _grouped(heads: Sequence[int], groups: int) -> list[int]:
+    """The heads of each track in one of `groups` groups; all in one group where they do not divide."""
     sizes = [_power(math.ceil(count / groups)) for count in heads]
     if any(math.ceil(count / size) != groups for count, size in zip(heads, sizes, strict=True)):
-        groups, sizes = 1, [_power(count) for count in heads]
-    return groups, sizes
+        return [_power(count) for count in heads]
+    return sizes

@@ -77,8 +77,8 @@ class RotarySpec:
         turned: how many of them are rotated, the first ones.
         interleaved: whether neighbours are rotated with each other, rather than halves.
         half_tables: whether a table's row has ``turned / 2`` elements, rather than `turned`.
-        cos, sin: names of the tables, [batch or 1, length or 1, 1, ...] in the order of `axes`; with `sin` empty, cos is
-            complex.
+        cos, sin: names of the tables, [batch or 1, length or 1, 1, ...] in the order of `axes`; with `sin` empty, cos
+            is complex.
         axes: the order of the tables' dimensions.
         positions: names of int64 inputs, [length] or scalars, whose sum is the slot of each token; a token whose slot
             is outside the cache is not written.
@@ -135,7 +135,7 @@ class RotarySpec:
     def seen(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of a call (inputs, then outputs) by name, as [batch, length or slots, heads, width] views.
 
-        Tables are [batch or 1, length, 1, elements], positions [1, length, 1, 1], norms' weights [1, 1, 1, width].
+        Tables are [batch, length, 1, elements], positions [1, length, 1, 1], norms' weights [1, 1, 1, width].
 
         Raises:
             FusionError: a shape does not fit the kernel.
@@ -162,7 +162,7 @@ class RotarySpec:
             _expect(name, table, (table.shape[0], table.shape[1], 1, elements))
             if table.shape[0] not in (1, batch) or table.shape[1] not in (1, length):
                 raise FusionError(f"{name} is {list(table.shape)} for {batch} x {length} tokens")
-            found[name] = table.expand(-1, length, -1, -1)
+            found[name] = table.expand(batch, length, -1, -1)
         if self.cos and not self.sin:
             pairs = torch.view_as_real(found[self.cos])
             found[self.cos], found[self.sin] = pairs[..., 0], pairs[..., 1]
@@ -350,9 +350,7 @@ class _Reader:
         """The track that ends in `target`, whose dimensions are in the order of `axes`."""
         own = tuple(value.dims[dim] for dim in axes)
         shape = self.values[value.track.source].shape
-        return replace(
-            value.track, axes=own, heads=shape[own[2]], target=target, target_axes=axes, cached=cached
-        )
+        return replace(value.track, axes=own, heads=shape[own[2]], target=target, target_axes=axes, cached=cached)
 
     def spec(self) -> RotarySpec:
         """The finished description."""

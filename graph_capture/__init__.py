@@ -18,12 +18,14 @@ from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_patte
 from graph_capture.recorded import RecordedGraph
 from graph_capture.recorder import record, start_graph_recording, stop_graph_recording
 from graph_capture.runtime import (
+    Bucket,
     FusedGraph,
     FusionConfig,
     FusionHeuristics,
     FusionScheduler,
     capture,
     fuse,
+    load,
 )
 
 configure()
@@ -31,6 +33,7 @@ configure()
 __version__ = version("graph-capture")
 
 __all__ = [
+    "Bucket",
     "CacheError",
     "CaptureError",
     "CompiledKernel",
@@ -54,6 +57,7 @@ __all__ = [
     "create_geglu_pattern",
     "create_swiglu_pattern",
     "fuse",
+    "load",
     "pattern",
     "record",
     "start_graph_recording",

@@ -1,13 +1,21 @@
-"""The command line: ``graph-capture demo``."""
+"""The command line: ``graph-capture demo | cache``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, cast
 
 import typer
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+class CacheAction(StrEnum):
+    INFO = "info"
+    CLEAR = "clear"
 
 
 def _version(asked: bool) -> None:
@@ -52,6 +60,43 @@ def demo(
     if json:
         print(report.to_json())
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def cache(
+    action: Annotated[CacheAction, typer.Argument(help="Show what there is, or remove it.")] = CacheAction.INFO,
+    folder: Annotated[str | None, typer.Option(help="The cache folder (default: the user's).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Show or clear the folder of compiled kernels, measured decisions and recorded patterns."""
+    import json as text
+
+    from graph_capture.cachedir import Usage, cache_folder, clear, contents
+    from graph_capture.runtime.explain import format_bytes
+    from graph_capture.runtime.store import DecisionStore
+
+    path = cache_folder(folder)
+    if action is CacheAction.CLEAR:
+        count, size = clear(path)
+        print(text.dumps({"path": str(path), "removed": count, "bytes": size})) if json else Console().print(
+            f"removed {count} files, {format_bytes(size)}, from {path}", soft_wrap=True
+        )
+        return
+    kinds = {"kernels": Usage()} | contents(path)
+    kinds["decisions"] = kinds.get("decisions", Usage())._replace(entries=len(DecisionStore(folder)))
+    if json:
+        print(text.dumps({"path": str(path), **{kind: usage._asdict() for kind, usage in kinds.items()}}))
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for column, justify in (("what", "left"), ("entries", "right"), ("files", "right"), ("bytes", "right")):
+        table.add_column(column, justify=cast(JustifyMethod, justify))
+    for kind, usage in sorted(kinds.items()):
+        table.add_row(kind, str(usage.entries), str(usage.files), format_bytes(usage.bytes))
+    table.add_section()
+    files, size = (sum(getattr(usage, name) for usage in kinds.values()) for name in ("files", "bytes"))
+    table.add_row("all", "", str(files), format_bytes(size))
+    Console().print(str(path), soft_wrap=True)
+    Console().print(table)
 
 
 def main() -> None:

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import networkx
 import torch
 
 from graph_capture.errors import CaptureError
+
+if TYPE_CHECKING:
+    import networkx
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,8 @@ class SubGraph:
 
         Edges carry ``name`` (the value) and ``position`` (in the consumer's inputs), or ``order=True``.
         """
+        import networkx  # slow to import, and not needed for a replay
+
         graph = networkx.MultiDiGraph()
         for name in self.input_names:
             graph.add_node(name, op_type="input", node=None)

@@ -6,9 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 import torch
 
 from graph_capture.errors import DataDependentError, SignatureMismatchError
@@ -22,6 +21,9 @@ from graph_capture.replay import Replay
 from graph_capture.signature import Call, Signature, Surroundings
 from graph_capture.structure import Template
 from graph_capture.witness import RandomState, Verification, storage_bytes
+
+if TYPE_CHECKING:
+    import networkx
 
 
 class RecordedGraph:
@@ -53,7 +55,7 @@ class RecordedGraph:
         self.captured = MappingProxyType(dict(captured))
         self.ledger = ledger
         self.verification = verification
-        self._surroundings = surroundings
+        self.surroundings = surroundings
 
     @cached_property
     def _replay(self) -> Replay:
@@ -70,6 +72,14 @@ class RecordedGraph:
     def writes(self) -> bool:
         """Whether a replay changes memory that the caller can see: an input's or a captured tensor's."""
         return bool(self._written_inputs(len(self.subgraph)))
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The inputs of `subgraph` (arguments' and captured tensors) that lie in memory which a replay writes."""
+        values = self.subgraph.values
+        names = self.subgraph.input_names
+        written = {values[names[position]].storage for position in self._written_inputs(len(self.subgraph))}
+        return frozenset(name for name in names if values[name].storage in written)
 
     @cached_property
     def guarded(self) -> bool:
@@ -92,9 +102,9 @@ class RecordedGraph:
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call: Call | Match | None = self.signature.match(args, kwargs, self._surroundings)
+        call: Call | Match | None = self.signature.match(args, kwargs, self.surroundings)
         if call is None:
-            call = Call(args, self.signature.ordered(kwargs), self._surroundings)
+            call = Call(args, self.signature.ordered(kwargs), self.surroundings)
             self.signature.check(call)
         broken = self.ledger.broken()
         if broken is not None:

@@ -61,6 +61,7 @@ class Signature:
         key: see `Call.key`.
         names: a value name for each distinct tensor.
         metas: their layouts.
+        closed: the objects that count by identity, by their ids.
     """
 
     def __init__(self, call: Call) -> None:
@@ -68,12 +69,28 @@ class Signature:
         self._order = dict.fromkeys(label for label, _ in call.arguments)
         self.names: tuple[str, ...] = _names(call.walk.paths)
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
-        self._closed = call.walk.closed  # kept alive: the key holds their ids
+        self.closed = call.walk.closed  # kept alive: the key holds their ids
+
+    @classmethod
+    def restored(
+        cls,
+        arguments: tuple[tuple[str, Spec], ...],
+        contents: tuple[Spec, ...],
+        sharing: tuple[tuple[int, int], ...],
+        names: tuple[str, ...],
+        metas: tuple[TensorMeta, ...],
+    ) -> Signature:
+        """A signature from its parts, with nothing in it that counts by identity."""
+        self = cls.__new__(cls)
+        self.key = (arguments, contents, tuple(map(_layout_of, metas)), sharing)
+        self._order = dict.fromkeys(label for label, _ in arguments)
+        self.names, self.metas, self.closed = names, metas, {}
+        return self
 
     @cached_property
     def _matcher(self) -> Matcher | None:
         arguments, contents, _, sharing = self.key
-        return matcher(arguments, contents, sharing, self.metas, self._closed)
+        return matcher(arguments, contents, sharing, self.metas, self.closed)
 
     def match(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], surroundings: Surroundings | None
@@ -221,13 +238,20 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's shape, strides, dtype and device; strides of dimensions of size 1 address nothing and do not count."""
-    shape = tensor.shape
     if tensor.layout != torch.strided:
-        return (shape, tensor.layout, tensor.dtype, tensor.device)
-    stride = tensor.stride()
-    if 1 in shape:
-        stride = tuple([step for size, step in zip(shape, stride, strict=True) if size != 1])
-    return (shape, stride, tensor.dtype, tensor.device)
+        return (tensor.shape, tensor.layout, tensor.dtype, tensor.device)
+    return (tensor.shape, _counting(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
+
+
+def _layout_of(meta: TensorMeta) -> tuple[Any, ...]:
+    """What `_layout` gives for a tensor laid out like that."""
+    return (meta.shape, _counting(meta.shape, meta.stride), meta.dtype, meta.device)
+
+
+def _counting(shape: Sequence[int], stride: tuple[int, ...]) -> tuple[int, ...]:
+    if 1 not in shape:
+        return stride
+    return tuple([step for size, step in zip(shape, stride, strict=True) if size != 1])
 
 
 def _steps(path: Path) -> list[Any]:

@@ -8,6 +8,7 @@ from graph_capture.passes.pipeline import Passes, Rewritten, pass_names, rewrite
 from graph_capture.passes.receipts import Receipt, Refusal
 from graph_capture.passes.regions import FusionPlan, find_regions
 from graph_capture.passes.registry import DEFAULT, PatternRegistry, pattern
+from graph_capture.passes.templates import load_templates, store_templates
 
 __all__ = [
     "DEFAULT",
@@ -24,7 +25,9 @@ __all__ = [
     "create_geglu_pattern",
     "create_swiglu_pattern",
     "find_regions",
+    "load_templates",
     "pass_names",
     "pattern",
     "rewrite",
+    "store_templates",
 ]

@@ -159,7 +159,7 @@ _CACHES = {
 }
 _NORMS = {"query": (2, 3, 4, 8), "key": (2, 3, 2, 8), "first": (8,), "second": (8,)}
 _INTEGERS = {"position": torch.int64, "steps": torch.int64, "count": torch.int64}
-_ANY_ROPE = frozenset({"interleaved", "eps", "offset", "other"})
+_ANY_ROPE = frozenset({"interleaved", "half_tables", "eps", "offset", "other"})
 
 
 def _written(keys: Any, values: Any, position: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -171,7 +171,23 @@ def _normed(query: Any, key: Any, first: Any, second: Any) -> tuple[Any, Any]:
     return query.transpose(1, 2), key.transpose(1, 2)
 
 
-@pattern("rope", outputs=("query_out", "key_out"), shapes=_rotary(), ignore=_ANY_ROPE, compound=True)
+def _rope_by_complex_numbers(query: Any, key: Any, table: Any) -> Any:
+    def turned(x: Any) -> Any:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table).flatten(3)
+
+    return turned(query), turned(key)
+
+
+@pattern(
+    "rope",
+    spellings=(_rope_by_complex_numbers,),
+    outputs=("query_out", "key_out"),
+    shapes=_rotary(table=(2, 1, 3, 4)),
+    kinds={"table": torch.complex64},
+    ignore=_ANY_ROPE,
+    compound=True,
+)
 def rope(query: Any, key: Any, cos: Any, sin: Any) -> Any:
     """Rotary position embedding (Su et al., 2021) of query and key."""
     return _rotated(query, cos, sin), _rotated(key, cos, sin)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import networkx
 import torch
 
 from graph_capture.errors import CaptureError
@@ -101,7 +101,7 @@ class Pattern:
             for p in parameters
             if p.name not in holes
         }
-        with Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
+        with _no_autocast(), Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
             recording.output(function(**tensors, **numbers))
         graph = recording.graph.subgraph
         if recording.graph.captured:
@@ -115,7 +115,7 @@ class Pattern:
         names = dict(zip(graph.output_names, self.outputs, strict=True))
         nodes = [_with_holes(node.rename(names), {v: k for k, v in numbers.items()}) for node in graph.nodes]
         result = SubGraph(tuple(nodes), graph.input_names, self.outputs)
-        if not nodes or not networkx.is_weakly_connected(_shared(result)):
+        if not nodes or not _is_connected(result):
             raise CaptureError(f"pattern {self.name!r}: its ops must be connected by the values they share")
         return result
 
@@ -127,14 +127,28 @@ class Pattern:
         return replace(graph, nodes=tuple(_filled(node, values | numbers) for node in graph.nodes))
 
 
-def _shared(graph: SubGraph) -> networkx.DiGraph:
-    """Ops and values, with an edge wherever an op reads or makes a value."""
-    flow: networkx.DiGraph = networkx.DiGraph()
-    for index, node in enumerate(graph.nodes):
-        flow.add_node(index)
-        flow.add_edges_from((name, index) for name in node.inputs)
-        flow.add_edges_from((index, name) for name in node.outputs)
-    return flow
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """A pattern is the same whatever context it happens to be recorded in."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _is_connected(graph: SubGraph) -> bool:
+    """Whether its ops hang together by the values that they read or make."""
+    groups: list[set[str]] = []
+    for node in graph.nodes:
+        apart, names = [], {*node.inputs, *node.outputs}
+        for group in groups:
+            if group.isdisjoint(names):
+                apart.append(group)
+            else:
+                names |= group
+        groups = [*apart, names]
+    return len(groups) == 1
 
 
 def _with_holes(node: OpNode, holes: Mapping[float, str]) -> OpNode:

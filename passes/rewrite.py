@@ -6,11 +6,11 @@ can still form a cycle together; then the later ones are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import networkx
 import torch
 
 from graph_capture.graph import OpNode, Source, SubGraph, order_edges
@@ -85,22 +85,42 @@ def contract(
     kept, dropped = list(contractions), []
     while True:
         owner = {index: len(graph) + number for number, item in enumerate(kept) for index in item.nodes}
-        quotient: networkx.DiGraph = networkx.DiGraph()
-        quotient.add_nodes_from(owner.get(index, index) for index in range(len(graph)))
         ends = ((owner.get(before, before), owner.get(after, after)) for before, after in dependencies.edges)
-        quotient.add_edges_from((before, after) for before, after in ends if before != after)
-
-        def position(key: int, kept: list[Contraction] = kept) -> int:
-            return key if key < len(graph) else kept[key - len(graph)].nodes[-1]
-
-        try:
-            order = list(networkx.lexicographical_topological_sort(quotient, key=position))
+        edges = {(before, after) for before, after in ends if before != after}
+        positions = {
+            key: key if key < len(graph) else kept[key - len(graph)].nodes[-1]
+            for key in (owner.get(index, index) for index in range(len(graph)))
+        }
+        order = _topological_order(positions, edges)
+        if len(order) == len(positions):
             break
-        except networkx.NetworkXUnfeasible:
-            cycle = {node for edge in networkx.find_cycle(quotient) for node in edge[:2] if node >= len(graph)}
-            dropped.append(kept.pop(max(cycle) - len(graph)))
+        import networkx  # rarely needed, and slow to import
+
+        quotient = networkx.DiGraph(edges)
+        cycle = {node for edge in networkx.find_cycle(quotient) for node in edge[:2] if node >= len(graph)}
+        dropped.append(kept.pop(max(cycle) - len(graph)))
     nodes = tuple(graph.nodes[key] if key < len(graph) else kept[key - len(graph)].node for key in order)
     return replace(graph, nodes=nodes), dropped
+
+
+def _topological_order(positions: Mapping[int, int], edges: Iterable[tuple[int, int]]) -> list[int]:
+    """Keys in topological order, among those that are ready the lowest position first; a cycle's keys are left out."""
+    waiting = dict.fromkeys(positions, 0)
+    successors: dict[int, list[int]] = {key: [] for key in positions}
+    for before, after in edges:
+        successors[before].append(after)
+        waiting[after] += 1
+    ready = [(positions[key], key) for key, count in waiting.items() if not count]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, key = heapq.heappop(ready)
+        order.append(key)
+        for after in successors[key]:
+            waiting[after] -= 1
+            if not waiting[after]:
+                heapq.heappush(ready, (positions[after], after))
+    return order
 
 
 def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:

@@ -7,9 +7,11 @@ import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from graph_capture.runtime.buckets import Bucket, Buckets, compare
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.scheduler import FusionScheduler
@@ -46,6 +48,7 @@ class Captured:
         check: Any,
         data_dependent: DataDependent,
         verify: bool,
+        buckets: Mapping[str, Bucket],
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self._function = function
@@ -58,7 +61,8 @@ class Captured:
             "surroundings": self._surroundings,
         }
         self._large = frozenset(name for name, value in surroundings(function).items() if _is_large(value))
-        self._in_a_row = 0
+        self._in_a_row = self._recordings = 0
+        self._buckets = Buckets(function, buckets) if buckets else None
         self._graphs: OrderedDict[tuple[Any, ...], FusedGraph] = OrderedDict()
         self._lock = threading.RLock()
         self.misses: deque[str] = deque(maxlen=64)
@@ -83,6 +87,32 @@ class Captured:
         """
         if is_recording():  # inside another captured function: one of its ops
             return self._function(*args, **kwargs)
+        padded = self._buckets.pad(args, kwargs) if self._buckets is not None else None
+        if padded is None:
+            return self._call(args, kwargs)
+        before = self._recordings
+        result = padded.cut(self._call(padded.args, padded.kwargs))
+        if self._recordings != before:
+            self._check_padding(args, kwargs, result)
+        return result
+
+    def _check_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Compare what was just recorded with the call as it is.
+
+        Raises:
+            CaptureError: it writes into the caller's memory or objects, or padding changes the result.
+        """
+        key, fused = next(reversed(self._graphs.items()))
+        try:
+            if fused.recorded.writes or fused.recorded.template.changes:
+                raise CaptureError("a call that writes into its arguments or the model cannot be padded")
+            if self._options["verify"]:
+                compare(result, self._function(*args, **kwargs))
+        except CaptureError:
+            self._graphs.pop(key, None)
+            raise
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(args, kwargs, self._surroundings)
         with self._lock:
             fused = self._graphs.get(call.key)
@@ -110,6 +140,7 @@ class Captured:
     def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         log.info("recording %s: %s", self, why)
         self.misses.append(why)
+        self._recordings += 1
         self._in_a_row += 1
         if self._in_a_row == RESTLESS:
             log.warning("%s has recorded %d calls in a row and replayed none; lately: %s", self, RESTLESS, why)
@@ -180,6 +211,8 @@ def capture(
     check: Any = None,
     data_dependent: DataDependent = "error",
     verify: bool = True,
+    verify_every: int | None = None,
+    buckets: Mapping[str, Bucket] | None = None,
 ) -> Captured:
     """Wrap a module or function for inference: recorded at the first call of each new signature, replayed afterwards.
 
@@ -195,14 +228,28 @@ def capture(
         data_dependent: with "guard", a value that Python reads is checked at each replay, and recorded again where it
             changed.
         verify: check each recording by one replay; see `record`.
+        verify_every: see `FusionConfig.verify_every`; None leaves what `config` says.
+        buckets: dimensions that may be padded, by a name of yours, so that one recording serves all lengths up to a
+            size. The first call of each size is also run as it is, and padding that changes its result is an error::
+
+                sequence = Bucket((16, 32, 64), {"input_ids": 1, "attention_mask": 1}, outputs={"logits": 1})
+                fast = capture(model, buckets={"sequence": sequence})
 
     Raises:
-        ValueError: `max_signatures` is less than 1.
+        ValueError: `max_signatures` is less than 1, or a bucket names an argument that the function does not have.
     """
     if max_signatures < 1:
         raise ValueError(f"max_signatures must be at least 1, got {max_signatures}")
+    if verify_every is not None:
+        config = replace(config or FusionConfig(), verify_every=verify_every)
     return Captured(
-        function, config, max_signatures=max_signatures, check=check, data_dependent=data_dependent, verify=verify
+        function,
+        config,
+        max_signatures=max_signatures,
+        check=check,
+        data_dependent=data_dependent,
+        verify=verify,
+        buckets=buckets or {},
     )
 
 

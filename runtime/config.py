@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,9 @@ class FusionConfig:
 
     Attributes:
         enable_fusion: False replays everything as recorded.
-        enable_cache: keep kernels and measured decisions for regions that come again.
+        enable_cache: keep kernels and measured decisions for regions that come again, in this process and later ones.
+        cache_dir: where those for later processes are kept; None is what ``GRAPH_CAPTURE_CACHE_DIR`` says, or else the
+            user's cache folder.
         fallback_on_error: a region whose kernel cannot be made or fails replays as recorded; False raises.
         debug_mode: log every decision at INFO and check every fused result against the recorded ops.
         max_graph_size: the most ops in one region.
@@ -28,6 +31,8 @@ class FusionConfig:
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
         target: what makes kernels; "auto" is ninetoothed.
+        verify_every: check the kernels in use at every so many replays against float64, on copies, and log what is off
+            (`FusedGraph.samples` keeps the latest outcomes); 0 checks none.
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,
             so that memory does not grow; "copy" leaves them alone; "off" does not merge.
         fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory
@@ -51,11 +56,13 @@ class FusionConfig:
     fusion_ratio: float = 0.8
     profile: Profile = "measure"
     target: Target = "auto"
+    verify_every: int = 0
     merge_linears: MergeLinears = "views"
     fold_weights: bool = False
     patterns: tuple[Pattern, ...] | None = None
     passes_off: frozenset[str] = frozenset()
     clone_outputs: bool = True
+    cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("profile", self.profile, get_args(Profile))
@@ -70,8 +77,9 @@ class FusionConfig:
         for name in ("max_graph_size", "min_nodes_for_fusion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.min_tensor_elements < 0:
-            raise ValueError(f"min_tensor_elements must not be negative, got {self.min_tensor_elements}")
+        for name in ("min_tensor_elements", "verify_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.fusion_ratio > 0:
             raise ValueError(f"fusion_ratio must be positive, got {self.fusion_ratio}")
 

@@ -9,15 +9,14 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from graph_capture.passes.receipts import Receipt, module_of, values_of
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from graph_capture.graph import OpNode
 from graph_capture.ops import Kind, op
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph, Region
+    from graph_capture.runtime.heuristics import Decision
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -27,22 +26,36 @@ class Explanation:
     Attributes:
         rows: one dict for each group of equal regions with one outcome: ``region``, ``where``, ``alike``, ``ops``,
             ``bytes_before``, ``bytes_after``, ``bytes_saved`` (each for one region), ``t_fallback``, ``t_fused``
-            (seconds, or None), ``used``, ``reason``, ``parts`` (regions inside, where there is no kernel).
+            (seconds, or None), ``cached`` (measured by an earlier process), ``used``, ``reason``, ``parts`` (regions
+            inside, where there is no kernel).
         rules: one dict for each rule: ``rule``, ``candidates``, ``matches``, ``refusals`` (reason -> count), ``places``
             (reason -> module path), ``removed`` (recorded ops that a clean-up pass removed).
         constant_bytes: memory of what is computed once.
+        whole: ``t_fallback``, ``t_fused``, ``cached``, ``used``, ``reason`` of the whole graph; None: not measured.
     """
 
     rows: list[dict[str, Any]]
     rules: list[dict[str, Any]]
     constant_bytes: int = 0
+    whole: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
-        return json.dumps({"regions": self.rows, "rules": self.rules, "constant_bytes": self.constant_bytes}, indent=2)
+        return json.dumps(
+            {
+                "regions": self.rows,
+                "rules": self.rules,
+                "constant_bytes": self.constant_bytes,
+                "whole": self.whole,
+            },
+            indent=2,
+        )
 
     def table(self) -> Table:
         """The regions as a rich table."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for column in ("region", "where", "n", "ops", "saves", "recorded", "fused", "decision"):
             table.add_column(column, no_wrap=column in ("region", "recorded", "fused", "saves"))
@@ -55,16 +68,22 @@ class Explanation:
                 format_bytes(row["bytes_saved"]),
                 format_seconds(row["t_fallback"]),
                 format_seconds(row["t_fused"]),
-                ("used: " if row["used"] else "not used: ") + row["reason"],
+                _verdict(row),
             )
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=StringIO(), width=140, color_system=None)
         if self.rows:
             console.print(self.table())
         else:
             console.print("no fusable region was found")
+        if self.whole is not None:
+            times = [format_seconds(self.whole[name]) for name in ("t_fallback", "t_fused")]
+            text = f"as a whole: {times[0]} without kernels, {times[1]} with; {_verdict(self.whole)}"
+            console.print(text, highlight=False, markup=False)
         for rule in self.rules:
             if rule["removed"]:
                 kept = f", {format_bytes(self.constant_bytes)} kept" if rule["rule"] == "constants" else ""
@@ -101,14 +120,26 @@ def explain(fused: FusedGraph) -> Explanation:
                 "bytes_before": first.bytes_before,
                 "bytes_after": first.bytes_after,
                 "bytes_saved": first.bytes_saved,
-                "t_fallback": first.decision.t_fallback,
-                "t_fused": first.decision.t_fused,
-                "used": first.decision.use,
-                "reason": first.decision.reason,
+                **_decided(first.decision),
                 "parts": sorted({part.kind for part in fused.regions if part.parent == first.name}),
             }
         )
-    return Explanation(rows, [_rule(receipt) for receipt in fused.receipts], fused.constant_bytes)
+    whole = None if fused.whole is None else _decided(fused.whole)
+    return Explanation(rows, [_rule(receipt) for receipt in fused.receipts], fused.constant_bytes, whole)
+
+
+def _decided(decision: Decision) -> dict[str, Any]:
+    return {
+        "t_fallback": decision.t_fallback,
+        "t_fused": decision.t_fused,
+        "cached": decision.cached,
+        "used": decision.use,
+        "reason": decision.reason,
+    }
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return ("used: " if row["used"] else "not used: ") + row["reason"] + (" (cached)" if row["cached"] else "")
 
 
 def _rule(receipt: Receipt) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +21,8 @@ from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
 from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants, LibraryKernel
-from graph_capture.runtime.verify import Verification, close_enough, verify
+from graph_capture.runtime.sample import check_sample
+from graph_capture.runtime.verify import Verification, apart, close_enough, verify
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
@@ -108,7 +112,11 @@ class FusedGraph:
         regions: what was found, in graph order, used or not; the parts of a region follow it.
         receipts: what each rule looked at, matched and refused.
         config: the configuration it was made with.
+        samples: what `FusionConfig.verify_every` has found lately, oldest first.
+        whole: how the whole graph measured against the one with no kernel; None where that was not measured.
     """
+
+    whole: Decision | None = None
 
     def __init__(
         self,
@@ -124,6 +132,8 @@ class FusedGraph:
         self.stages = rewritten.stages
         self.receipts = rewritten.receipts
         self.config = config
+        self.samples: deque[Verification] = deque(maxlen=16)
+        self._replays = itertools.count(1)
         self._regions = {id(region.node): region for region in regions}
         self._bound: list[Constants] = []  # whose results the replay takes as further inputs
         self._more: list[Constants] = []  # that regions hold themselves
@@ -191,6 +201,9 @@ class FusedGraph:
 
     def replay(self, call: Bound) -> Any:
         """Replay on a call that is known to fit."""
+        every = self.config.verify_every
+        if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
+            self.samples.append(sample)
         constants = [tensor for bound in self._bound for tensor in bound()]
         return self.recorded.replay(call, self._replay, constants, sum([bound.version for bound in self._bound]))
 
@@ -249,6 +262,22 @@ class FusedGraph:
             SignatureMismatchError: as `__call__`.
         """
         return verify(self, self.tensors(self.recorded.bind(args, kwargs)))
+
+    def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
+        """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.
+
+        Args:
+            path: the file; it is replaced as a whole.
+            weights: keep the captured parameters too. Without them, `load` must be given them. Buffers and constants
+                are always kept.
+
+        Raises:
+            CaptureError: the graph takes or gives something other than tensors, plain values, tuples, lists and dicts;
+                or runs an op that is not torch's.
+        """
+        from graph_capture.runtime.save import save
+
+        save(self, path, weights)
 
     def tensors(self, call: Bound) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""
@@ -312,6 +341,7 @@ class _Step:
     def __call__(self, tensors: list[torch.Tensor]) -> Any:
         if self.kernel is None:
             return self.recorded.run(tensors)
+        before = apart(self.region.body, tensors) if self.config.debug_mode else tensors
         try:
             outputs = self.kernel(tensors)
         except Exception as error:
@@ -327,7 +357,7 @@ class _Step:
                     empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
                     outputs[index] = empty.copy_(outputs[index])
         if self.config.debug_mode:
-            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(tensors), strict=True):
+            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(before), strict=True):
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs

@@ -5,31 +5,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from graph_capture.codegen import CompiledKernel, KernelCompiler, interpreted, supports
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import compare
+from graph_capture.runtime.store import DecisionStore, Times
+from graph_capture.runtime.verify import apart
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
+from graph_capture.ops import written_inputs
 
 Kernel = CompiledKernel | LibraryKernel
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a fused kernel is used, why, and what was measured (seconds a call; None: not measured)."""
+    """Whether a fused kernel is used, why, and what was measured (seconds a call; None: not measured).
+
+    Attributes:
+        cached: whether the times were measured by an earlier process.
+    """
 
     use: bool
     reason: str
     t_fallback: float | None = None
     t_fused: float | None = None
+    cached: bool = False
 
     def __bool__(self) -> bool:
         return self.use
@@ -53,7 +63,8 @@ class FusionHeuristics:
     def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
         self.config = config or FusionConfig()
         self.compiler = compiler or KernelCompiler(self.config.target)
-        self._measured: dict[tuple[Any, ...], Decision] = {}
+        self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
+        self._measured: dict[str, Decision] = {}
 
     def should_fuse(
         self,
@@ -94,12 +105,12 @@ class FusionHeuristics:
     def profile_and_decide(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> Decision:
         """Whether the fused kernel of `graph` is used for `inputs`, by measurement (see `FusionConfig.profile`).
 
-        Both sides run on `inputs` themselves; a region holds no op that writes, so they are only read.
+        Both sides run on `inputs` themselves, but for copies of what the region writes.
 
         Raises:
             FusionError: an input is missing, or, with ``fallback_on_error=False``, no kernel can be made.
         """
-        decision, _ = self.decide(graph, [inputs[name] for name in input_metas(graph, inputs)])
+        decision, _ = self.decide(graph, apart(graph, [inputs[name] for name in input_metas(graph, inputs)]))
         return decision
 
     def decide(
@@ -124,14 +135,13 @@ class FusionHeuristics:
             fallback = fallback or fallback_of(graph, tensors)
             made: list[tuple[Decision, Kernel]] = []
             try:
-                compiled = self.kernel(graph, metas)
-                made.append((self._by_profile(graph, compiled, tensors, metas, fallback), compiled))
+                made.append(self._by_profile(graph, None, tensors, metas, fallback))
             except FusionError as error:
                 if not self.config.fallback_on_error and library is None:
                     raise
                 decision = Decision(False, f"no kernel: {error}")
             if library is not None and not (made and made[0][0] and self.config.profile != "measure"):
-                made.append((self._by_profile(graph, library, tensors, metas, fallback), library))
+                made.append(self._by_profile(graph, library, tensors, metas, fallback))
             if made:
                 decision, kernel = min(made, key=_merit)
         if self.config.debug_mode:
@@ -160,52 +170,102 @@ class FusionHeuristics:
     def _by_profile(
         self,
         graph: SubGraph,
-        kernel: Kernel,
+        library: LibraryKernel | None,
         tensors: Sequence[torch.Tensor],
         metas: Mapping[str, TensorMeta],
         fallback: Callable[[], Any],
-    ) -> Decision:
+    ) -> tuple[Decision, Kernel]:
+        """Decide on `library`, or on the kernel of `graph`.
+
+        Raises:
+            FusionError: there is no kernel.
+        """
         config = self.config
-        if config.profile == "always":
-            return Decision(True, 'profile="always"')
-        if config.profile == "static":
+        if config.profile != "measure":
+            kernel = library or self.kernel(graph, metas)
+            if config.profile == "always":
+                return Decision(True, 'profile="always"'), kernel
             reason = "is interpreted on this machine" if kernel.interpreted else "is machine code"
-            return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}')
-        key = (
-            graph.cache_key({n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}),
-            tuple(meta.stride for meta in metas.values()),
-            tuple(str(meta.device) for meta in metas.values()),
-            type(kernel),
-        )
-        if config.enable_cache and key in self._measured:
-            return self._measured[key]
+            return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}'), kernel
+        device = next(iter(metas.values())).device
+        key = self._key(graph, "library" if library is not None else config.target, metas)
+        known = self._measured.get(key) if config.enable_cache else None
+        times = self.store.get(key) if known is None and self.store is not None else None
+        if known is not None or times is not None:
+            if known is None and times is not None:
+                known = self._measured[key] = replace(self.judge(times), cached=True)
+            assert known is not None
+            if library is not None or known:
+                return known, library or self.kernel(graph, metas)
+            return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))
+        kernel = library or self.kernel(graph, metas)
         try:
-            device = next(iter(metas.values())).device
-            fused = functools.partial(kernel.bind(tensors, share=False), tensors)
-            t_fallback, t_fused = compare(fallback, fused, device)
+            counters = _counters(graph, tensors)
+            fused = as_it_will_run(kernel, tensors)
+            measured = compare(_reset(fallback, counters), _reset(fused, counters), device)
+            times = Times(*measured, kernel.interpreted)
         except Exception as error:
             if not config.fallback_on_error:
                 raise
             decision = Decision(False, f"the kernel failed: {type(error).__name__}: {error}")
         else:
-            decision = self._judge(t_fallback, t_fused, kernel)
+            decision = self.judge(times)
+            if self.store is not None:
+                self.store.put(key, times)
         self._measured[key] = decision
-        return decision
+        return decision, kernel
 
-    def _judge(self, t_fallback: float, t_fused: float, kernel: Kernel) -> Decision:
+    def _key(self, graph: SubGraph, kind: str, metas: Mapping[str, TensorMeta]) -> str:
+        """What a measurement depends on; equal in every process."""
+        device = next(iter(metas.values())).device
+        dtypes, shapes = {n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}
+        layouts = [(m.stride, str(m.device)) for m in metas.values()]
+        how = f"{kind}, interpreted {interpreted()}, {torch.get_num_threads()} threads"
+        return DiskCache.key(graph.cache_key(dtypes, shapes), repr(layouts), how, device=device)
+
+    def judge(self, times: Times) -> Decision:
+        """What `FusionConfig.fusion_ratio` makes of what was measured."""
+        t_fallback, t_fused, interpreted = times
         ratio = t_fused / t_fallback
         if ratio < self.config.fusion_ratio:
             return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused)
         if ratio < 1:
             return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused)
         how = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
-        return Decision(False, how + (", interpreted" if kernel.interpreted else ""), t_fallback, t_fused)
+        return Decision(False, how + (", interpreted" if interpreted else ""), t_fallback, t_fused)
+
+
+def as_it_will_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """A call of `kernel` on `tensors` as a plan makes it: into outputs that are there already, where it can."""
+    if isinstance(kernel, CompiledKernel):
+        return kernel.prepare(tensors, kernel.spec.allocate(tensors))
+    return functools.partial(kernel.bind(tensors, share=False), tensors)
 
 
 def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
     """A call that runs a graph's own ops on `tensors`."""
     executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
     return lambda: executor.run(tensors)
+
+
+def _counters(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The integers that a graph writes: positions in a cache, which must not run off its end while it is timed."""
+    written = {node.inputs[position] for node in graph.nodes for position in written_inputs(node)}
+    given = zip(graph.input_names, tensors, strict=True)
+    return [tensor for name, tensor in given if name in written and not tensor.is_floating_point()]
+
+
+def _reset(call: Callable[[], Any], counters: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """`call`, with the counters at 0 each time; the same work on either side."""
+    if not counters:
+        return call
+
+    def with_reset() -> Any:
+        for counter in counters:
+            counter.zero_()
+        return call()
+
+    return with_reset
 
 
 def _merit(made: tuple[Decision, Kernel]) -> tuple[bool, float]:

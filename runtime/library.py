@@ -30,7 +30,7 @@ class LibraryKernel:
     interpreted = False
 
     def __init__(self, body: SubGraph, weights: Collection[str] = ()) -> None:
-        self.body = body
+        self.body, self.weights = body, tuple(weights)
         self.name = "_".join(node.op_type for node in body.nodes)
         once, rest = split_constants(body, weights) if weights else (None, body)
         self.once = once if once is not None and once.nodes else None

@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same thing, side by side."""
+"""Timing two ways of doing the same thing, side by side, as they will run in a replay."""
 
 from __future__ import annotations
 
@@ -10,54 +10,101 @@ from typing import Any
 import torch
 
 from graph_capture.graph import TensorMeta
+from graph_capture.log import log
 
-BUDGET = 0.005  # seconds of timed work for each side
-REPEATS = 5
+SAMPLE = 0.001  # seconds of one sample: many calls of a short function
+REPEATS = 5  # samples of each side
+LIMIT = 0.05  # seconds for all samples of both sides: slower functions get fewer,
+FEWEST = 3  # but not fewer than these,
+PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
 
 
 def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Median seconds a call of each, measured in turns after a warm-up.
 
-    A side that is slow on its own (a kernel in Triton's interpreter) is called only a few times.
+    On CUDA both run inside replayed CUDA graphs, where both can be captured. A side that is slow on its own (a kernel
+    in Triton's interpreter) is called only a few times.
     """
-    functions = (fallback, fused)
-    calls = []
-    for function in functions:
-        _time(function, 1, device)
-        once = max(_time(function, 1, device), 1e-7)
-        calls.append(max(1, min(1000, int(BUDGET / REPEATS / once))))
-    repeats = REPEATS if calls[1] > 1 else 1
-    samples: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for side, function in enumerate(functions):
-            samples[side].append(_time(function, calls[side], device))
-    return statistics.median(samples[0]), statistics.median(samples[1])
-
-
-def _time(function: Callable[[], Any], calls: int, device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    _synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
-def _synchronize(device: torch.device) -> None:
+    sides = _Side(fallback, device), _Side(fused, device)
     if device.type == "cuda":
+        graphs = [_captured(side, device) for side in sides]
+        if None not in graphs:
+            for side, graph in zip(sides, graphs, strict=True):
+                assert graph is not None
+                side.replays(graph)
+    cost = sum(side.once * side.calls for side in sides)
+    rounds = 0 if cost > PATIENCE else max(FEWEST, min(REPEATS, int(LIMIT / cost)))
+    samples = [[side.sample() for side in sides] for _ in range(rounds)] or [[side.once for side in sides]]
+    fallbacks, fuseds = zip(*samples, strict=True)
+    return statistics.median(fallbacks), statistics.median(fuseds)
+
+
+class _Side:
+    """One of two functions.
+
+    Attributes:
+        once: seconds of one call, roughly.
+        calls: how many calls make a sample.
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+        self.function, self._device = function, device
+        self._runs = 1  # of `function` in one sample
+        self.calls = 1
+        first = self.sample()
+        self.once = max(first if first > PATIENCE else self.sample(), 1e-7)
+        self._runs = self.calls = max(1, min(1000, int(SAMPLE / self.once)))
+
+    def replays(self, graph: torch.cuda.CUDAGraph) -> None:
+        """From now on a sample is one replay of `graph`, which holds `calls` calls."""
+        self.function, self._runs = graph.replay, 1
+        self.sample()
+
+    def sample(self) -> float:
+        """Seconds a call."""
+        function = self.function
+        if self._device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            with torch.cuda.device(self._device):
+                begin.record()
+                for _ in range(self._runs):
+                    function()
+                end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / self.calls
+        start = time.perf_counter()
+        for _ in range(self._runs):
+            function()
+        return (time.perf_counter() - start) / self.calls
+
+
+def _captured(side: _Side, device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of as many calls as make a sample; None where something in them cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(side.calls):
+                side.function()
+    except RuntimeError as error:
+        log.debug("measured without a CUDA graph: %s", error)
         torch.cuda.synchronize(device)
+        return None
+    return graph
 
 
 def example_inputs(names: Sequence[str], values: Mapping[str, TensorMeta], seed: int = 0) -> list[torch.Tensor]:
-    """Tensors with the layouts that `values` gives `names`, filled with noise; the global RNG is left alone."""
+    """Tensors with the layouts that `values` gives `names`: noise, true, and zeros for integers, which may be indices.
+
+    The global random generator is left alone.
+    """
     tensors = []
     for index, name in enumerate(names):
         meta = values[name]
         extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True) if size > 0)
-        generator = torch.Generator(meta.device).manual_seed(seed + index)
         if meta.dtype.is_floating_point or meta.dtype.is_complex:
+            generator = torch.Generator(meta.device).manual_seed(seed + index)
             flat = torch.randn(extent, generator=generator, device=meta.device, dtype=torch.float32).to(meta.dtype)
         else:
-            flat = torch.randint(0, 2, (extent,), generator=generator, device=meta.device).to(meta.dtype)
+            flat = torch.full((extent,), meta.dtype is torch.bool, device=meta.device, dtype=meta.dtype)
         tensors.append(flat.as_strided(meta.shape, meta.stride))
     return tensors

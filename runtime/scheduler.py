@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import torch
 from graph_capture.codegen import supports
-from graph_capture.passes import Passes, find_regions, rewrite
+from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
 from graph_capture.passes.rewrite import expand
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
-from graph_capture.runtime.heuristics import FusionHeuristics, fallback_of, input_metas
+from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import example_inputs
+from graph_capture.runtime.whole import decide_whole
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.log import log
@@ -65,7 +67,11 @@ class FusionScheduler:
             config.min_nodes_for_fusion,
             off,
         )
+        cache = DiskCache("templates", config.cache_dir) if config.enable_cache else None
+        known = cache is None or load_templates(cache)
         rewritten = rewrite(graph.subgraph, passes)
+        if cache is not None and not known:
+            store_templates(cache)
         regions = _Regions(self.heuristics, passes, rewritten.graph)
         used = sum(bool(region.decision) for region in regions.found)
         log.info(
@@ -75,7 +81,30 @@ class FusionScheduler:
             used,
             len(regions.found),
         )
-        return FusedGraph(graph, rewritten, tuple(regions.found), config, self._memory)
+        return self._as_a_whole(graph, rewritten, tuple(regions.found))
+
+    def _as_a_whole(self, graph: RecordedGraph, rewritten: Rewritten, regions: tuple[Region, ...]) -> FusedGraph:
+        """The fused graph; with no kernel in it where it measures no faster for them."""
+        fused = FusedGraph(graph, rewritten, regions, self.config, self._memory)
+        if self.config.profile != "measure" or not any(region.decision for region in fused.regions):
+            return fused
+
+        def unfused() -> FusedGraph:
+            off = Decision(False, "left out to compare")
+            return FusedGraph(
+                graph, rewritten, tuple(replace(r, decision=off) for r in regions), self.config, self._memory
+            )
+
+        whole = decide_whole(fused, unfused, self.heuristics.store)
+        if whole is not None and not whole:
+            log.info("%s: all regions replay as recorded", whole.reason)
+            off = tuple(
+                replace(r, decision=replace(r.decision, use=False, reason=whole.reason)) if r.decision else r
+                for r in regions
+            )
+            fused = FusedGraph(graph, rewritten, off, self.config, self._memory)
+        fused.whole = whole
+        return fused
 
 
 class _Regions:
@@ -98,23 +127,13 @@ class _Regions:
             key = (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
             alike = self._decided.get(key)
             if alike is None:
-                alike = self._decided[key] = self._region(node)
+                undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
+                alike = self._decided[key] = decide_region(self.heuristics, undecided, self._library(node))
             tried = off | {kind}
             parts = self._parts(node, tried) if alike.kernel is None else None
             self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
             if parts is not None:
                 self._add(parts, name, tried)
-
-    def _region(self, node: OpNode) -> Region:
-        """Decide one region on made-up inputs."""
-        body: SubGraph = node.attr("body")
-        tensors = example_inputs(node.inputs, self.values)
-        executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
-        ops = len(node.recorded)
-        decision, kernel = self.heuristics.decide(
-            body, tensors, lambda: executor.run(tensors), ops, self._library(node)
-        )
-        return Region(node.op_type, node, self.values, decision, kernel)
 
     def _library(self, node: OpNode) -> LibraryKernel | None:
         """The region as library calls, where some of these stand for several recorded ops."""
@@ -139,6 +158,17 @@ class _Regions:
             off=self.passes.off | tried,
         )
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
+
+
+def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
+    """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
+    node = region.node
+    tensors = example_inputs(node.inputs, region.values)
+    executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
+    decision, kernel = heuristics.decide(
+        region.body, tensors, lambda: executor.run(tensors), len(node.recorded), library
+    )
+    return replace(region, decision=decision, kernel=kernel)
 
 
 def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph:

@@ -10,7 +10,7 @@ import torch
 
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph
-from graph_capture.ops import Kind, op
+from graph_capture.ops import Kind, op, written_inputs
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph, Region
@@ -41,8 +41,11 @@ class Verification:
         return "\n".join(lines) or "no region has a kernel"
 
 
-def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
-    """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way."""
+def verify(fused: FusedGraph, env: dict[str, torch.Tensor], used: bool = False) -> Verification:
+    """Walk the rewritten graph on `env` (a tensor for each graph input), checking each region on the way.
+
+    With `used`, only those whose kernel a replay runs.
+    """
     regions = {id(region.node): region for region in fused.regions}
     rows = []
 
@@ -53,9 +56,10 @@ def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
                 walk(region.parts.nodes)
                 continue
             inputs = [env[name] for name in node.inputs]
+            before = apart(region.body, inputs) if region is not None else inputs
             results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
-            if region is not None and region.kernel is not None:
-                rows.append(_check(region, inputs, results))
+            if region is not None and region.kernel is not None and (region.decision or not used):
+                rows.append(_check(region, before, results))
             env.update(zip(node.outputs, results, strict=True))
 
     walk(fused.subgraph.nodes)
@@ -65,7 +69,7 @@ def verify(fused: FusedGraph, env: dict[str, torch.Tensor]) -> Verification:
 def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> dict[str, Any]:
     assert region.kernel is not None
     exact = in_float64(region.body, inputs)
-    outputs = region.kernel(*inputs)
+    outputs = region.kernel(*apart(region.body, inputs))
     worst = {"error_recorded": 0.0, "error_fused": 0.0, "ok": True}
     for reference, eager, ours in zip(exact, recorded, outputs, strict=True):
         before, after = distance(eager, reference), distance(ours, reference)
@@ -82,6 +86,12 @@ def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[to
     return {"region": region.name, "where": region.where, **worst}
 
 
+def apart(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs of a graph, with copies of those that it writes: caches, counters."""
+    written = {node.inputs[position] for node in graph.nodes for position in written_inputs(node)}
+    return [t.clone() if name in written else t for name, t in zip(graph.input_names, inputs, strict=True)]
+
+
 def in_float64(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Run a graph with every floating-point value in float64, casts between floats included."""
     nodes = [
@@ -89,7 +99,14 @@ def in_float64(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Te
         for node in graph.nodes
     ]
     executor = Executor([(node, None) for node in nodes], graph.input_names, graph.output_names)
-    return executor.run([tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs])
+    inputs = apart(graph, inputs)
+    return executor.run([_widened(tensor) for tensor in inputs])
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _widen(value: Any) -> Any:

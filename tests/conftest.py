@@ -1,7 +1,16 @@
 import pytest
 import torch
 
+from graph_capture.cachedir import VARIABLE
 from tests.models import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """A cache folder of the test's own: no test sees what another has measured, or touches the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return folder
 
 
 def pytest_collection_modifyitems(items):

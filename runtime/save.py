@@ -1,0 +1,238 @@
+"""Saving a fused graph and loading it in a process that has nothing of the model's code.
+
+One safetensors file: the tensors, and as its metadata one JSON text with the graphs, the structure of arguments and
+result, the regions and their decisions. Nothing in it is ever executed, and everything is checked: the text and each
+tensor against a digest, names of ops against the op table and ATen, layouts against the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from graph_capture.passes.pipeline import Rewritten
+from graph_capture.passes.receipts import Receipt
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.fused import FusedGraph, Region
+from graph_capture.runtime.heuristics import Decision, FusionHeuristics
+from graph_capture.runtime.library import LibraryKernel
+from graph_capture.runtime.scheduler import decide_region
+from graph_capture.runtime.stored import decode_tensors, encode_tensors
+from graph_capture.runtime.whole import device_of
+
+from graph_capture.cachedir import environment_key
+from graph_capture.errors import CacheError, CaptureError, FusionError
+from graph_capture.graph import SubGraph
+from graph_capture.ledger import Ledger
+from graph_capture.ops import FUSED
+from graph_capture.recorded import RecordedGraph
+from graph_capture.saved import decode_structure, encode_structure
+from graph_capture.serialize import Decoder, Encoder, as_dict, as_list, text
+from graph_capture.source import ModulePaths
+
+FORMAT = 1
+_ENTRY, _DIGEST = "graph_capture", "graph_capture_digest"
+Weights = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+def save(fused: FusedGraph, path: str | os.PathLike[str], weights: bool = True) -> None:
+    """See `FusedGraph.save`."""
+    from safetensors.torch import save_file
+
+    recorded = fused.recorded
+    encoder = Encoder()
+    tensors, captured = encode_tensors(recorded.captured, weights)
+    table = {
+        "format": FORMAT,
+        "environment": environment_key(device_of(recorded.subgraph)),
+        "recorded": encoder.graph(recorded.subgraph),
+        "rewritten": encoder.graph(fused.subgraph),
+        "constants": encoder.graph(fused.constants),
+        "structure": encode_structure(recorded),
+        "captured": captured,
+        "regions": [_encode_region(region, encoder) for region in fused.regions],
+        "whole": None if fused.whole is None else _encode_decision(fused.whole),
+        "receipts": [[r.rule, r.candidates, r.matches, r.ops] for r in fused.receipts],
+        "nodes": encoder.nodes,
+    }
+    content = json.dumps(table, allow_nan=False)
+    metadata = {_ENTRY: content, _DIGEST: hashlib.sha256(content.encode()).hexdigest()}
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}_", dir=target.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, name, metadata)
+        os.replace(name, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def load(
+    path: str | os.PathLike[str], weights: Weights | None = None, config: FusionConfig | None = None
+) -> FusedGraph:
+    """A fused graph that `FusedGraph.save` has written; it replays without the model's code.
+
+    Decisions are taken over on the kind of machine, and with the versions, that they were made with; elsewhere regions
+    are decided anew. Kernels come from the disk cache, or are compiled.
+
+    Args:
+        path: the file.
+        weights: a module, or tensors by name, to take the place of those in the file with these names; they are used by
+            reference. Needed for what was left out by ``save(weights=False)``.
+        config: how regions are decided, and how the graph replays.
+
+    Raises:
+        CacheError: the file cannot be read, is damaged, was not made by `save`, or lacks a weight that is not given
+            either; or a given weight has another shape, dtype, strides or device.
+    """
+    try:
+        content, tensors = _read(path)
+        return _decode(as_dict(json.loads(content)), tensors, _by_name(weights), config or FusionConfig())
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from error
+    except (CaptureError, ValueError, TypeError, KeyError, IndexError, RuntimeError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise CacheError(f"{path} cannot be loaded: {error}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[str, Any]:
+    """The JSON text and the open file of tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CacheError(f"not a safetensors file, or a damaged one: {error}") from error
+    content = metadata.get(_ENTRY)
+    if content is None:
+        raise CacheError("it holds no graph")
+    if hashlib.sha256(content.encode()).hexdigest() != metadata.get(_DIGEST):
+        raise CacheError("its graph is damaged")
+    return content, file
+
+
+def _by_name(weights: Weights | None) -> Mapping[str, torch.Tensor]:
+    if isinstance(weights, torch.nn.Module):
+        return dict([*weights.named_parameters(remove_duplicate=False), *weights.named_buffers(remove_duplicate=False)])
+    return weights or {}
+
+
+def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tensor], config: FusionConfig) -> FusedGraph:
+    if table.get("format") != FORMAT:
+        raise CacheError(f"its format is {str(table.get('format'))[:20]}, this version reads {FORMAT}")
+    decoder = Decoder(table.get("nodes"))
+    recorded, rewritten, constants = (decoder.graph(table.get(key)) for key in ("recorded", "rewritten", "constants"))
+    signature, template = decode_structure(table.get("structure"))
+    captured = decode_tensors(as_dict(table.get("captured")), file, given, recorded)
+    _check(recorded.input_names == (*signature.names, *captured), "the graph has other inputs than its signature")
+    for name, meta in zip(signature.names, signature.metas, strict=True):
+        _check(recorded.values.get(name) == meta._replace(storage=recorded.values[name].storage), f"{name} is damaged")
+    _check(len(recorded.output_names) == len(template.tensors), "the graph has other outputs than its result")
+    _check(set(constants.input_names) <= set(captured), "constants depend on more than captured tensors")
+    _check(rewritten.input_names == (*recorded.input_names, *constants.output_names), "the fused graph does not fit")
+    _check(len(rewritten.output_names) == len(recorded.output_names), "the fused graph has other outputs")
+    for graph in (recorded, rewritten, constants):
+        _check_values(graph)
+    graph = RecordedGraph(recorded, signature, template, captured, Ledger(ModulePaths(), captured))
+    same = table.get("environment") == environment_key(device_of(recorded))
+    regions = _Regions(decoder, rewritten, FusionHeuristics(config), same)
+    found = tuple(map(regions.decode, as_list(table.get("regions"))))
+    receipts = tuple(Receipt(text(rule), *map(int, counts), ops=int(ops)) for rule, *counts, ops in table["receipts"])
+    fused = FusedGraph(graph, Rewritten(rewritten, constants, receipts, ()), found, config)
+    fused.whole = None if table.get("whole") is None or not same else _decode_decision(table["whole"])
+    return fused
+
+
+def _check(condition: bool, what: str) -> None:
+    if not condition:
+        raise CacheError(what)
+
+
+def _check_values(graph: SubGraph) -> None:
+    """Every value that a node reads or makes has a layout."""
+    names = {name for node in graph.nodes for name in (*node.inputs, *node.outputs)}
+    _check(names <= graph.values.keys(), "values without a layout")
+
+
+# --- regions
+
+
+def _encode_decision(decision: Decision) -> dict[str, Any]:
+    return {
+        "use": decision.use,
+        "reason": decision.reason,
+        "t_fallback": decision.t_fallback,
+        "t_fused": decision.t_fused,
+    }
+
+
+def _decode_decision(value: Any) -> Decision:
+    table = as_dict(value)
+    times = [table.get("t_fallback"), table.get("t_fused")]
+    _check(all(time is None or isinstance(time, float) for time in times), "a decision's times are damaged")
+    return Decision(bool(table.get("use")), text(table.get("reason")), *times, cached=True)
+
+
+def _encode_region(region: Region, encoder: Encoder) -> dict[str, Any]:
+    kernel = region.kernel
+    return {
+        "name": region.name,
+        "node": encoder.node(region.node),
+        "decision": _encode_decision(region.decision),
+        "kernel": None if kernel is None else "library" if isinstance(kernel, LibraryKernel) else "compiled",
+        "weights": list(kernel.weights) if isinstance(kernel, LibraryKernel) else [],
+        "parts": None if region.parts is None else encoder.graph(region.parts),
+        "parent": region.parent,
+    }
+
+
+class _Regions:
+    """Regions back from JSON."""
+
+    def __init__(self, decoder: Decoder, graph: SubGraph, heuristics: FusionHeuristics, same: bool) -> None:
+        self.decoder, self.values, self.heuristics, self.same = decoder, graph.values, heuristics, same
+
+    def decode(self, value: Any) -> Region:
+        table = as_dict(value)
+        node = self.decoder.node(table.get("node"))
+        _check(node.op_type.startswith(FUSED), f"{node.op_type} is not a region")
+        body: SubGraph = node.attr("body")
+        _check(len(body.input_names) == len(node.inputs), "a region has other inputs than its body")
+        _check(len(body.output_names) == len(node.outputs), "a region has other outputs than its body")
+        _check({*node.inputs, *node.outputs} <= self.values.keys(), "a region's values have no layouts")
+        # Code is generated from these names.
+        names = {*body.input_names, *(name for inner in body.nodes for name in inner.outputs)}
+        _check(
+            all(re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) for name in names), "a region's names are damaged"
+        )
+        parts = None if table.get("parts") is None else self.decoder.graph(table["parts"])
+        kind = table.get("kernel")
+        library = None
+        if kind == "library":
+            library = LibraryKernel(body, tuple(map(text, as_list(table.get("weights")))))
+        decision = _decode_decision(table.get("decision"))
+        region = Region(text(table.get("name")), node, self.values, decision, library, parts, text(table.get("parent")))
+        if kind is None or (library is not None and self.same):
+            return region
+        return self._compiled(region) if self.same else decide_region(self.heuristics, region, library)
+
+    def _compiled(self, region: Region) -> Region:
+        body, node = region.body, region.node
+        metas = {name: self.values[given] for name, given in zip(body.input_names, node.inputs, strict=True)}
+        try:
+            return replace(region, kernel=self.heuristics.kernel(body, metas))
+        except FusionError as error:
+            return replace(region, decision=Decision(False, f"no kernel: {error}"))
