@@ -97,9 +97,14 @@ class Graphs:
         count = len(brought)
         self._copied = {i: _like(t) for i, t in enumerate(brought) if self._is_copied(executor.inputs[i], t)}
         self._addresses = [(i, brought[i].data_ptr()) for i in range(count) if i not in self._copied]
+        self._same = {slot: slot for slot in executor.inputs}  # what is an input, as an object: which one
+        for step, form in zip(executor.steps, survey.forms, strict=True):
+            for slot, same in zip(step.fills, form.same, strict=True):
+                if same is not None and step.reads[same] in self._same:
+                    self._same[slot] = self._same[step.reads[same]]
         self._values: list[torch.Tensor | None] = [None] * len(executor.names)
-        for slot, tensor in zip(executor.inputs, [*brought, *fixed], strict=True):
-            self._values[slot] = tensor
+        for given, bound in zip(executor.inputs, [*brought, *fixed], strict=True):
+            self._values[given] = bound
         for index, buffer in self._copied.items():
             self._values[executor.inputs[index]] = buffer
         with undone([*brought, *fixed]), backend.beside(), plain_mode():
@@ -109,7 +114,8 @@ class Graphs:
         with undone([*brought, *fixed]), plain_mode():  # segments run as they are captured: others read their results
             for number, segment in enumerate(self._segments):
                 self._capture(number, segment)
-        for index, slot in enumerate(executor.inputs[:count]):
+        for index in range(count):
+            slot = executor.inputs[index]
             if index not in self._copied:
                 self._values[slot] = None  # the caller's
         self.bytes_after = backend.allocated()
@@ -191,9 +197,10 @@ class Graphs:
         value = self._value(slot)
         group = self._survey.groups[value.group]
         if group.maker < 0:  # an argument or a weight, or a view of one
-            owner = self._executor.inputs.index(group.root)
-            base = brought[owner] if owner < len(brought) else self._tensor(group.root)
-            if slot == group.root:
+            root = self._same.get(slot, group.root)
+            owner = self._executor.inputs.index(root)
+            base = brought[owner] if owner < len(brought) else self._tensor(root)
+            if slot in self._same:
                 return base
             start = int(base.storage_offset()) + value.offset - self._value(group.root).offset
             return base.as_strided(value.shape, value.stride, start)
@@ -228,12 +235,12 @@ class GraphReplay(Replay):
 
     def __init__(
         self,
+        undone: Undone,
         executor: Executor,
         brought: int,
-        memory: Memory | None,
-        undone: Undone,
-        backend: Callable[[], Backend] = Cuda,
+        memory: Memory | None = None,
         *,
+        backend: Callable[[], Backend] = Cuda,
         keep_outputs: bool = True,
         enabled: bool = True,
     ) -> None:

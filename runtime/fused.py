@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import deque
@@ -34,7 +35,7 @@ from graph_capture.ops import FUSED
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
 from graph_capture.replay import Memory, Replay
-from graph_capture.signature import Call as Bound
+from graph_capture.signature import Bound
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,11 @@ class FusedGraph:
         names = (*self.subgraph.input_names, *self._inner_names)
         executor = Executor(steps, names, self.subgraph.output_names, self._labels)
         brought = len(recorded.signature.names)
-        options = {"keep_outputs": config.clone_outputs, "enabled": not config.debug_mode}
         on_cuda = any(meta.device.type == "cuda" for meta in self.subgraph.values.values())
-        self._replay = (
-            GraphReplay(executor, brought, memory, recorded.undone, **options)
-            if on_cuda and config.cuda_graph == "auto"
-            else Replay(executor, brought, memory, **options)
-        )
+        make: Callable[..., Replay] = Replay
+        if on_cuda and config.cuda_graph == "auto":
+            make = functools.partial(GraphReplay, recorded.undone)
+        self._replay = make(executor, brought, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
@@ -170,7 +169,7 @@ class FusedGraph:
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, None, region.name) for inner in step.nodes)
-            elif region is not None and step is not None:
+            elif region is not None and isinstance(step, _Step):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)

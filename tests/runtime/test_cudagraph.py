@@ -45,7 +45,7 @@ def captured(graph, backend, **options):
     subgraph = graph.subgraph
     executor = Executor([(node, None) for node in subgraph.nodes], subgraph.input_names, subgraph.output_names)
     brought = len(graph.signature.names)
-    return GraphReplay(executor, brought, None, graph.undone, lambda: backend, **options)
+    return GraphReplay(graph.undone, executor, brought, backend=lambda: backend, **options)
 
 
 def run(graph, replay, *args):
