@@ -11,8 +11,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from graph_capture.codegen.ninetoothed_host import Built
@@ -54,6 +56,18 @@ class Binary:
     loads: dict[int, int]
     stores: dict[int, int]
 
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Binary:
+        """What `to_json` wrote."""
+        table = json.loads(text)
+        for name in ("loads", "stores"):
+            table[name] = {int(width): count for width, count in table[name].items()}
+        return cls(**table)
+
 
 def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
     """Compile programs for ``sm_NN``: contiguous operands, addresses and row sizes aligned.
@@ -79,6 +93,15 @@ def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
                 ],
             }
         )
+    workers = max(1, min(len(request), os.cpu_count() or 1))
+    shares = [request[start::workers] for start in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda share: _compile(share, architecture), shares))
+    return [_read(**done[index % workers][index // workers]) for index in range(len(request))]
+
+
+def _compile(request: Sequence[Any], architecture: str) -> list[Any]:
+    """What the worker makes of some jobs, in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("aot_worker.py"))]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -86,7 +109,7 @@ def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
     )
     if done.returncode:
         raise FusionError(f"compiling for {architecture} failed: {done.stderr.strip()[-2000:]}")
-    return [_read(**result) for result in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _read(*, sass: str, shared: int, usage: str) -> Binary:
@@ -96,7 +119,7 @@ def _read(*, sass: str, shared: int, usage: str) -> Binary:
     widths: dict[str, dict[int, int]] = {"LDG": {}, "STG": {}}
     for line in code:
         for access, found in widths.items():
-            if line.startswith(access):
+            if re.match(rf"{access}(STS)?\b", line):  # LDGSTS copies to shared memory
                 width = re.search(r"\.(128|64|U?16|U?8|S16|S8)\b", line.split()[0])
                 bits = int(re.sub(r"\D", "", width.group(1))) if width else 32
                 found[bits] = found.get(bits, 0) + 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from graph_capture.codegen import rotary, rows
+from graph_capture.codegen import attention, matvec, rotary, rows
 from graph_capture.codegen.spec import Spec
 
 from graph_capture.errors import FusionError
@@ -15,7 +15,7 @@ from graph_capture.ops import flatten_outputs, prepare
 
 # A lowering is a module: `claims` looks at a region's ops, `check_ops` says what is wrong with them, `lower` makes the
 # spec. The first that claims a region has it.
-LOWERINGS: tuple[Any, ...] = (rotary, rows)
+LOWERINGS: tuple[Any, ...] = (rotary, matvec, attention, rows)
 
 
 def infer_values(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> dict[str, TensorMeta]:

@@ -132,6 +132,7 @@ class Program:
         aligned: of each operand, whether its sizes and strides are multiples of 16, as far as they are not static.
         warps: that work on one block.
         stages: of software pipelining.
+        other: what is read beyond the end of an operand; None where nobody looks.
     """
 
     source: str
@@ -140,6 +141,7 @@ class Program:
     aligned: tuple[bool, ...]
     warps: int = 4
     stages: int = 1
+    other: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,10 @@ def build(program: Program, kernel_name: str) -> Built:
     Raises:
         FusionError: ninetoothed cannot be used here.
     """
+    ninetoothed = import_ninetoothed()  # first: Triton's own functions are to be decorated for compiling
     with _lock, triton_mode(interpreted()):
-        ninetoothed = import_ninetoothed()
         module = _load(kernel_name, program.source)
-        tensors = tuple(ninetoothed.Tensor(rank) for rank in program.ranks)
+        tensors = tuple(ninetoothed.Tensor(rank, other=program.other) for rank in program.ranks)
         generation = sys.modules["ninetoothed.generation"]
         before, generation.CACHE_DIR = generation.CACHE_DIR, workspace()  # type: ignore[attr-defined]
         try:

@@ -10,7 +10,8 @@ import keyword
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,23 +34,56 @@ class Blocks:
     warps: int
     sweeps: bool = False
 
+    def with_warps(self, least: int, enough: bool) -> Blocks:
+        """No more warps than have 16 bytes a thread to move, unless there are `enough`."""
+        return self if enough else replace(self, warps=max(1, min(self.warps, self.rows * self.columns // least)))
 
-def choose_blocks(spec: KernelSpec, interpreted: bool) -> Blocks:
-    """Sizes that keep 16-byte accesses and a few thousand elements a block; the interpreter wants few blocks."""
+
+def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = None) -> Blocks:
+    """Sizes that keep 16-byte accesses and a few thousand elements a block; the interpreter wants few blocks.
+
+    With few `elements` (None: many) blocks are smaller, so that there are some for every multiprocessor.
+    """
     wide = max(operand.dtype.itemsize for operand in spec.operands) > 2
+    least = 32 * (4 if wide else 8)  # what one warp moves at once
     if spec.columns is None:
-        return Blocks(1, 65536 if interpreted else 1024 if wide else 2048, 4)
+        most = 65536 if interpreted else 8 * least
+        return Blocks(1, most if interpreted else _enough(least, most, elements), 4).with_warps(least, interpreted)
     row = max(1, 1 << (spec.columns - 1).bit_length())
     if spec.reduces and row > MAX_BLOCK:
         return Blocks(1, SWEEP, 8, sweeps=True)
-    columns = row if spec.reduces or interpreted else min(row, 1024)
-    rows = max(1, (65536 if interpreted else 1024) // columns)
-    return Blocks(rows, columns, min(16, max(4, rows * columns // 512)))
+    most = 65536 if interpreted else _enough(least, 1024, elements)
+    columns = row if spec.reduces or interpreted else min(row, most)
+    rows = max(1, most // columns)
+    return Blocks(rows, columns, min(16, max(4, rows * columns // 512))).with_warps(least, interpreted or spec.reduces)
+
+
+def _enough(least: int, most: int, elements: int | None) -> int:
+    """The largest block of which there are four for each multiprocessor."""
+    if elements is None:
+        return most
+    while most > least and elements < most * 4 * _multiprocessors():
+        most //= 2
+    return most
+
+
+@cache
+def _multiprocessors() -> int:
+    """Of the GPU that is there, or of an H100."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 
 
 def program(spec: KernelSpec, interpreted: bool) -> Program:
     """The program of a spec."""
-    blocks = choose_blocks(spec, interpreted)
+    return _program(spec, choose_blocks(spec, interpreted))
+
+
+def fitted(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> Program:
+    """The program for tensors (inputs, then outputs) of this size."""
+    return _program(spec, choose_blocks(spec, False, spec.geometry(tensors).elements))
+
+
+def _program(spec: KernelSpec, blocks: Blocks) -> Program:
     rank = len(spec.operands[0].over)
     aligned = tuple(operand.over[-1] and (spec.columns or 16) % 16 == 0 for operand in spec.operands)
     return Program(
@@ -204,7 +238,7 @@ class _Printer:
             lines += [self._assign(statement) for statement in sweep.row]
             sums = {s.target: f"v{s.target[1:]}_{s.function}" for s in sweep.reductions}
             for statement in sweep.reductions:
-                start = _number(IDENTITY[statement.function])
+                start = print_number(IDENTITY[statement.function])
                 dtype = str(statement.dtype).removeprefix("torch.")
                 lines.append(f"{sums[statement.target]} = ntl.full({shape}, {start}, dtype=ntl.{dtype})")
             body = [f"index = {self._spread(f'(ntl.arange(0, {columns}) + step * {columns})')}"]
@@ -241,7 +275,7 @@ class _Printer:
 
     def _accumulated(self, total: str, statement: Statement) -> str:
         (value,) = self._arguments(statement)
-        inner = f"ntl.where(inside, {value}, {_number(IDENTITY[statement.function])})" if self.padded else value
+        inner = f"ntl.where(inside, {value}, {print_number(IDENTITY[statement.function])})" if self.padded else value
         if statement.function in ("max", "min"):
             return f"ntl.{statement.function}imum({total}, {inner})"
         return f"{total} + {inner}"
@@ -251,7 +285,7 @@ class _Printer:
         if statement.function not in REDUCTIONS:
             return None
         (value,) = self._arguments(statement)
-        inner = f"ntl.where(inside, {value}, {_number(IDENTITY[statement.function])})" if self.padded else value
+        inner = f"ntl.where(inside, {value}, {print_number(IDENTITY[statement.function])})" if self.padded else value
         return self._total(statement, inner)
 
     def _total(self, statement: Statement, value: str) -> str:
@@ -268,7 +302,7 @@ class _Printer:
         return f"{self.values[statement.target]} = {value}"
 
     def _arguments(self, statement: Statement) -> list[str]:
-        return [self.values[a] if isinstance(a, str) else _number(a) for a in statement.arguments]
+        return [self.values[a] if isinstance(a, str) else print_number(a) for a in statement.arguments]
 
 
 def print_statement(statement: Statement, args: Sequence[str]) -> str:
@@ -290,7 +324,7 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     if function == "where":
         return f"ntl.where({', '.join(args)})"
     if function == "tanh":
-        return _tanh(args[0], statement.dtype)
+        return print_tanh(args[0], statement.dtype)
     if function == "log1p":
         return _log1p(args[0])
     if function == "power":
@@ -302,7 +336,7 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     return f"ntl.{function}({args[0]})"
 
 
-def _tanh(x: str, dtype: torch.dtype) -> str:
+def print_tanh(x: str, dtype: torch.dtype) -> str:
     """From exp, which cancels near 0; there by its series, as far as the next term is below the dtype's rounding."""
     near = 0.02 if dtype is torch.float64 else 0.25
     square, series = f"({x} * {x})", f"{62 / 2835}"
@@ -319,7 +353,8 @@ def _log1p(x: str) -> str:
     return f"ntl.where({far}, {x}, ntl.log({rounded}) * ({x} / ({rounded} - 1.0)))"
 
 
-def _number(value: Any) -> str:
+def print_number(value: Any) -> str:
+    """A number as an expression."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return repr(value)

@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from graph_capture.codegen import ninetoothed_attention, ninetoothed_matvec, ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.codegen import ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen.aot import Binary, compile_ahead
+from graph_capture.codegen.attention import AttentionSpec
+from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 
 
 class Printer(Protocol):
     """How specs of one kind become a program: a module with these functions.
 
-    It may also have ``after(spec, tensors)``: a call that follows the launch, or None.
+    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; ``fitted(spec, tensors)``: the
+    program for tensors of this size; and, instead of `program`, ``programs(spec, interpreted)``: one for each launch.
     """
 
     def program(self, spec: Any, interpreted: bool) -> host.Program:
@@ -31,7 +35,12 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: ninetoothed_rows, RotarySpec: ninetoothed_rotary}
+PRINTERS: dict[type, Any] = {
+    KernelSpec: ninetoothed_rows,
+    RotarySpec: ninetoothed_rotary,
+    MatvecSpec: ninetoothed_matvec,
+    AttentionSpec: ninetoothed_attention,
+}
 name = "ninetoothed"
 
 
@@ -52,7 +61,12 @@ def check(tensors: Sequence[torch.Tensor]) -> None:
 
 def source(spec: Spec) -> str:
     """The generated module, as it is compiled for a GPU."""
-    return PRINTERS[type(spec)].program(spec, False).source
+    return "\n\n".join(program.source for program in _programs(spec, False))
+
+
+def _programs(spec: Spec, interpreted: bool) -> Sequence[host.Program]:
+    printer = PRINTERS[type(spec)]
+    return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
 
 def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
@@ -62,10 +76,23 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
         FusionError: ninetoothed cannot be used here.
     """
     printer: Printer = PRINTERS[type(spec)]
-    built = host.build(printer.program(spec, interpreted()), kernel_name)
+    known: dict[host.Program, host.Built] = {}
+
+    def load(programs: Sequence[host.Program]) -> list[host.Built]:
+        for program in programs:
+            if program not in known:
+                number = f"_{len(known)}" if known else ""
+                known[program] = host.build(program, kernel_name + number)
+        return [known[program] for program in programs]
+
+    load(_programs(spec, interpreted()))
 
     def bind(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-        steps = [functools.partial(built.launch, *operands) for operands in printer.views(spec, tensors)]
+        launches = printer.views(spec, tensors)
+        fits = not interpreted() and hasattr(printer, "fitted")
+        built = load([printer.fitted(spec, tensors)] if fits else _programs(spec, interpreted()))
+        kernels = built if len(built) > 1 else built * len(launches)
+        steps = [functools.partial(k.launch, *operands) for k, operands in zip(kernels, launches, strict=True)]
         last = printer.after(spec, tensors) if hasattr(printer, "after") else None
         steps += [last] if last is not None else []
         if len(steps) == 1:
@@ -83,8 +110,18 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
 def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Binary]:
     """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 
+    Of a spec with several programs, that of the first.
+
     Raises:
         FusionError: the compiler fails.
     """
-    jobs = [host.build(PRINTERS[type(spec)].program(spec, False), kernel_name) for spec, kernel_name in specs]
-    return compile_ahead(jobs, architecture)
+    programs = [(_programs(spec, False)[0], kernel_name) for spec, kernel_name in specs]
+    cache = DiskCache("sass")
+    keys = [cache.key(repr(program), kernel_name, architecture) for program, kernel_name in programs]
+    found = {key: Binary.from_json(data) for key in keys if (data := cache.read(key, ".binary")) is not None}
+    missing = {key: item for key, item in zip(keys, programs, strict=True) if key not in found}
+    made = compile_ahead([host.build(*item) for item in missing.values()], architecture) if missing else []
+    for key, binary in zip(missing, made, strict=True):
+        cache.put(key, {".binary": binary.to_json().encode()})
+        found[key] = binary
+    return [found[key] for key in keys]

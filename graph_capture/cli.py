@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo | cache``."""
+"""The command line: ``graph-capture demo | kernels | cache``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+class DType(StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
 
 
 class CacheAction(StrEnum):
@@ -60,6 +66,38 @@ def demo(
     if json:
         print(report.to_json())
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def kernels(
+    model: Annotated[str, typer.Argument(help="A saved graph, a model's folder, llama-3-8b and the like, a hub name.")],
+    target: Annotated[str, typer.Option(help="The GPU's architecture.")] = "sm_90",
+    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.BFLOAT16,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 128,
+    slots: Annotated[int, typer.Option(min=1, help="Slots of the static cache.")] = 2048,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Compile every kernel that a model needs, without a GPU and without its weights, and show the machine code."""
+    import json as text
+
+    import torch
+
+    from graph_capture.errors import CaptureError
+    from graph_capture.kernels import report
+
+    try:
+        found = report(model, target, dtype=getattr(torch, dtype), prompt=prompt, slots=slots, layers=layers)
+    except CaptureError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+    if json:
+        print(text.dumps(found.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(found.table())
+    for kind, reason in found.refused.items():
+        console.print(f"no kernel for {kind}: {reason}", soft_wrap=True, highlight=False)
 
 
 @app.command()

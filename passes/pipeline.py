@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
+from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
 from graph_capture.passes.pattern import Pattern
@@ -138,4 +139,6 @@ def merged(receipts: Iterable[Receipt], others: Iterable[Receipt]) -> list[Recei
 def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
     """Everything that `Passes.off` may name."""
     rules = (rule.pattern.name for rules in ROUNDS for rule in rules)
-    return dict.fromkeys((*CLEAN_UP, CONSTANTS, *rules, PARALLEL_LINEAR, *(item.name for item in patterns), *GROWN))
+    return dict.fromkeys(
+        (*CLEAN_UP, CONSTANTS, *rules, PARALLEL_LINEAR, *DECODE, *(item.name for item in patterns), *GROWN)
+    )

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from graph_capture.passes.cleanup import is_contiguous
+from graph_capture.passes.decode import decode_regions, is_merged
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
@@ -73,6 +74,8 @@ def find_regions(
     """
     named = _Finder(graph, supports, (min_nodes, max_nodes))
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
+    named.match_decode(off)
+    named.take_offered()
     graph, receipts = named.finish()
     graph = expand(graph, is_composed)
     rest = _Finder(graph, supports, (min_nodes, max_nodes))
@@ -91,6 +94,7 @@ class _Finder:
         self.found: list[tuple[str, Contraction]] = []
         self.tallies: dict[str, Tally] = {}
         self._known: dict[tuple[object, ...], str | None] = {}
+        self._offered: dict[tuple[int, ...], _Candidate] = {}
 
     def tally(self, rule: str) -> Tally:
         return self.tallies.setdefault(rule, Tally(rule))
@@ -98,8 +102,8 @@ class _Finder:
     # --- patterns
 
     def match(self, patterns: Sequence[Pattern]) -> None:
-        """Take the patterns' matches, those that save most first."""
-        offered: dict[tuple[int, ...], _Candidate] = {}
+        """Find the patterns' matches."""
+        offered = self._offered
         for order, item in enumerate(patterns):
             tally = self.tally(item.name)
             misses: dict[int, Miss] = {}
@@ -125,7 +129,24 @@ class _Finder:
                 if anchor not in matched:
                     tally.seen += 1
                     tally.refuse(self.graph, [anchor], miss.reason)
-        for candidate in sorted(offered.values(), key=lambda c: (-c.saved, c.order, c.nodes)):
+
+    def match_decode(self, off: Collection[str]) -> None:
+        """Find the linears and attentions of few rows."""
+        for rule, nodes, against in decode_regions(self.graph, self._no_kernel, self.bounds[1]):
+            if rule in off:
+                continue
+            tally = self.tally(rule)
+            tally.seen += 1
+            if against is not None:
+                tally.refuse(self.graph, nodes, against)
+            else:
+                order = len(self.tallies)
+                candidate = _Candidate(rule, nodes, saved_bytes(self.graph, nodes), order)
+                self._offered.setdefault(nodes, candidate)
+
+    def take_offered(self) -> None:
+        """Take what was found, what saves most first."""
+        for candidate in sorted(self._offered.values(), key=lambda c: (-c.saved, c.order, c.nodes)):
             self.offer(candidate.rule, candidate.nodes)
 
     def offer(self, rule: str, nodes: Sequence[int], kind: str | None = None) -> None:
@@ -136,7 +157,7 @@ class _Finder:
             return
         graph = self.graph
         outputs = exposed(graph, nodes)
-        body, inputs = body_of(graph, nodes, outputs)
+        body, inputs = self._body(nodes, outputs)
         members = tuple(graph.nodes[index] for index in nodes)
         node = OpNode(
             FUSED + (kind or rule), inputs, tuple(outputs), (("body", body),), common_source(members), members
@@ -156,7 +177,18 @@ class _Finder:
         blocked = self.dependencies.blocked(nodes)
         if blocked is not None or compound or any(is_library(graph.nodes[index]) for index in nodes):
             return blocked
-        return self.unsupported(nodes, outputs) or next(filter(None, map(self._unviewable, outputs)), None)
+        return self._no_kernel(nodes)
+
+    def _no_kernel(self, nodes: Sequence[int]) -> str | None:
+        """Why `nodes` cannot be a kernel, however few they are."""
+        outputs = exposed(self.graph, nodes)
+        if not outputs:
+            return "its result is never used"
+        return (
+            self.dependencies.blocked(nodes)
+            or self.unsupported(nodes, outputs)
+            or next(filter(None, map(self._unviewable, outputs)), None)
+        )
 
     def _unviewable(self, name: str) -> str | None:
         """The view of a result that fails where it is contiguous, as kernels leave it."""
@@ -165,11 +197,22 @@ class _Finder:
 
     def unsupported(self, nodes: Sequence[int], outputs: Sequence[str]) -> str | None:
         """Why codegen cannot make a kernel of `nodes`; asked once for what is alike."""
-        body, inputs = body_of(self.graph, nodes, outputs)
+        body, inputs = self._body(nodes, outputs)
         key = (body, *(self.graph.values[name]._replace(offset=0, storage=-1) for name in inputs))
         if key not in self._known:
             self._known[key] = self._supports(body)
         return self._known[key]
+
+    def _body(self, nodes: Sequence[int], outputs: Sequence[str]) -> tuple[SubGraph, tuple[str, ...]]:
+        """See `body_of`; linears that were merged are apart again, for a kernel multiplies several weights in place."""
+        graph = self.graph
+        if not any(is_merged(graph.nodes[index]) for index in nodes):
+            return body_of(graph, nodes, outputs)
+        members = tuple(graph.nodes[index] for index in nodes)
+        made = {name for node in members for name in node.outputs}
+        inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
+        flat = expand(SubGraph(members, inputs, tuple(outputs), graph.values), is_merged)
+        return body_of(flat, range(len(flat)), outputs)
 
     # --- growing
 

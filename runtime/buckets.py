@@ -21,7 +21,7 @@ class Bucket:
 
     Attributes:
         sizes: what it is padded to: the next of these. A call with a larger size is recorded as it is.
-        arguments: the arguments that have the dimension, by name, and which of their dimensions it is. The mask, without
+        arguments: the arguments that have the dimension, by name, and which of their dimensions it is. The mask,
             without which padding changes the result of most models, belongs here as well.
         outputs: the results that have it, by path (``"logits"``, ``"0"``, ``""`` for a single tensor), and where: they
             are cut back to the call's size.

@@ -22,7 +22,7 @@ from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
-from graph_capture.ops import written_inputs
+from graph_capture.ops import Kind, op, written_inputs
 
 Kernel = CompiledKernel | LibraryKernel
 
@@ -83,17 +83,19 @@ class FusionHeuristics:
             shapes = [tuple(input_shapes[name]) for name in graph.input_names]
         else:
             shapes = [tuple(shape) for shape in input_shapes]
-        reason = self._forbidden(len(graph) if ops is None else ops, shapes)
+        reason = self._forbidden(graph, ops, shapes)
         if reason is None and (unsupported := supports(graph)) is not None:
             reason = f"no kernel: {unsupported}"
         return Decision(reason is None, reason or "every op can be fused")
 
-    def _forbidden(self, ops: int, shapes: Sequence[Sequence[int]]) -> str | None:
-        """What in the configuration speaks against a region of so many ops and such inputs."""
+    def _forbidden(self, graph: SubGraph, ops: int | None, shapes: Sequence[Sequence[int]]) -> str | None:
+        """What in the configuration speaks against a region of so many ops (default: the graph's) and such inputs."""
         config = self.config
+        ops = len(graph) if ops is None else ops
         if not config.enable_fusion:
             return "fusion is off (enable_fusion=False)"
-        if ops < config.min_nodes_for_fusion:
+        alone = ops == 1 and op(graph.nodes[0].op_type).kind is Kind.OPAQUE  # worth a kernel without anything else
+        if ops < config.min_nodes_for_fusion and not alone:
             return f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
         if ops > config.max_graph_size:
             return f"{ops} ops are more than max_graph_size={config.max_graph_size}"
@@ -129,7 +131,7 @@ class FusionHeuristics:
             library: the region as library calls, where that is another way to run it.
         """
         metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
-        forbidden = self._forbidden(len(graph) if ops is None else ops, [meta.shape for meta in metas.values()])
+        forbidden = self._forbidden(graph, ops, [meta.shape for meta in metas.values()])
         decision, kernel = Decision(False, forbidden or ""), None
         if forbidden is None:
             fallback = fallback or fallback_of(graph, tensors)

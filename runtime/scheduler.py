@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from graph_capture.codegen import supports
+from graph_capture.codegen import interpreted, supports
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
+from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
@@ -58,6 +60,8 @@ class FusionScheduler:
         if not config.enable_fusion:
             return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
+        if interpreted() and config.profile != "always":
+            off |= frozenset(DECODE)  # never faster, and seconds to measure at a model's sizes
         passes = Passes(
             supports,
             config.patterns,
@@ -130,7 +134,7 @@ class _Regions:
                 undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
                 alike = self._decided[key] = decide_region(self.heuristics, undecided, self._library(node))
             tried = off | {kind}
-            parts = self._parts(node, tried) if alike.kernel is None else None
+            parts = None if alike.decision or not self._divides(alike) else self._parts(node, tried)
             self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
             if parts is not None:
                 self._add(parts, name, tried)
@@ -144,10 +148,15 @@ class _Regions:
             return None
         return LibraryKernel(body)
 
+    def _divides(self, region: Region) -> bool:
+        """Whether a region that is not used is worth taking apart: what it is made of may be used."""
+        node = region.node
+        if region.kind in DECODE:
+            return len(node.origin) > 1 or is_merged(node.origin[0])
+        return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
+
     def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
-        """What a region that can have no kernel is made of, with regions of its own; None where it has none."""
-        if len(node.origin) == 1 or self.passes.supports(node.attr("body")) is None:
-            return None
+        """What a region that is not used is made of, with regions of its own; None where it has none."""
         graph = expand(SubGraph(node.origin, node.inputs, node.outputs, self.values), is_composed)
         plan = find_regions(
             graph,

@@ -25,7 +25,7 @@ def tiny_llama(layers: int = 4, dtype: torch.dtype = torch.float32) -> LlamaForC
     return model
 
 
-def token_ids(length: int = 7, batch: int = 1, seed: int = 1) -> torch.Tensor:
+def token_ids(length: int = 9, batch: int = 1, seed: int = 1) -> torch.Tensor:
     """Token ids, [batch, length] int64."""
     return torch.randint(0, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 

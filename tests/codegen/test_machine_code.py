@@ -94,3 +94,12 @@ def test_an_intermediate_touches_no_memory():
     binary = KernelCompiler().compile(graph, [torch.float32], [(4096,)]).compile_for("sm_90")
     one = KernelCompiler().compile(SubGraph(tuple(nodes[:1]), ("x",), ("v0",)), [torch.float32], [(4096,)])
     assert binary.stores == one.compile_for("sm_90").stores
+
+
+def test_machine_code_is_kept_on_disk(monkeypatch):
+    from graph_capture.codegen import ninetoothed_target
+
+    kernel = KernelCompiler("ninetoothed").compile(swiglu(), [torch.float32] * 2, [(64, 48)] * 2)
+    first = kernel.compile_for("sm_90")
+    monkeypatch.setattr(ninetoothed_target, "compile_ahead", lambda *args: pytest.fail("compiled again"))
+    assert kernel.compile_for("sm_90") == first

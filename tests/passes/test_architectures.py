@@ -50,8 +50,8 @@ EXPECTED = {
 
 
 def recorded(name):
-    model, ids = zoo.build(name), zoo.ids(5)
-    options = {"t5": {"decoder_input_ids": ids[:, :3], "use_cache": False}, "bert": {}}.get(name, {"use_cache": False})
+    model, ids = zoo.build(name), zoo.ids(12)
+    options = {"t5": {"decoder_input_ids": ids[:, :10], "use_cache": False}, "bert": {}}.get(name, {"use_cache": False})
     with torch.no_grad(), record(ids) as recording:
         recording.output(model(input_ids=ids, **options).logits)
     return recording.graph, ids

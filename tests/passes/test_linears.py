@@ -9,7 +9,7 @@ import torch
 from graph_capture import FusionConfig, SignatureMismatchError, capture, fuse, record
 
 ALWAYS = FusionConfig(profile="always")
-X = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
 class Attention(torch.nn.Module):

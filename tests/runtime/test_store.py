@@ -540,7 +540,7 @@ def test_a_second_process_measures_and_records_nothing(cache_folder):
 def test_a_second_length_compiles_nothing():
     model = tiny_llama(layers=1)
     scheduler = FusionScheduler(FusionConfig(profile="always"))
-    scheduler.analyze(recorded(model, token_ids(7)))
+    scheduler.analyze(recorded(model, token_ids(9)))
     before = scheduler.heuristics.compiler.kernels
     fused = scheduler.analyze(recorded(model, token_ids(11)))
     assert before

@@ -1,0 +1,166 @@
+"""``graph-capture kernels``: the machine code of every kernel that a model needs, without a GPU and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from graph_capture import load, record
+from graph_capture.codegen import Binary, CompiledKernel, KernelCompiler, compile_for, supports
+from graph_capture.codegen.ninetoothed_rows import choose_blocks
+from graph_capture.codegen.spec import KernelSpec
+from graph_capture.errors import FusionError
+from graph_capture.graph import OpNode, SubGraph
+from graph_capture.models import build_model, load_config
+from graph_capture.ops import FUSED
+from graph_capture.passes import Passes, rewrite
+from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
+from graph_capture.passes.regions import moved_bytes
+
+
+@dataclass
+class Row:
+    """One kernel.
+
+    Attributes:
+        kernel: its name.
+        regions: the kinds of region that it serves, with how often each occurs in one step of the model.
+        steps: where: ``decode``, ``prefill 128``.
+        source: bytes of generated source.
+        moved, minimum: bytes that it reads and writes, against what its inputs and outputs hold.
+    """
+
+    kernel: str
+    regions: dict[str, int] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    source: int = 0
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    instructions: int = 0
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
+    moved: int = 0
+    minimum: int = 0
+
+
+@dataclass
+class Report:
+    """What a model's kernels are like on one architecture; `refused` says of regions without a kernel why."""
+
+    model: str
+    target: str
+    rows: list[Row]
+    refused: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For a terminal."""
+        table = Table(box=SIMPLE_HEAD, title=f"{self.model}, {self.target}", title_justify="left")
+        for name in ("kernel", "for", "step"):
+            table.add_column(name, overflow="fold")
+        for name in ("source", "SASS", "registers", "spilled", "shared", "loads", "stores", "bytes", "of minimum"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            uses = ", ".join(f"{kind} x{count}" for kind, count in row.regions.items())
+            numbers = (row.source, row.instructions, row.registers, row.spilled, row.shared)
+            widths = [_widths(row.loads), _widths(row.stores)]
+            ratio = f"{row.moved / row.minimum:.2f}" if row.minimum else ""
+            table.add_row(row.kernel, uses, ", ".join(row.steps), *map(str, numbers), *widths, str(row.moved), ratio)
+        return table
+
+
+def _widths(accesses: dict[int, int]) -> str:
+    return ", ".join(f"{count} x {bits}" for bits, count in sorted(accesses.items(), reverse=True))
+
+
+def report(
+    name: str, target: str, *, dtype: torch.dtype, prompt: int = 128, slots: int = 2048, layers: int | None = None
+) -> Report:
+    """Compile every kernel of a model's prefill and decode step for `target` (``sm_90``).
+
+    Args:
+        name: a saved graph (`FusedGraph.save`), or a model as `load_config` takes it.
+        dtype: of the weights.
+        prompt: tokens of the prefill.
+        slots: of the static cache.
+        layers: only so many.
+
+    Raises:
+        CaptureError: there is no such model.
+        FusionError: the compiler fails.
+    """
+    compiler = KernelCompiler("ninetoothed")
+    rows: dict[str, Row] = {}
+    kernels: dict[str, CompiledKernel] = {}
+    refused: dict[str, str] = {}
+    for step, graph in _steps(name, dtype, prompt, slots, layers):
+        for node in graph.nodes:
+            if not node.op_type.startswith(FUSED):
+                continue
+            kind = node.op_type.removeprefix(FUSED)
+            try:
+                kernel = _compiled(compiler, graph, node)
+            except FusionError as error:
+                refused[kind] = str(error)
+                continue
+            row = rows.setdefault(kernel.key, Row(kernel.name, source=len(kernel.source)))
+            kernels[kernel.key] = kernel
+            row.regions[kind] = row.regions.get(kind, 0) + 1
+            row.steps = list(dict.fromkeys([*row.steps, step]))
+            alone = SubGraph(node.recorded, node.inputs, node.outputs, graph.values)
+            row.minimum = max(row.minimum, moved_bytes(alone, range(len(alone))))
+    for key, binary in zip(kernels, compile_for(list(kernels.values()), target), strict=True):
+        _fill(rows[key], kernels[key], binary)
+    return Report(name, target, list(rows.values()), refused)
+
+
+def _compiled(compiler: KernelCompiler, graph: SubGraph, node: OpNode) -> CompiledKernel:
+    metas = [graph.values[name] for name in node.inputs]
+    dtypes, shapes, strides = ([getattr(meta, what) for meta in metas] for what in ("dtype", "shape", "stride"))
+    return compiler.compile(node.attr("body"), dtypes, shapes, strides)
+
+
+def _fill(row: Row, kernel: CompiledKernel, binary: Binary) -> None:
+    row.registers, row.spilled, row.shared = binary.registers, binary.stack, binary.shared
+    row.instructions, row.loads, row.stores = binary.instructions, dict(binary.loads), dict(binary.stores)
+    spec = kernel.spec
+    swept = isinstance(spec, KernelSpec) and choose_blocks(spec, interpreted=False).sweeps
+    row.moved = row.minimum * (len(spec.passes) if swept else 1)
+
+
+def _steps(
+    name: str, dtype: torch.dtype, prompt: int, slots: int, layers: int | None
+) -> Iterator[tuple[str, SubGraph]]:
+    """The rewritten graphs of a model's prefill and decode step, or the one that is saved in a file."""
+    if Path(name).is_file():
+        yield "saved", load(name).subgraph
+        return
+    from transformers import StaticCache
+
+    model = build_model(load_config(name, layers), dtype=dtype, device="meta")
+    config = model.config.get_text_config()
+    for step, length in (("decode", 1), (f"prefill {prompt}", prompt)):
+        with torch.device("meta"), torch.no_grad():
+            cache = StaticCache(config=config, max_cache_len=slots)
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            cache.early_initialization(1, heads, width, dtype, torch.device("meta"))
+            ids = torch.zeros(1, length, dtype=torch.long)
+            # Without a mask, transformers asks in Python whether the cache is empty.
+            mask = torch.zeros(1, 1, length, slots, dtype=dtype) if length > 1 else None
+            with record(ids, cache, mask, verify=False) as recording:
+                call = {"input_ids": ids, "past_key_values": cache, "attention_mask": mask, "use_cache": True}
+                recording.output(model(**call).logits)
+        graph = recording.graph
+        off = frozenset({PARALLEL_LINEAR})
+        yield step, rewrite(graph.subgraph, Passes(supports, weights=frozenset(graph.captured), off=off)).graph

@@ -1,0 +1,147 @@
+"""Models by name: a local folder, a built-in configuration with random weights, or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graph_capture.errors import CaptureError
+
+# The architectures as their authors publish them; `tiny` and `small` are for machines without a GPU.
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tiny": (
+        "Llama",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 256,
+        },
+    ),
+    "llama-small": (
+        "Llama",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 1024,
+        },
+    ),
+    "llama-3.2-1b": (
+        "Llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3-8b": (
+        "Llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "mistral-7b": (
+        "Mistral",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32768,
+            "sliding_window": None,
+        },
+    ),
+    "qwen2-0.5b": (
+        "Qwen2",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-0.6b": (
+        "Qwen3",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def load_config(name: str, layers: int | None = None) -> Any:
+    """The transformers configuration of a model: from a folder, from `CONFIGURATIONS`, or from the hub.
+
+    Args:
+        layers: only so many layers.
+
+    Raises:
+        CaptureError: there is no such model, or transformers is not installed.
+    """
+    transformers = _transformers()
+    if name in CONFIGURATIONS and not Path(name).exists():
+        family, values = CONFIGURATIONS[name]
+        config = getattr(transformers, f"{family}Config")(**values)
+    else:
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            known = ", ".join(CONFIGURATIONS)
+            raise CaptureError(f"{name!r} is no model folder, none of {known}, and not on the hub: {error}") from error
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def build_model(config: Any, *, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
+    """A causal language model with random weights, in evaluation mode; on the device "meta" without any memory.
+
+    Raises:
+        CaptureError: transformers has no causal language model of this configuration, or is not installed.
+    """
+    transformers = _transformers()
+    torch.manual_seed(seed)
+    try:
+        with torch.device(device):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except ValueError as error:
+        raise CaptureError(str(error)) from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise CaptureError("transformers is not installed: pip install 'graph-capture[models]'") from error
+    return transformers

@@ -1,0 +1,157 @@
+"""Linears and attention of few rows as regions, with what follows them, and what keeps that apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from graph_capture import FusionConfig, fuse, record
+
+ALWAYS = FusionConfig(profile="always")
+torch.manual_seed(0)
+X, RESIDUAL = torch.randn(1, 2, 16), torch.randn(1, 2, 24)
+W, V, BIAS, NORM = torch.randn(24, 16), torch.randn(24, 16), torch.randn(24), torch.randn(24)
+
+
+def fused_of(function, *inputs, config=ALWAYS):
+    with torch.no_grad(), record(*inputs) as recording:
+        recording.output(function(*inputs))
+    return fuse(recording.graph, config)
+
+
+def ops_of(fused, kind):
+    return [[node.op_type for node in region.nodes] for region in fused.regions if region.kind == kind]
+
+
+def refusals(fused, rule):
+    return {reason for receipt in fused.receipts if receipt.rule == rule for reason, _ in receipt.refusals}
+
+
+def check(fused, function, *inputs):
+    results, wanted = fused(*inputs), function(*inputs)
+    for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in (results, wanted)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    verification = fused.verify(*inputs)
+    assert verification.ok, str(verification)
+
+
+FOUND = {
+    "linear_epilogue": {
+        "bias, gelu": (lambda x: F.gelu(F.linear(x, W, BIAS)), ["linear", "gelu"]),
+        "residual": (lambda x: RESIDUAL + F.linear(x, W), ["linear", "add"]),
+        "softcap": (lambda x: torch.tanh(F.linear(x, W) / 3.0) * 3.0, ["linear", "div", "tanh", "mul"]),
+        "gated, two weights": (
+            lambda x: F.silu(F.linear(x, W)) * F.linear(x, V),
+            ["linear", "linear", "silu", "mul"],
+        ),
+        "gated, one weight": (
+            lambda x: (lambda g, u: F.silu(g) * u)(*F.linear(x, W).chunk(2, -1)),
+            ["linear", "aten.split.Tensor", "silu", "mul"],
+        ),
+        "the linear's result too": (lambda x: (lambda y: (y, torch.sigmoid(y)))(F.linear(x, W)), ["linear", "sigmoid"]),
+    },
+    "skinny_linear": {"nothing behind it": (lambda x: F.linear(x, W), ["linear"])},
+}
+
+
+@pytest.mark.parametrize(("rule", "name"), [(rule, name) for rule, cases in FOUND.items() for name in cases])
+def test_found(rule, name):
+    function, ops = FOUND[rule][name]
+    fused = fused_of(function, X)
+    assert [sorted(found) for found in ops_of(fused, rule)] == [sorted(ops)], str(fused.explain())
+    assert len(fused.subgraph) == 1
+    check(fused, function, X)
+
+
+def test_a_norm_keeps_the_sum_apart():
+    def function(x):
+        total = RESIDUAL + F.linear(x, W)
+        return total, F.rms_norm(total, (24,), NORM, 1e-6)
+
+    fused = fused_of(function, X)
+    assert ops_of(fused, "skinny_linear") == [["linear"]]
+    assert ops_of(fused, "add_rms_norm") == [["add", "rms_norm"]]
+    assert refusals(fused, "linear_epilogue") == {"add is read by rms_norm, which takes it"}
+    check(fused, function, X)
+
+
+def test_many_rows_are_the_librarys():
+    x = torch.randn(9, 16)
+    fused = fused_of(lambda x: F.gelu(F.linear(x, W)), x)
+    assert not fused.regions
+    assert refusals(fused, "linear_epilogue") == refusals(fused, "skinny_linear") == {"9 rows are more than 8"}
+
+
+def test_what_follows_is_taken_as_far_as_it_goes():
+    """A value that is needed elsewhere is a result; what cannot be expressed, and what depends on it, stays out."""
+
+    def escapes(x):
+        y = F.silu(F.linear(x, W))
+        return y * 2.0, y.cumsum(-1)
+
+    fused = fused_of(escapes, X)
+    assert ops_of(fused, "linear_epilogue") == [["linear", "silu", "mul"]]
+    check(fused, escapes, X)
+
+    def comes_back(x):
+        y = F.linear(x, W)
+        return torch.exp(y) + y.cumsum(-1)  # the sum cannot join: a path leaves and comes back
+
+    fused = fused_of(comes_back, X)
+    assert ops_of(fused, "linear_epilogue") == [["linear", "exp"]]
+    check(fused, comes_back, X)
+
+
+def test_a_result_that_is_written_in_place():
+    def function(x):
+        y = F.linear(x, W)
+        z = torch.exp(y)
+        y.add_(1.0)
+        return y, z
+
+    fused = fused_of(function, X)
+    check(fused, function, X)
+
+
+def test_what_is_not_used_falls_apart_into_what_may_be(monkeypatch):
+    """Linears that were merged are merged still, and the gate is a region of its own."""
+    monkeypatch.setattr("graph_capture.runtime.scheduler.interpreted", lambda: False)
+    weights = torch.nn.ParameterList([torch.randn(24, 16), torch.randn(24, 16)])
+
+    def gated(x):
+        return F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])
+
+    fused = fused_of(gated, X, config=FusionConfig(profile="static"))  # which uses no interpreted kernel
+    found = [(region.kind, region.parent, bool(region.decision)) for region in fused.regions]
+    whole, parent = ("linear_epilogue", "", False), "linear_epilogue_0"
+    assert found == [whole, ("parallel_linear", parent, True), ("swiglu", parent, False)]
+    check(fused, gated, X)
+
+
+def test_linears_that_were_not_merged_meet_in_what_follows():
+    def gated(x):
+        return torch.exp(F.linear(x, V)), F.silu(F.linear(x, W)) * F.linear(x, W + 1.0)
+
+    fused = fused_of(gated, X, config=FusionConfig(profile="always", merge_linears="off"))
+    found = sorted(map(sorted, ops_of(fused, "linear_epilogue")))
+    assert found == [["exp", "linear"], ["linear", "linear", "mul", "silu"]]
+    check(fused, gated, X)
+
+
+def test_rules_can_be_left_out():
+    config = FusionConfig(profile="always", passes_off={"linear_epilogue", "skinny_linear", "decode_attention"})
+    assert not fused_of(lambda x: F.gelu(F.linear(x, W)), X, config=config).regions
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_attention_of_few_queries(length):
+    query, key, value = torch.randn(1, 2, length, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    mask = torch.arange(40)[None, None, None] < 7
+
+    def attend(query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    fused = fused_of(attend, query, key, value, mask)
+    assert [region.kind for region in fused.regions] == (["decode_attention"] if length == 1 else [])
+    if length == 9:
+        assert "9 queries" in next(iter(refusals(fused, "decode_attention")))
+    check(fused, attend, query, key, value, mask)
