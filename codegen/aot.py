@@ -93,6 +93,15 @@ def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
                 ],
             }
         )
+    return compile_jobs(request, architecture)
+
+
+def compile_jobs(request: Sequence[Any], architecture: str) -> list[Binary]:
+    """Compile what `aot_worker` takes, in a process for each core.
+
+    Raises:
+        FusionError: the compiler fails.
+    """
     workers = max(1, min(len(request), os.cpu_count() or 1))
     shares = [request[start::workers] for start in range(workers)]
     with ThreadPoolExecutor(workers) as pool:

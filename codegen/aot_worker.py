@@ -31,9 +31,32 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, job["kernel"])
+    compiled = triton.compile(
+        ASTSource(function, *_arguments(function, job)),
+        target=GPUTarget("cuda", job["capability"], 32),
+        options={"num_warps": job["warps"], "num_stages": job["stages"]},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"sass": compiled.asm["sass"], "shared": compiled.metadata.shared, "usage": usage}
+
+
+def _arguments(function: Any, job: dict[str, Any]) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+    """The types of a kernel's arguments, those that are constant, and what is known of the others."""
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}
     attributes: dict[tuple[int], Any] = {}
+    if "arguments" in job:  # written by hand: a type or a constant for each
+        for index, (name, argument) in enumerate(job["arguments"].items()):
+            if isinstance(argument, str):
+                signature[name] = argument
+                attributes[(index,)] = [["tt.divisibility", 16]] if argument != "fp32" else []
+            else:
+                signature[name], constants[name] = "constexpr", argument
+        return signature, constants, attributes
     # The arguments are sorted as text (tensor_100 before tensor_99), the tensors numbered in the order of the operands.
     tensors = sorted({_number(name) for name in function.arg_names})
     operands = dict(zip(tensors, job["operands"], strict=True))
@@ -48,17 +71,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
             signature[name] = "i32"
             if operand["aligned"] and (operand["rank"] == 1 or "_stride_" in name):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(function, signature, constants, attributes),
-        target=GPUTarget("cuda", job["capability"], 32),
-        options={"num_warps": job["warps"], "num_stages": job["stages"]},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {"sass": compiled.asm["sass"], "shared": compiled.metadata.shared, "usage": usage}
+    return signature, constants, attributes
 
 
 if __name__ == "__main__":

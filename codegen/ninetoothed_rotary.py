@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from graph_capture.codegen.ninetoothed_host import Program
-from graph_capture.codegen.rotary import RotarySpec, Track
+from graph_capture.codegen.rotary_spec import RotarySpec, Track
 
 
 def program(spec: RotarySpec, interpreted: bool) -> Program:

@@ -31,6 +31,7 @@ from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.launches import Launch, Tensors
 from graph_capture.log import log
+from graph_capture.matcher import Match
 from graph_capture.ops import FUSED
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
@@ -200,7 +201,7 @@ class FusedGraph:
         """
         return self.replay(self.recorded.bind(args, kwargs))
 
-    def replay(self, call: Bound) -> Any:
+    def replay(self, call: Bound | Match) -> Any:
         """Replay on a call that is known to fit."""
         every = self.config.verify_every
         if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
@@ -285,7 +286,7 @@ class FusedGraph:
 
         save(self, path, weights)
 
-    def tensors(self, call: Bound) -> dict[str, torch.Tensor]:
+    def tensors(self, call: Bound | Match) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""
         tensors = [*call.tensors, *self.recorded.captured.values(), *self.constant_tensors()]
         return dict(zip(self.subgraph.input_names, tensors, strict=True))

@@ -10,17 +10,19 @@ Python's cost of launching included.
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
 
-from graph_capture import FusionConfig, KernelCompiler, SubGraph, fuse, record
+from graph_capture import FusionConfig, KernelCompiler, OpNode, SubGraph, fuse, record
 
 WORKING_SET = 512 * 2**20  # bytes of inputs to rotate over, several times the L2
 MERGED = "SwiGLU, one projection"  # its gate and up are halves of one tensor
@@ -81,32 +83,87 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) 
     return total, weight * hidden.to(x.dtype)
 
 
-def bench_kernel(name: str, graph: SubGraph, eager: Callable[..., Any], shape: tuple[int, int], copy: float) -> str:
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """LayerNorm."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def softmax(x: torch.Tensor) -> torch.Tensor:
+    """Softmax of rows."""
+    return F.softmax(x, -1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to time.
+
+    Attributes:
+        operands: "m" for a matrix, "v" for a vector over its columns.
+        by_hand: launches the hand-written kernel on inputs, outputs, rows and columns; None where there is none.
+    """
+
+    name: str
+    graph: SubGraph
+    eager: Callable[..., Any]
+    operands: str
+    by_hand: Callable[[list[torch.Tensor], list[torch.Tensor], int, int], Any] | None = None
+
+    def inputs(self, rows: int, columns: int) -> list[torch.Tensor]:
+        """Random inputs in bfloat16."""
+        if self.name == MERGED:
+            return list(torch.randn((rows, 2 * columns), device="cuda", dtype=torch.bfloat16).chunk(2, dim=-1))
+        shapes = {"m": (rows, columns), "v": (columns,)}
+        return [torch.randn(shapes[operand], device="cuda", dtype=torch.bfloat16) for operand in self.operands]
+
+
+def cases() -> list[Case]:
+    """What is timed."""
+    from tests.benchmarks import triton_references as hand
+
+    def by_rows(kernel: Any, *constants: float) -> Callable[..., Any]:
+        def launch(inputs: list[torch.Tensor], outputs: list[torch.Tensor], rows: int, columns: int) -> None:
+            block = 1 << (columns - 1).bit_length()
+            kernel[(rows,)](*inputs, *outputs, *constants, COLUMNS=columns, BLOCK=block, num_warps=8)
+
+        return launch
+
+    def flat(inputs: list[torch.Tensor], outputs: list[torch.Tensor], rows: int, columns: int) -> None:
+        count = rows * columns
+        hand.swiglu[(-(-count // 2048),)](*inputs, *outputs, count, BLOCK=2048, num_warps=4)
+
+    norm = SubGraph((OpNode("layer_norm", ("x", "w", "b"), ("y",)),), ("x", "w", "b"), ("y",))
+    weights = SubGraph((OpNode("softmax", ("x",), ("y",), {"dim": -1}),), ("x",), ("y",))
+    return [
+        Case("SwiGLU", create_swiglu_pattern(), swiglu, "mm", flat),
+        Case(MERGED, create_swiglu_pattern(), swiglu, "mm"),
+        Case("GEGLU", create_geglu_pattern(), geglu, "mm"),
+        Case("Add+RMSNorm", create_add_rms_norm_pattern(), add_rms_norm, "mmv", by_rows(hand.add_rms_norm, 1e-6)),
+        Case("LayerNorm", norm, layer_norm, "mvv", by_rows(hand.layer_norm, 1e-5)),
+        Case("softmax", weights, softmax, "m", by_rows(hand.softmax)),
+    ]
+
+
+def bench_kernel(case: Case, rows: int, columns: int, copy: float) -> str:
     """One row of the kernels' table."""
-    dtype = torch.bfloat16
-    with_weight = len(graph.input_names) == 3
-
-    def inputs() -> list[torch.Tensor]:
-        if name == MERGED:
-            return list(torch.randn((shape[0], 2 * shape[1]), device="cuda", dtype=dtype).chunk(2, dim=-1))
-        tensors = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2)]
-        return tensors + ([torch.randn(shape[-1], device="cuda", dtype=dtype)] if with_weight else [])
-
-    first = inputs()
-    sets = [first] + [inputs() for _ in range(min(63, WORKING_SET // sum(t.nbytes for t in first)))]
+    first = case.inputs(rows, columns)
+    sets = [first] + [case.inputs(rows, columns) for _ in range(min(63, WORKING_SET // sum(t.nbytes for t in first)))]
     kernel = KernelCompiler().compile(
-        graph, [t.dtype for t in first], [t.shape for t in first], [t.stride() for t in first]
+        case.graph, [t.dtype for t in first], [t.shape for t in first], [t.stride() for t in first]
     )
     torch.compiler.reset()  # its limit of recompilations would count all shapes together
-    compiled = torch.compile(eager, dynamic=False)
-    outputs = [torch.empty(shape, device="cuda", dtype=dtype) for _ in graph.output_names]
+    compiled = torch.compile(case.eager, dynamic=False)
+    outputs = kernel.spec.allocate(first)
     moved = sum(t.nbytes for t in (*first, *outputs))
-    t_eager = in_graph([lambda s=s: eager(*s) for s in sets])
+    t_eager = in_graph([lambda s=s: case.eager(*s) for s in sets])
     t_compiled = in_graph([lambda s=s: compiled(*s) for s in sets])
-    t_fused = in_graph([lambda s=s: kernel(*s) for s in sets])
+    t_fused = in_graph([kernel.prepare(s, kernel.spec.allocate(s)) for s in sets])
+    hand = ""
+    if case.by_hand is not None:
+        calls = [functools.partial(case.by_hand, s, kernel.spec.allocate(s), rows, columns) for s in sets]
+        hand = f"{in_graph(calls) / t_fused:.2f}"
     return (
-        f"| {name} | {shape[0]} x {shape[1]} | {t_fused * 1e6:.2f} | {t_eager / t_fused:.2f} | "
-        f"{t_compiled / t_fused:.2f} | {moved / t_fused / copy:.2f} |"
+        f"| {case.name} | {rows} x {columns} | {t_fused * 1e6:.2f} | {t_eager / t_fused:.2f} | "
+        f"{t_compiled / t_fused:.2f} | {hand} | {moved / t_fused / copy:.2f} |"
     )
 
 
@@ -157,17 +214,11 @@ def main() -> int:
     print(f"{device}; torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}\n")
     copy = copy_bandwidth()
     print(f"Copy bandwidth (read and written): {copy / 1e12:.2f} TB/s. Kernels in bfloat16:\n")
-    print("| kernel | shape | us | eager / ours | torch.compile / ours | of copy |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    cases = (
-        ("SwiGLU", create_swiglu_pattern(), swiglu),
-        (MERGED, create_swiglu_pattern(), swiglu),
-        ("GEGLU", create_geglu_pattern(), geglu),
-        ("Add+RMSNorm", create_add_rms_norm_pattern(), add_rms_norm),
-    )
-    for name, graph, eager in cases:
+    print("| kernel | shape | us | eager / ours | torch.compile / ours | by hand / ours | of copy |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases():
         for shape in SHAPES:
-            print(bench_kernel(name, graph, eager, shape, copy), flush=True)
+            print(bench_kernel(case, *shape, copy), flush=True)
     print("\nWhole forwards (prefill, no cache), bfloat16, called from Python:\n")
     print("| Llama | fused, ms | eager / fused | unfused replay / fused | torch.compile / fused | regions used |")
     print("| --- | --- | --- | --- | --- | --- |")
