@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import deque
@@ -17,6 +18,7 @@ from graph_capture.passes.regions import moved_bytes
 from graph_capture.passes.rewrite import unviewable
 from graph_capture.runtime.bisect import Bisection, bisect
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.cudagraph import GraphReplay, Graphs
 from graph_capture.runtime.explain import Explanation, Why, explain, why
 from graph_capture.runtime.heuristics import Decision, Kernel
 from graph_capture.runtime.library import Bound as BoundLibrary
@@ -34,7 +36,7 @@ from graph_capture.ops import FUSED
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
 from graph_capture.replay import Memory, Replay
-from graph_capture.signature import Call as Bound
+from graph_capture.signature import Bound
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,12 @@ class FusedGraph:
         self.regions = tuple(self._regions[id(region.node)] for region in regions)
         names = (*self.subgraph.input_names, *self._inner_names)
         executor = Executor(steps, names, self.subgraph.output_names, self._labels)
-        self._replay = Replay(
-            executor,
-            len(recorded.signature.names),
-            memory,
-            keep_outputs=config.clone_outputs,
-            enabled=not config.debug_mode,
-        )
+        brought = len(recorded.signature.names)
+        on_cuda = any(meta.device.type == "cuda" for meta in self.subgraph.values.values())
+        make: Callable[..., Replay] = Replay
+        if on_cuda and config.cuda_graph == "auto":
+            make = functools.partial(GraphReplay, recorded.undone)
+        self._replay = make(executor, brought, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
@@ -207,6 +208,11 @@ class FusedGraph:
             self.samples.append(sample)
         constants = [tensor for bound in self._bound for tensor in bound()]
         return self.recorded.replay(call, self._replay, constants, sum([bound.version for bound in self._bound]))
+
+    @property
+    def cuda_graphs(self) -> Graphs | None:
+        """The CUDA graphs in use; None before they are captured, or where there are none."""
+        return self._replay.graphs if isinstance(self._replay, GraphReplay) else None
 
     @property
     def plan(self) -> Plan | None:
