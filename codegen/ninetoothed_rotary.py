@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from graph_capture.codegen.ninetoothed_host import Program
-from graph_capture.codegen.rotary import RotarySpec, Track
+from graph_capture.codegen.rotary_spec import RotarySpec, Track
 
 
 def program(spec: RotarySpec, interpreted: bool) -> Program:
@@ -103,7 +103,8 @@ class _Printer:
     def _arrangement(self) -> list[str]:
         """The grid is batch x length x groups of heads; a cache's slots are a list inside."""
         spec = self.spec
-        lines, tiles = [], []
+        lines: list[str] = []
+        tiles: list[str] = []
         for operand in _operands(spec):
             name, kind = operand.parameter, operand.parameter.rstrip("0123456789").split("_")[0].rstrip("0123456789")
             block = self.blocks[operand.part] if operand.part is not None else 1

@@ -12,7 +12,7 @@ from graph_capture.codegen import ninetoothed_host as host
 from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.matvec import MatvecSpec
-from graph_capture.codegen.rotary import RotarySpec
+from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Spec
 
 from graph_capture.cachedir import DiskCache
@@ -75,7 +75,7 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
     Raises:
         FusionError: ninetoothed cannot be used here.
     """
-    printer: Printer = PRINTERS[type(spec)]
+    printer = PRINTERS[type(spec)]
     known: dict[host.Program, host.Built] = {}
 
     def load(programs: Sequence[host.Program]) -> list[host.Built]:

@@ -134,8 +134,9 @@ def _fill(row: Row, kernel: CompiledKernel, binary: Binary) -> None:
     row.registers, row.spilled, row.shared = binary.registers, binary.stack, binary.shared
     row.instructions, row.loads, row.stores = binary.instructions, dict(binary.loads), dict(binary.stores)
     spec = kernel.spec
-    swept = isinstance(spec, KernelSpec) and choose_blocks(spec, interpreted=False).sweeps
-    row.moved = row.minimum * (len(spec.passes) if swept else 1)
+    row.moved = row.minimum
+    if isinstance(spec, KernelSpec) and choose_blocks(spec, interpreted=False).sweeps:
+        row.moved *= len(spec.passes)
 
 
 def _steps(

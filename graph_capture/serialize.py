@@ -11,7 +11,7 @@ import torch
 
 from graph_capture.errors import CacheError, CaptureError
 from graph_capture.graph import Arg, OpNode, Source, SubGraph, TensorMeta
-from graph_capture.ops import FUSED, GUARD, op
+from graph_capture.ops import EXTERNAL, FUSED, GUARD, arg_indices, arguments, op
 from graph_capture.optable import TABLE
 
 # torch's enumerations in attributes, by a tag; each is a public name of torch.
@@ -25,12 +25,12 @@ def is_savable(name: str) -> bool:
     """Whether an op may be named in a file: it is in the op table, is an ATen overload, or guards one of these."""
     name = name.removeprefix(GUARD)
     if name in TABLE:
-        return True
+        return name != EXTERNAL
     if not re.fullmatch(r"aten\.\w+\.\w+", name) or name in _OPENS_FILES:
         return False
     try:
         return op(name).overload is not None
-    except CaptureError:
+    except (CaptureError, AttributeError):
         return False
 
 
@@ -177,8 +177,15 @@ def _check_op(node: OpNode) -> None:
     if node.op_type.startswith(FUSED):
         if not isinstance(node.attr("body"), SubGraph) or not node.origin:
             raise CacheError(f"{node.op_type} lacks what it stands for")
-    elif not is_savable(node.op_type):
+        return
+    if not is_savable(node.op_type):
         raise CacheError(f"{node.op_type!r} is no op of the op table or of ATen")
+    try:
+        given = arguments(node)
+    except CaptureError as error:
+        raise CacheError(str(error)) from error
+    if any(index >= len(node.inputs) for value in given.values() for index in arg_indices(value)):
+        raise CacheError(f"{node.op_type} refers to an input that it does not have")
 
 
 # --- layouts and names

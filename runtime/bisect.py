@@ -14,6 +14,7 @@ from graph_capture.runtime.verify import distance
 
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph
+from graph_capture.matcher import Match
 from graph_capture.ops import FUSED
 from graph_capture.signature import Call as Bound
 
@@ -43,7 +44,7 @@ class Bisection:
         return "\n".join([*lines, f"{verdict} ({self.error:.2e})"])
 
 
-def bisect(fused: FusedGraph, call: Bound, tolerance: float | None) -> Bisection:
+def bisect(fused: FusedGraph, call: Bound | Match, tolerance: float | None) -> Bisection:
     """See `FusedGraph.bisect`."""
     recorded = fused.recorded
     plain = [*call.tensors, *recorded.captured.values()]

@@ -89,12 +89,12 @@ class Buckets:
     def __init__(self, function: Callable[..., Any], buckets: Mapping[str, Bucket]) -> None:
         self._buckets = dict(buckets)
         target = function.forward if isinstance(function, torch.nn.Module) else function
-        self._signature = inspect.signature(target)
-        kinds = {name: parameter.kind for name, parameter in self._signature.parameters.items()}
-        self._rest = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+        kinds = {name: parameter.kind for name, parameter in inspect.signature(target).parameters.items()}
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positions = {name: index for index, name in enumerate(kinds) if kinds[name] in by_position}
         named = {name for bucket in self._buckets.values() for name in bucket.arguments}
         unknown = sorted(named - set(kinds))
-        if unknown and self._rest is None:
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds.values():
             raise ValueError(f"{target!r:.60} has no argument {', '.join(unknown)}; it takes ({', '.join(kinds)})")
 
     def pad(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Padded | None:
@@ -103,14 +103,14 @@ class Buckets:
         Raises:
             CaptureError: an argument is no tensor or lacks the dimension; or two differ in its size.
         """
-        bound = self._signature.bind(*args, **kwargs)
-        rest = dict(bound.arguments.get(self._rest or "", {}))
+        arguments: dict[int | str, Any] = dict(enumerate(args))
+        arguments.update((name, value) for name, value in kwargs.items())
         cuts: dict[str, tuple[tuple[int, int], ...]] = {}
         padded = False
         for label, bucket in self._buckets.items():
-            given = {n: bound.arguments.get(n, rest.get(n)) for n in bucket.arguments}
-            given = {name: value for name, value in given.items() if value is not None}
-            sizes = {name: _size(label, name, value, bucket.arguments[name]) for name, value in given.items()}
+            places = {name: self._place(name, len(args)) for name in bucket.arguments}
+            places = {name: place for name, place in places.items() if arguments.get(place) is not None}
+            sizes = {n: _size(label, n, arguments[place], bucket.arguments[n]) for n, place in places.items()}
             if len({*sizes.values()}) > 1:
                 raise CaptureError(f"the arguments differ in {label!r}: {_listed(sizes)}")
             size = next(iter(sizes.values()), None)
@@ -118,16 +118,19 @@ class Buckets:
             if size is None or target is None or target == size:
                 continue
             padded = True
-            for name, value in given.items():
-                longer = _pad(value, bucket.arguments[name], target - size, bucket.fill.get(name, 0))
-                (bound.arguments if name in bound.arguments else rest)[name] = longer
+            for name, place in places.items():
+                fill = bucket.fill.get(name, 0)
+                arguments[place] = _pad(arguments[place], bucket.arguments[name], target - size, fill)
             for path, dim in bucket.outputs.items():
                 cuts[path] = (*cuts.get(path, ()), (dim, size))
         if not padded:
             return None
-        if self._rest is not None and rest:
-            bound.arguments[self._rest] = rest
-        return Padded(bound.args, bound.kwargs, cuts)
+        return Padded(tuple(arguments[i] for i in range(len(args))), {n: arguments[n] for n in kwargs}, cuts)
+
+    def _place(self, name: str, given: int) -> int | str:
+        """Where a call with so many positional arguments has this one."""
+        position = self._positions.get(name, given)
+        return position if position < given else name
 
 
 def compare(padded: Any, exact: Any) -> None:

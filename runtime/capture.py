@@ -232,7 +232,7 @@ def capture(
         buckets: dimensions that may be padded, by a name of yours, so that one recording serves all lengths up to a
             size. The first call of each size is also run as it is, and padding that changes its result is an error::
 
-                sequence = Bucket((16, 32, 64), {"input_ids": 1, "attention_mask": 1}, outputs={"logits": 1})
+                sequence = Bucket((16, 32, 64), {"tokens": 1, "mask": 1}, outputs={"logits": 1})
                 fast = capture(model, buckets={"sequence": sequence})
 
     Raises:

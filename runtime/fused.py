@@ -29,6 +29,7 @@ from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.launches import Launch, Tensors
 from graph_capture.log import log
+from graph_capture.matcher import Match
 from graph_capture.ops import FUSED
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
@@ -168,7 +169,7 @@ class FusedGraph:
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, None, region.name) for inner in step.nodes)
-            elif region is not None and step is not None:
+            elif region is not None and isinstance(step, _Step):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
@@ -199,7 +200,7 @@ class FusedGraph:
         """
         return self.replay(self.recorded.bind(args, kwargs))
 
-    def replay(self, call: Bound) -> Any:
+    def replay(self, call: Bound | Match) -> Any:
         """Replay on a call that is known to fit."""
         every = self.config.verify_every
         if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
@@ -279,7 +280,7 @@ class FusedGraph:
 
         save(self, path, weights)
 
-    def tensors(self, call: Bound) -> dict[str, torch.Tensor]:
+    def tensors(self, call: Bound | Match) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""
         tensors = [*call.tensors, *self.recorded.captured.values(), *self.constant_tensors()]
         return dict(zip(self.subgraph.input_names, tensors, strict=True))

@@ -144,16 +144,22 @@ def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tenso
     _check(set(constants.input_names) <= set(captured), "constants depend on more than captured tensors")
     _check(rewritten.input_names == (*recorded.input_names, *constants.output_names), "the fused graph does not fit")
     _check(len(rewritten.output_names) == len(recorded.output_names), "the fused graph has other outputs")
-    for graph in (recorded, rewritten, constants):
-        _check_values(graph)
+    for part in (recorded, rewritten, constants):
+        _check_values(part)
     graph = RecordedGraph(recorded, signature, template, captured, Ledger(ModulePaths(), captured))
     same = table.get("environment") == environment_key(device_of(recorded))
     regions = _Regions(decoder, rewritten, FusionHeuristics(config), same)
     found = tuple(map(regions.decode, as_list(table.get("regions"))))
-    receipts = tuple(Receipt(text(rule), *map(int, counts), ops=int(ops)) for rule, *counts, ops in table["receipts"])
+    receipts = tuple(map(_receipt, as_list(table.get("receipts"))))
     fused = FusedGraph(graph, Rewritten(rewritten, constants, receipts, ()), found, config)
     fused.whole = None if table.get("whole") is None or not same else _decode_decision(table["whole"])
     return fused
+
+
+def _receipt(value: Any) -> Receipt:
+    rule, candidates, matches, ops = as_list(value, 4)
+    _check(all(type(count) is int for count in (candidates, matches, ops)), "a receipt is damaged")
+    return Receipt(text(rule), candidates, matches, ops=ops)
 
 
 def _check(condition: bool, what: str) -> None:
@@ -181,9 +187,9 @@ def _encode_decision(decision: Decision) -> dict[str, Any]:
 
 def _decode_decision(value: Any) -> Decision:
     table = as_dict(value)
-    times = [table.get("t_fallback"), table.get("t_fused")]
-    _check(all(time is None or isinstance(time, float) for time in times), "a decision's times are damaged")
-    return Decision(bool(table.get("use")), text(table.get("reason")), *times, cached=True)
+    before, after = table.get("t_fallback"), table.get("t_fused")
+    _check(all(time is None or isinstance(time, float) for time in (before, after)), "a decision's times are damaged")
+    return Decision(bool(table.get("use")), text(table.get("reason")), before, after, cached=True)
 
 
 def _encode_region(region: Region, encoder: Encoder) -> dict[str, Any]:

@@ -106,4 +106,4 @@ def _view(memory: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
 
 def _digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()

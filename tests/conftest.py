@@ -5,6 +5,14 @@ from graph_capture.cachedir import VARIABLE
 from tests.models import tiny_llama
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder_of_the_session(tmp_path_factory):
+    """Where fixtures that outlive a test keep what they make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("session_cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory, monkeypatch):
     """A cache folder of the test's own: no test sees what another has measured, or touches the user's."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen.rotary import RotarySpec
+from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.runtime.verify import distance
 
 from graph_capture import CompiledKernel, FusionConfig, FusionError, fuse, record
