@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
@@ -9,14 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from graph_capture.codegen import ninetoothed_target
+from graph_capture.codegen import c_target, ninetoothed_target
 from graph_capture.codegen.aot import Binary
 from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.lower import lower
 from graph_capture.codegen.spec import Operand, Spec
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
+from graph_capture.log import log
 
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
@@ -39,8 +42,14 @@ class Target(Protocol):
         """The code of a spec."""
         ...
 
-    def build(self, spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Launch]:
-        """Compile a spec; the result binds it to the tensors of a call, inputs before outputs."""
+    def build(
+        self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
+    ) -> Callable[[Sequence[torch.Tensor]], Launch]:
+        """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first."""
+        ...
+
+    def prepare(self, specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
+        """Compile specs (with their kernels' names) side by side, as far as that saves time in `build`."""
         ...
 
 
@@ -54,14 +63,21 @@ class CompiledKernel:
         source: the code that was generated for it.
     """
 
-    def __init__(self, spec: Spec, name: str, key: str, target: Target = ninetoothed_target) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        name: str,
+        key: str,
+        target: Target = ninetoothed_target,
+        cache: DiskCache | None = None,
+    ) -> None:
         self.spec, self.name, self.key, self.target = spec, name, key, target
         self.source = target.source(spec)
-        self._bind = target.build(spec, name)
+        self._bind = target.build(spec, name, cache)
 
     @property
     def interpreted(self) -> bool:
-        """Whether it runs in Triton's interpreter: right numbers, no speed."""
+        """Whether it runs in an interpreter: right numbers, no speed."""
         return self.target.interpreted()
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -85,6 +101,8 @@ class CompiledKernel:
 
     def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
         """A launch that reads and writes these tensors, and no others, each time it is called.
+
+        It holds its outputs; the inputs must live as long as it is called, for it may have nothing but their addresses.
 
         Raises:
             FusionError: they do not fit the kernel, in dtype, device, shape or strides.
@@ -131,16 +149,46 @@ def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[Bi
     return ninetoothed_target.compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
 
 
+TARGETS: dict[str, Target] = {target.name: target for target in (ninetoothed_target, c_target)}
+
+
+def target_for(chosen: str, device: torch.device) -> Target:
+    """The target of kernels on a device: for "auto" ninetoothed on CUDA, C on the CPU.
+
+    Raises:
+        FusionError: the chosen one does not run there, or has no compiler; the message says why.
+    """
+    cpu = device.type == "cpu"
+    target = TARGETS[chosen if chosen != "auto" else "c" if cpu else "ninetoothed"]
+    if target is c_target:
+        reason = c_target.unavailable() if cpu else f"its tensors are on {device}, and C kernels run on the CPU"
+        if cpu and reason is not None:
+            _log_once(f"nothing is fused on the CPU: {reason}")
+    else:
+        reason = "its tensors are on the CPU, and ninetoothed kernels run on CUDA here"
+        reason = reason if cpu and not target.interpreted() else None
+    if reason is not None:
+        raise FusionError(reason)
+    return target
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning("%s", message)
+
+
 class KernelCompiler:
     """Makes one kernel for each distinct region: its ops, dtypes and row size; the number of rows stays open.
 
     Args:
-        target: "auto" or "ninetoothed".
+        target: "auto", "ninetoothed" or "c".
+        cache: where machine code is kept for later processes; nowhere if None.
     """
 
-    def __init__(self, target: str = "auto") -> None:
-        if target not in ("auto", "ninetoothed"):
-            raise FusionError(f"there is no target {target!r}; use 'auto' or 'ninetoothed'")
+    def __init__(self, target: str = "auto", cache: DiskCache | None = None) -> None:
+        if target != "auto" and target not in TARGETS:
+            raise FusionError(f"there is no target {target!r}; use {', '.join(map(repr, ('auto', *TARGETS)))}")
+        self.target, self.cache = target, cache
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
@@ -151,32 +199,63 @@ class KernelCompiler:
         return tuple(self._kernels.values())
 
     def compile(
-        self, graph: SubGraph, input_dtypes: By, input_shapes: By, input_strides: By | None = None
+        self,
+        graph: SubGraph,
+        input_dtypes: By,
+        input_shapes: By,
+        input_strides: By | None = None,
+        device: torch.device | str | None = None,
     ) -> CompiledKernel:
         """The kernel of `graph` for inputs of these dtypes and shapes (by name, or in the order of its inputs).
 
         The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
-        in place what is not contiguous: halves of a merged projection, transposed heads.
+        in place what is not contiguous: halves of a merged projection, transposed heads. Without a `device` it is made
+        for CUDA where there is CUDA, for the CPU elsewhere.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
         strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        layouts = zip(shapes, strides, dtypes, strict=True)
+        metas = tuple(TensorMeta(shape, tuple(stride), dtype, place) for shape, stride, dtype in layouts)
         with self._lock:
-            known = (graph, *dtypes, *shapes, *map(tuple, strides))
-            spec = self._specs.get(known)
-            if spec is None:
-                metas = {
-                    name: TensorMeta(shape, tuple(stride), dtype, torch.device("cpu"))
-                    for name, dtype, shape, stride in zip(graph.input_names, dtypes, shapes, strides, strict=True)
-                }
-                spec = self._specs[known] = lower(graph, metas)
-            key = hashlib.sha256(repr(spec).encode()).hexdigest()
-            if key not in self._kernels:
-                ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
-                self._kernels[key] = CompiledKernel(spec, f"fused_{ops[:40]}_{key[:8]}", key)
-            return self._kernels[key]
+            return self._kernel(*self._described(graph, metas))
+
+    def prepare(self, wanted: Sequence[tuple[SubGraph, Sequence[TensorMeta]]]) -> None:
+        """Build the kernels of several regions on inputs of these layouts side by side, for `compile` to find.
+
+        What cannot be built is passed over; `compile` says why.
+        """
+        with self._lock:
+            by_target: dict[str, dict[str, tuple[Spec, str]]] = {}
+            for graph, metas in wanted:
+                try:
+                    target, spec, key, name = self._described(graph, tuple(metas))
+                except FusionError:
+                    continue
+                if key not in self._kernels:
+                    by_target.setdefault(target.name, {})[key] = (spec, name)
+            for chosen, specs in by_target.items():
+                TARGETS[chosen].prepare(list(specs.values()), self.cache)
+
+    def _described(self, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> tuple[Target, Spec, str, str]:
+        """A kernel before it is built: its target, its spec, its key and its name."""
+        devices = {meta.device for meta in metas}
+        target = target_for(self.target, next(iter(devices)) if len(devices) == 1 else torch.device("cpu"))
+        known = (graph, *metas)
+        spec = self._specs.get(known)
+        if spec is None:
+            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)))
+        key = hashlib.sha256(f"{target.name} {spec!r}".encode()).hexdigest()
+        ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
+        return target, spec, key, f"fused_{ops[:40]}_{key[:8]}"
+
+    def _kernel(self, target: Target, spec: Spec, key: str, name: str) -> CompiledKernel:
+        if key not in self._kernels:
+            self._kernels[key] = CompiledKernel(spec, name, key, target, self.cache)
+        return self._kernels[key]
 
 
 def _listed(graph: SubGraph, table: By) -> list[Any]:

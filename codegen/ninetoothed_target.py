@@ -69,8 +69,10 @@ def _programs(spec: Spec, interpreted: bool) -> Sequence[host.Program]:
     return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
 
-def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
-    """Load the kernel; the result binds it to tensors.
+def build(
+    spec: Spec, kernel_name: str, cache: DiskCache | None = None
+) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
+    """Load the kernel; the result binds it to tensors. Triton keeps a cache of its own.
 
     Raises:
         FusionError: ninetoothed cannot be used here.
@@ -105,6 +107,10 @@ def build(spec: Spec, kernel_name: str) -> Callable[[Sequence[torch.Tensor]], Ca
         return launch
 
     return bind
+
+
+def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
+    """Nothing to do ahead: Triton compiles at the first launch."""
 
 
 def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Binary]:

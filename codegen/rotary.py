@@ -131,6 +131,8 @@ class _Reader:
         call = (bound["cos"], sin, bool(bound.get("interleaved")), bool(bound.get("half_tables")))
         if before.track.rotates or before.dims[3] != 3:
             raise FusionError(f"{bound['input']} is rotated again")
+        if sin and bound.get("interleaved") and bound.get("half_tables"):
+            raise FusionError("half tables repeat, and neighbours would be rotated by different angles")
         if self.rope is not None and self.rope[:4] != call:
             raise FusionError("query and key are rotated by other tables, or in another way")
         self.rope = call

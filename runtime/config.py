@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from graph_capture.passes import DEFAULT, Pattern, pass_names
 
 Profile = Literal["measure", "always", "static"]
-Target = Literal["auto", "ninetoothed"]
+Target = Literal["auto", "ninetoothed", "c"]
 CudaGraph = Literal["auto", "off"]
 MergeLinears = Literal["views", "copy", "off"]
 
@@ -31,7 +31,8 @@ class FusionConfig:
         fusion_ratio: a fused kernel is used if ``t_fused < t_fallback * fusion_ratio``.
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
-        target: what makes kernels; "auto" is ninetoothed.
+        target: what makes kernels: "ninetoothed" (Triton), "c" (the system's C compiler, for the CPU), or "auto": the
+            first on CUDA, the second on the CPU.
         verify_every: check the kernels in use at every so many replays against float64, on copies, and log what is off
             (`FusedGraph.samples` keeps the latest outcomes); 0 checks none.
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from graph_capture.codegen import CompiledKernel, KernelCompiler, interpreted, supports
+from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
@@ -62,7 +62,8 @@ class FusionHeuristics:
 
     def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
         self.config = config or FusionConfig()
-        self.compiler = compiler or KernelCompiler(self.config.target)
+        cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
+        self.compiler = compiler or KernelCompiler(self.config.target, cache)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
         self._measured: dict[str, Decision] = {}
 
@@ -156,14 +157,13 @@ class FusionHeuristics:
         Raises:
             FusionError: it cannot be made, for whatever reason.
         """
-        if not interpreted() and any(meta.device.type == "cpu" for meta in metas.values()):
-            raise FusionError("its tensors are on the CPU, where there is no compiled target yet")
         compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
         dtypes = {name: meta.dtype for name, meta in metas.items()}
         shapes = {name: meta.shape for name, meta in metas.items()}
         strides = {name: meta.stride for name, meta in metas.items()}
+        device = next((meta.device for meta in metas.values()), None)
         try:
-            return compiler.compile(graph, dtypes, shapes, strides)
+            return compiler.compile(graph, dtypes, shapes, strides, device)
         except FusionError:
             raise
         except Exception as error:  # a compiler's own failure must not become the user's
@@ -222,7 +222,7 @@ class FusionHeuristics:
         device = next(iter(metas.values())).device
         dtypes, shapes = {n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}
         layouts = [(m.stride, str(m.device)) for m in metas.values()]
-        how = f"{kind}, interpreted {interpreted()}, {torch.get_num_threads()} threads"
+        how = f"{kind}, {torch.get_num_threads()} threads"
         return DiskCache.key(graph.cache_key(dtypes, shapes), repr(layouts), how, device=device)
 
     def judge(self, times: Times) -> Decision:

@@ -1,5 +1,7 @@
 """Rotary embedding with its norms and the cache's write: one kernel, for every spelling and layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,12 @@ from graph_capture import CompiledKernel, FusionConfig, FusionError, fuse, recor
 ALWAYS = FusionConfig(profile="always", min_nodes_for_fusion=1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True, params=["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
+def target(request, monkeypatch):
+    """Every test for both targets."""
+    monkeypatch.setitem(globals(), "ALWAYS", replace(ALWAYS, target=request.param))
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -208,6 +216,8 @@ def test_what_is_no_such_kernel_replays_right():
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_machine_code_at_llama_sizes(architecture):
+    if ALWAYS.target == "c":
+        pytest.skip("for GPUs")
     query, key, cos, sin = (x.to(torch.bfloat16) for x in inputs(1, 2, 32, 8, 128))
     value = key.clone()
     position = torch.tensor([5, 6], device=DEVICE)

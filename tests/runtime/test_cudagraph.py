@@ -8,7 +8,7 @@ import torch
 from graph_capture.runtime import cudagraph
 from graph_capture.runtime.cudagraph import GraphReplay
 
-from graph_capture import FusionConfig, fuse
+from graph_capture import FusionConfig, fuse, record
 from graph_capture.executor import Executor
 from tests.replaying import graph_of, noise
 
@@ -176,7 +176,9 @@ def test_an_op_that_synchronises_splits_the_graph():
         return torch.tanh(x) * 2, found
 
     x = torch.tensor([1.0, -1.0, 2.0], device="cuda")
-    fused = fuse(graph_of(step, x), FusionConfig())
+    with record(x, data_dependent="guard") as recording:
+        recording.output(step(x))
+    fused = fuse(recording.graph, FusionConfig())
     for _ in range(5):
         got = fused(x)
     assert torch.equal(got[1].cpu(), torch.tensor([[0], [2]]))

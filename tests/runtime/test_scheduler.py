@@ -98,8 +98,10 @@ def test_measurements_are_cached(monkeypatch):
 
 
 def test_static_profile_does_not_use_interpreted_kernels():
-    decision = FusionHeuristics(FusionConfig(profile="static")).profile_and_decide(gc.create_swiglu_pattern(), inputs())
-    assert bool(decision) is torch.cuda.is_available()
+    for target in ("auto", "ninetoothed"):
+        heuristics = FusionHeuristics(FusionConfig(profile="static", target=target))
+        decision = heuristics.profile_and_decide(gc.create_swiglu_pattern(), inputs())
+        assert bool(decision) is (target == "auto" or torch.cuda.is_available())
 
 
 def test_a_kernel_that_cannot_be_made_falls_back_with_the_reason(monkeypatch):

@@ -1,0 +1,207 @@
+/* What every generated kernel starts with: conversions in registers, and functions that a compiler can vectorise.
+ *
+ * The float32 functions have no branches and no calls. They are good to about 1 to 2 units in the last place, keep NaN,
+ * infinities, subnormal numbers and the sign of zero. Their polynomials are minimax fits (Remez) of the usual reductions;
+ * see Muller, Elementary Functions. float64 uses the C library's.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* --- bfloat16 and float16, rounded to nearest even */
+
+INLINE float from_bfloat16(uint16_t half) { return as_float((uint32_t)half << 16); }
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits = as_bits(value);
+    uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return value != value ? 0x7fc0 : (uint16_t)(rounded >> 16);
+}
+
+INLINE float from_float16(uint16_t half) {
+    float magnitude = as_float((uint32_t)(half & 0x7fffu) << 13) * 0x1p112f;
+    uint32_t bits = as_bits(magnitude) | (magnitude >= 65536.0f ? 0x7f800000u : 0u);
+    return as_float(bits | (uint32_t)(half & 0x8000u) << 16);
+}
+
+INLINE uint16_t to_float16(float value) {
+    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000u;
+    float magnitude = fabsf(value);
+    /* Adding the power of two whose unit in the last place is the half's rounds a number that is subnormal there. */
+    uint32_t small = as_bits(magnitude + 0.5f) - 0x3f000000u;
+    uint32_t large = ((bits & 0x7fffffffu) - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
+    uint32_t half = magnitude < 0x1p-14f ? small : magnitude < 65520.0f ? large : 0x7c00u;
+    return (uint16_t)(sign | (value != value ? 0x7e00u : half));
+}
+
+/* --- float32 */
+
+/* 2 to an integer power that may leave the range of normal numbers on either side, in two factors. */
+INLINE float scaled(float value, int32_t power) {
+    int32_t half = power >> 1;
+    return value * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(power - half + 127) << 23);
+}
+
+INLINE float exp_float(float x) {
+    float bounded = x > 90.0f ? 90.0f : x < -110.0f ? -110.0f : x;
+    float shifted = bounded * 1.44269504f + 12582912.0f; /* rounds to an integer, which is in the low bits */
+    float n = shifted - 12582912.0f;
+    float t = bounded - n * 0.693145752f;
+    float r = t - n * 1.42860677e-6f, r_low = (t - r) - n * 1.42860677e-6f;
+    float p = 0.0013814609f;
+    p = p * r + 0.00836871f;
+    p = p * r + 0.04166839f;
+    p = p * r + 0.16666521f;
+    p = p * r + 0.49999994f;
+    float high = 1.0f + r, low = (r - (high - 1.0f)) + r_low;
+    return x != x ? x : scaled(high + (p * (r * r) + low), (int32_t)(as_bits(shifted) - 0x4b400000u));
+}
+
+INLINE float log_float(float x) {
+    int subnormal = x < 0x1p-126f;
+    float normal = subnormal ? x * 0x1p24f : x;
+    uint32_t bits = as_bits(normal) - 0x3f3504f3u; /* of sqrt(1/2): the mantissa comes to lie around 1 */
+    float e = (float)((int32_t)bits >> 23) - (subnormal ? 24.0f : 0.0f);
+    float f = as_float((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float p = 0.06746663f;
+    p = p * f - 0.1167564f;
+    p = p * f + 0.11888145f;
+    p = p * f - 0.12405589f;
+    p = p * f + 0.14219555f;
+    p = p * f - 0.16667996f;
+    p = p * f + 0.20002119f;
+    p = p * f - 0.2500001f;
+    p = p * f + 0.33333313f;
+    float square = f * f;
+    float tail = p * f * square - 0.5f * square + e * 1.42860677e-6f;
+    float result = e * 0.693145752f + (f + tail);
+    result = x == 0.0f ? -INFINITY : x < 0.0f ? NAN : result;
+    return x == INFINITY || x != x ? x : result;
+}
+
+/* log(1 + x) without the rounding of 1 + x (Kahan; in Goldberg, 1991, theorem 4). */
+INLINE float log1p_float(float x) {
+    float rounded = 1.0f + x;
+    float exact = log_float(rounded) * (x / (rounded - 1.0f));
+    return rounded == 1.0f || rounded == INFINITY ? x : exact;
+}
+
+INLINE float tanh_float(float x) {
+    float magnitude = fabsf(x), square = x * x;
+    float p = -0.006274231f;
+    p = p * square + 0.021071672f;
+    p = p * square - 0.05385231f;
+    p = p * square + 0.13332586f;
+    p = p * square - 0.33333316f;
+    float near = p * square * x + x;
+    float far = 1.0f - 2.0f / (exp_float(2.0f * magnitude) + 1.0f);
+    return magnitude < 0.55f ? near : copysignf(far, x);
+}
+
+INLINE float erf_float(float x) {
+    float magnitude = fabsf(x), square = x * x;
+    float p = 7.8538396e-05f;
+    p = p * square - 0.0008010187f;
+    p = p * square + 0.005188327f;
+    p = p * square - 0.026853811f;
+    p = p * square + 0.112835854f;
+    p = p * square - 0.37612626f;
+    p = p * square + 0.12837917f;
+    float near = p * x + x;
+    float t = magnitude > 4.0f ? 4.0f : magnitude; /* beyond, it rounds to 1 */
+    float q = 1.3962576e-05f;
+    q = q * t - 0.00035059344f;
+    q = q * t + 0.003757483f;
+    q = q * t - 0.024010083f;
+    q = q * t + 0.10653088f;
+    q = q * t + 0.63496953f;
+    q = q * t + 1.1286943f;
+    float far = 1.0f - exp_float(-(q * t));
+    return magnitude < 1.0f ? near : copysignf(far, x);
+}
+
+/* x less a multiple of pi / 2, at most pi / 4 from 0; the multiple comes in `quarters`. From the bits of 1 / (2 pi) that
+ * matter for the exponent of x (Payne and Hanek, 1983), which is finite and at least 2^20 in size. */
+INLINE double reduced(float x, uint32_t *quarters) {
+    static const uint32_t turns[8] = {0x00000000, 0x28be60db, 0x9391054a, 0x7f09d5f4,
+                                      0x7d4d3770, 0x36d8a566, 0x4f10e410, 0x7f9458ea};
+    uint32_t bits = as_bits(x) & 0x7fffffffu;
+    uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+    uint32_t skip = (bits >> 23) - 118u; /* bits of whole turns */
+    skip = skip > 136u ? 0u : skip;      /* another x, whose result is not used */
+    uint32_t word = skip >> 5, shift = skip & 31u;
+    uint32_t high = (uint32_t)(((uint64_t)turns[word] << 32 | turns[word + 1]) << shift >> 32);
+    uint32_t middle = (uint32_t)(((uint64_t)turns[word + 1] << 32 | turns[word + 2]) << shift >> 32);
+    uint32_t low = (uint32_t)(((uint64_t)turns[word + 2] << 32 | turns[word + 3]) << shift >> 32);
+    uint64_t fraction = (mantissa * high << 32) + mantissa * middle + (mantissa * low >> 32); /* of a turn, by 2^64 */
+    uint64_t nearest = (fraction + 0x2000000000000000u) >> 62;
+    double rest = (double)(int64_t)(fraction - (nearest << 62)) * 3.4061215800865545e-19; /* 2 pi / 2^64 */
+    *quarters = (uint32_t)(x < 0.0f ? -nearest : nearest);
+    return x < 0.0f ? -rest : rest;
+}
+
+/* sin(x + quarters * pi / 2) */
+INLINE float sine(float x, uint32_t quarters) {
+    double shifted = x * 0.6366197723675814 + 6755399441055744.0; /* rounds to an integer, in the low bits */
+    double n = shifted - 6755399441055744.0;
+    double rest = (x - n * 1.5707963267341256) - n * 6.077100506506192e-11;
+    uint64_t low;
+    memcpy(&low, &shifted, sizeof low);
+    uint32_t far_quarters;
+    double far_rest = reduced(x, &far_quarters);
+    int near = fabsf(x) < 0x1p20f;
+    float r = (float)(near ? rest : far_rest);
+    uint32_t quadrant = (near ? (uint32_t)low : far_quarters) + quarters;
+    float square = r * r;
+    float s = 2.7183116e-06f;
+    s = s * square - 0.00019839335f;
+    s = s * square + 0.008333329f;
+    s = s * square - 0.16666667f;
+    s = s * square * r + r;
+    float c = 2.479946e-05f;
+    c = c * square - 0.0013888883f;
+    c = c * square + 0.041666668f;
+    c = c * (square * square) - 0.5f * square + 1.0f;
+    float found = quadrant & 1u ? c : s;
+    found = quadrant & 2u ? -found : found;
+    return fabsf(x) < INFINITY ? found : NAN;
+}
+
+INLINE float sin_float(float x) { return sine(x, 0); }
+INLINE float cos_float(float x) { return sine(x, 1); }
+INLINE float sqrt_float(float x) { return sqrtf(x); }
+INLINE float rsqrt_float(float x) { return 1.0f / sqrtf(x); }
+INLINE float floor_float(float x) { return floorf(x); }
+INLINE float abs_float(float x) { return fabsf(x); }
+
+/* The base is not negative. In float64, for an exponent magnifies the logarithm's error. */
+INLINE float power_float(float base, float exponent) { return (float)exp((double)exponent * log((double)base)); }
+
+/* --- float64 */
+
+INLINE double exp_double(double x) { return exp(x); }
+INLINE double log_double(double x) { return log(x); }
+INLINE double log1p_double(double x) { return log1p(x); }
+INLINE double tanh_double(double x) { return tanh(x); }
+INLINE double erf_double(double x) { return erf(x); }
+INLINE double sin_double(double x) { return sin(x); }
+INLINE double cos_double(double x) { return cos(x); }
+INLINE double sqrt_double(double x) { return sqrt(x); }
+INLINE double rsqrt_double(double x) { return 1.0 / sqrt(x); }
+INLINE double floor_double(double x) { return floor(x); }
+INLINE double abs_double(double x) { return fabs(x); }
+INLINE double power_double(double base, double exponent) { return pow(base, exponent); }

@@ -1,0 +1,230 @@
+"""Compiling C with the system's compiler, and calling what comes out: no shell, prebound arguments.
+
+The compiler is what ``CC`` names, or cc, gcc or clang. ``GRAPH_CAPTURE_CFLAGS`` adds flags. Threads are those of the
+OpenMP runtime that torch has loaded (``c/runtime.c``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from graph_capture.codegen.ninetoothed_host import workspace
+
+from graph_capture.cachedir import DiskCache
+from graph_capture.errors import FusionError
+
+FOLDER = Path(__file__).with_name("c")
+# Reassociation is allowed where a reduction's pragma says so, and nowhere else: infinities, NaN, signed zeros and the
+# reductions of arguments in the prelude stay what they are.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-fno-math-errno", "-fno-trapping-math")
+NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+CFLAGS = "GRAPH_CAPTURE_CFLAGS"
+_lock = threading.Lock()
+_loaded: dict[tuple[Any, ...], ctypes.CDLL] = {}
+_toolchains: dict[tuple[str, str, str], Toolchain] = {}
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A C compiler (its command, what it says of its version, the flags that it takes), and what runs its kernels."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+    runtime: ctypes.CDLL
+
+
+def toolchain(cache: DiskCache | None = None) -> Toolchain:
+    """The C compiler of this machine.
+
+    Raises:
+        FusionError: there is none, or it cannot compile.
+    """
+    settings = (os.environ.get("CC", ""), os.environ.get("PATH", ""), os.environ.get(CFLAGS, ""))
+    with _lock:
+        if settings not in _toolchains:
+            _toolchains[settings] = _found(*settings, cache)
+        return _toolchains[settings]
+
+
+def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolchain:
+    names = [shlex.split(chosen)] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
+    found = next((found for name in names if (found := shutil.which(name[0], path=path))), None)
+    if found is None:
+        raise FusionError(f"there is no C compiler ({', '.join(name[0] for name in names)}); install one, or set CC")
+    command = (found, *names[0][1:]) if chosen.strip() else (found,)
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise FusionError(f"the C compiler {found} cannot be run: {error}") from error
+    source, failure = (FOLDER / "runtime.c").read_text(encoding="utf-8"), ""
+    for native in NATIVE:
+        flags = (*FLAGS, *native, *shlex.split(extra))
+        try:
+            runtime = ctypes.CDLL(str(_compiled(source, command, version, flags, cache)))
+        except (FusionError, OSError) as error:
+            failure = failure or str(error)
+            continue
+        for function in (runtime.run, runtime.run_chain):
+            function.argtypes, function.restype = [ctypes.c_void_p], None
+        os.register_at_fork(after_in_child=functools.partial(_leave_alone, runtime))
+        return Toolchain(command, version, flags, runtime)
+    raise FusionError(failure)
+
+
+def _leave_alone(runtime: ctypes.CDLL) -> None:
+    """In a forked child: the parent's threads are not there."""
+    ctypes.c_int.in_dll(runtime, "alone").value = 1
+
+
+def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None) -> Path:
+    """`source` as a shared library, in the cache or in this process's folder.
+
+    Raises:
+        FusionError: the compiler fails; the message is its own.
+    """
+    key = DiskCache.key(source, *command, version, *flags)
+    if cache is not None and (known := cache.get(key, ".so")) is not None:
+        return known
+    descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
+    os.close(descriptor)
+    line = [*command, *flags, "-x", "c", "-", "-o", name, "-lm"]
+    try:
+        done = subprocess.run(line, input=source, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise FusionError(f"the C compiler cannot be run: {error}") from error
+    if done.returncode:
+        raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
+    if cache is not None:
+        cache.put(key, {".so": Path(name).read_bytes()})
+    return Path(name)
+
+
+def library(source: str, cache: DiskCache | None = None) -> ctypes.CDLL:
+    """`source`, compiled and loaded; equal sources once a process.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    chosen = toolchain(cache)
+    key = (source, chosen.command, chosen.version, chosen.flags)
+    with _lock:
+        if key in _loaded:
+            return _loaded[key]
+    try:
+        found = ctypes.CDLL(str(_compiled(source, chosen.command, chosen.version, chosen.flags, cache)))
+    except OSError as error:
+        raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
+    with _lock:
+        return _loaded.setdefault(key, found)
+
+
+def libraries(sources: Sequence[str], cache: DiskCache | None = None) -> list[ctypes.CDLL | FusionError]:
+    """`library` of several sources, compiled side by side; what failed is its error."""
+
+    def attempt(source: str) -> ctypes.CDLL | FusionError:
+        try:
+            return library(source, cache)
+        except FusionError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as pool:
+        return list(pool.map(attempt, sources))
+
+
+@functools.cache
+def prelude() -> str:
+    """The text that every kernel starts with."""
+    return (FOLDER / "prelude.h").read_text(encoding="utf-8")
+
+
+# --- launches
+
+
+class _Work(ctypes.Structure):
+    """``struct launch`` of the runtime."""
+
+    _fields_ = (
+        ("body", ctypes.c_void_p),
+        ("operands", ctypes.c_void_p),
+        ("geometry", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
+        ("grain", ctypes.c_int64),
+    )
+
+
+class _Works(ctypes.Structure):
+    """``struct chain`` of the runtime."""
+
+    _fields_ = (("launches", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a launch passes.
+
+    Attributes:
+        numbers: sizes and strides, as the function expects them.
+        units: of work.
+        grain: the fewest units that are worth a thread.
+        operands: for each address, the tensor of the call and an offset in bytes.
+        part: what the function's name ends in, where a kernel has several.
+    """
+
+    numbers: tuple[int, ...]
+    units: int
+    grain: int
+    operands: tuple[tuple[int, int], ...]
+    part: str = ""
+
+
+class Launch(functools.partial[None]):
+    """A foreign call whose arguments are bound: calling it is one call of C.
+
+    Attributes:
+        works: what it runs, in order.
+        held: what must live as long: the memory of its arguments, and its outputs.
+    """
+
+    works: tuple[_Work, ...]
+    held: tuple[Any, ...]
+
+
+def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
+    """A launch of a kernel's function on the memory of these tensors, which the caller keeps alive."""
+    addresses = [tensors[index].data_ptr() + offset for index, offset in layout.operands]
+    operands = (ctypes.c_void_p * len(addresses))(*addresses)
+    numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
+    work = _Work(
+        ctypes.cast(function, ctypes.c_void_p),
+        ctypes.addressof(operands),
+        ctypes.addressof(numbers),
+        layout.units,
+        layout.grain,
+    )
+    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
+    made.works, made.held = (work,), (operands, numbers, function)
+    return made
+
+
+def chain(launches: Sequence[Launch]) -> Launch:
+    """Several launches, in order, in one foreign call."""
+    works = tuple(work for one in launches for work in one.works)
+    addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
+    listed = _Works(ctypes.addressof(addresses), len(works))
+    made = Launch(toolchain().runtime.run_chain, ctypes.addressof(listed))
+    made.works, made.held = works, (addresses, listed, *(one.held for one in launches))
+    return made

@@ -1,0 +1,290 @@
+"""A `KernelSpec` as a C function: loops over rows, and one loop over columns for each sweep.
+
+The columns are walked through by a loop that the compiler vectorises. What a later sweep needs of an earlier one is
+kept in a buffer on the stack where it costs more than reading it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from graph_capture.codegen import c_print
+from graph_capture.codegen.c_host import Layout
+from graph_capture.codegen.spec import KernelSpec, Operand, Pass, Statement
+
+FLAT = 1024  # elements in a unit of work of a flat kernel
+WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
+KEPT_BYTES = 65536  # of a row in buffers on the stack
+COSTLY = 3  # from here on a value is kept rather than computed again
+
+
+def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
+    """How a call on these tensors (inputs, then outputs) runs; a thread takes at least `thread_work` (see `weight`).
+
+    Raises:
+        FusionError: they lie in another way than the kernel's.
+    """
+    geometry = spec.geometry(tensors)
+    numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps))
+    blocks = _Plan(spec).blocks
+    if spec.columns is None:
+        units, elements = -(-geometry.sizes[0] // FLAT), FLAT
+    else:
+        units = blocks
+        for size in geometry.sizes[:-1]:
+            units *= size
+        elements = min(spec.columns, WIDE) if blocks > 1 else spec.columns
+    work = sum(c_print.weight(sweep.element, len(spec.operands)) for sweep in spec.passes)
+    operands = tuple((index, 0) for index in range(len(spec.operands)))
+    return (Layout(numbers, units, max(1, thread_work // max(1, work * elements)), operands),)
+
+
+def source(spec: KernelSpec, name: str) -> str:
+    """The function's text."""
+    return _Printer(spec).function(name)
+
+
+class _Plan:
+    """What is decided before printing: how rows are cut, and what is kept between sweeps."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self.made = {statement.target: statement for statement in spec.statements}
+
+    @property
+    def blocks(self) -> int:
+        """The units of work that a row is cut into."""
+        columns = self.spec.columns
+        return 1 if self.spec.reduces or columns is None else max(1, -(-columns // WIDE))
+
+    @cached_property
+    def kept(self) -> dict[str, int]:
+        """Variable -> the sweep that keeps it for later ones."""
+        spec, found = self.spec, dict[str, int]()
+        room = KEPT_BYTES // max(1, spec.columns or 1)
+        known: dict[str, int] = {}
+        for number, sweep in enumerate(spec.passes):
+            if number:
+                for name in self._frontier(number, sweep, known):
+                    size = c_print.VALUES[self.made[name].dtype]
+                    room -= {"double": 8, "int64_t": 8}.get(size, 4)
+                    if self._cost(name) >= COSTLY and name not in found and room >= 0:
+                        found[name] = known[name]
+            for statement in sweep.element:
+                known.setdefault(statement.target, number)
+        return found
+
+    def _frontier(self, number: int, sweep: Pass, known: dict[str, int]) -> list[str]:
+        """What a sweep has in common with earlier ones, as far as it uses that directly."""
+        new = [s for s in sweep.element if s.target not in known]
+        wanted = {a for s in (*new, *sweep.reductions) for a in s.arguments if isinstance(a, str)}
+        if number == len(self.spec.passes) - 1:
+            wanted |= set(self.spec.stores)
+        return [name for name in known if name in wanted]
+
+    def _cost(self, name: str) -> int:
+        """Of a variable, from what is in memory or the same for the row."""
+        statements, loads, pending, seen = [], 0, [name], set[str]()
+        while pending:
+            name = pending.pop()
+            if name in seen or name in self.spec.per_row:
+                continue
+            seen.add(name)
+            if name in self.made:
+                statements.append(self.made[name])
+                pending += [a for a in self.made[name].arguments if isinstance(a, str)]
+            else:
+                loads += 1
+        return c_print.weight(statements, loads)
+
+    def element(self, number: int) -> tuple[list[Statement], set[str]]:
+        """The statements of a sweep over each element, given what is kept; and the variables that it reads."""
+        spec, sweep, last = self.spec, self.spec.passes[number], number == len(self.spec.passes) - 1
+        read = {a for s in sweep.reductions for a in s.arguments if isinstance(a, str)}
+        if last:
+            read |= {name for operand, name in zip(spec.outputs, spec.stores, strict=True) if not operand.per_row}
+        read |= {name for name, when in self.kept.items() if when == number}
+        statements = []
+        for statement in reversed(sweep.element):
+            if statement.target in read and self.kept.get(statement.target, number) >= number:
+                statements.append(statement)
+                read |= {a for a in statement.arguments if isinstance(a, str)}
+        return statements[::-1], read
+
+
+class _Printer:
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec, self.plan = spec, _Plan(spec)
+        self.rank = len(spec.operands[0].over)
+        self.pointers = dict(zip((o.name for o in spec.operands), c_print.identifiers(spec.operands), strict=True))
+        self.scalars = c_print.Scalars()
+
+    def function(self, name: str) -> str:
+        """The whole of it."""
+        spec = self.spec
+        lines = [f"void {name}(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end) {{"]
+        lines += [f"    {line}" for line in (self._flat() if spec.columns is None else self._rows())]
+        return "\n".join([*lines, "}", ""])
+
+    # --- loops over rows
+
+    def _flat(self) -> list[str]:
+        (sweep,) = self.spec.passes
+        lines = [self._pointer(index, []) for index in range(len(self.spec.operands))]
+        lines.append(f"const int64_t first = begin * {FLAT};")
+        lines.append(f"const int64_t stop = end * {FLAT} < geometry[0] ? end * {FLAT} : geometry[0];")
+        lines += self._per_row_loads()
+        lines += [line for statement in sweep.row for line in self.scalars.assign_row(statement)]
+        lines += self._sweep(0, "first", "stop")
+        return lines + self._per_row_stores("begin == 0")
+
+    def _rows(self) -> list[str]:
+        spec, outer, blocks = self.spec, self.rank - 1, self.plan.blocks
+        names = [f"i{dim}" for dim in range(outer)]
+        sizes = [f"geometry[{dim}]" for dim in range(outer)]
+        if blocks > 1:
+            names, sizes = [*names, "block"], [*sizes, str(blocks)]
+        lines, rest = ["int64_t rest = begin;"], []
+        for dim in reversed(range(len(names))):
+            lines.append(f"int64_t {names[dim]} = rest % {sizes[dim]};" if dim else f"int64_t {names[0]} = rest;")
+            if dim:
+                lines.append(f"rest /= {sizes[dim]};")
+                step = f"if (++{names[dim]} == {sizes[dim]}) {{"
+                rest.append((step, f"{names[dim]} = 0;"))
+        body = [self._pointer(index, [f"i{dim}" for dim in range(outer)]) for index in range(len(spec.operands))]
+        body += self._steps()
+        first, stop = "0", str(spec.columns)
+        if blocks > 1:
+            first, stop = "first", "stop"
+            body.append(f"const int64_t first = block * {WIDE};")
+            body.append(f"const int64_t stop = first + {WIDE} < {spec.columns} ? first + {WIDE} : {spec.columns};")
+        body += self._per_row_loads()
+        for name in self.plan.kept:
+            dtype = self.plan.made[name].dtype
+            size = max(1, spec.columns or 0)
+            body.append(f"{c_print.VALUES[dtype]} kept_{c_print.variable(name)}[{size}] __attribute__((aligned(64)));")
+        for number, sweep in enumerate(spec.passes):
+            body += [line for statement in sweep.row for line in self.scalars.assign_row(statement)]
+            body += self._sweep(number, first, stop)
+        body += self._per_row_stores("block == 0" if blocks > 1 else "")
+        for depth, (step, reset) in enumerate(rest):
+            body.append("    " * depth + step)
+            body.append("    " * (depth + 1) + reset)
+        body.append("    " * len(rest) + f"++{names[0]};")
+        body += ["    " * depth + "}" for depth in reversed(range(len(rest)))]
+        return [
+            *lines,
+            "for (int64_t unit = begin; unit < end; unit++) {",
+            *(f"    {line}" for line in body),
+            "}",
+        ]
+
+    def _pointer(self, index: int, dims: Sequence[str]) -> str:
+        operand = self.spec.operands[index]
+        output = index >= len(self.spec.inputs)
+        kind = ("" if output else "const ") + c_print.MEMORY[operand.dtype]
+        base = self.rank + index * self.rank
+        moves = [f"{i} * geometry[{base + dim}]" for dim, i in enumerate(dims) if operand.over[dim]]
+        offset = "".join(f" + {move}" for move in moves)
+        return f"{kind} *const {self.pointers[operand.name]} = ({kind} *)operands[{index}]{offset};"
+
+    def _steps(self) -> list[str]:
+        """The strides of columns that lie apart."""
+        lines = []
+        for index, operand in enumerate(self.spec.operands):
+            if not operand.unit and not operand.per_row:
+                number = self.rank + index * self.rank + self.rank - 1
+                lines.append(f"const int64_t {self.pointers[operand.name]}_step = geometry[{number}];")
+        return lines
+
+    def _at(self, operand: Operand) -> str:
+        if operand.per_row:
+            return "0"
+        return "j" if operand.unit else f"j * {self.pointers[operand.name]}_step"
+
+    def _load(self, operand: Operand) -> str:
+        value = c_print.load(self.pointers[operand.name], self._at(operand), operand.dtype)
+        name = f"{self.pointers[operand.name]}_value"
+        self.scalars.define(operand.name, name, operand.dtype)
+        return f"const {c_print.VALUES[operand.dtype]} {name} = {value};"
+
+    def _store(self, operand: Operand, variable: str) -> str:
+        value = self.scalars.names[variable]
+        return c_print.store(self.pointers[operand.name], self._at(operand), operand.dtype, value)
+
+    def _per_row_loads(self) -> list[str]:
+        read = {a for s in self.spec.statements for a in s.arguments} | set(self.spec.stores)
+        return [self._load(operand) for operand in self.spec.inputs if operand.per_row and operand.name in read]
+
+    def _per_row_stores(self, condition: str) -> list[str]:
+        lines = []
+        for operand, stored in zip(self.spec.outputs, self.spec.stores, strict=True):
+            if operand.per_row:
+                line = self._store(operand, stored)
+                lines.append(f"if ({condition}) {line}" if condition else line)
+        return lines
+
+    # --- loops over columns
+
+    def _sweep(self, number: int, first: str, stop: str) -> list[str]:
+        """One pass over the columns: its loop, and its reductions' results."""
+        spec, plan = self.spec, self.plan
+        sweep, last = spec.passes[number], number == len(spec.passes) - 1
+        statements, read = plan.element(number)
+        body = [self._load(operand) for operand in spec.inputs if operand.name in read and not operand.per_row]
+        for name, when in plan.kept.items():
+            if when < number and name in read:
+                dtype = plan.made[name].dtype
+                body.append(self.scalars.declared(name, dtype, f"kept_{c_print.variable(name)}[j]"))
+        body += [self.scalars.assign(statement) for statement in statements]
+        for name, when in plan.kept.items():
+            if when == number:
+                body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
+        if last:
+            for operand, stored in zip(spec.outputs, spec.stores, strict=True):
+                if not operand.per_row:
+                    body.append(self._store(operand, stored))
+        totals = [_Total(s, self.scalars) for s in sweep.reductions]
+        body += [total.add() for total in totals]
+        if not body:
+            return []
+        lines = [total.start() for total in totals] + _loop(first, stop, body, totals)
+        for total in totals:
+            lines += total.result(self.scalars, spec.columns or 0)
+        return lines
+
+
+def _loop(first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
+    clauses = "".join(f" reduction({total.clause}:{total.name})" for total in totals)
+    lines = [f"#pragma omp simd{clauses}", f"for (int64_t j = {first}; j < {stop}; j++) {{"]
+    return [*lines, *(f"    {line}" for line in body), "}"]
+
+
+class _Total:
+    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements."""
+
+    def __init__(self, statement: Statement, scalars: c_print.Scalars) -> None:
+        self.statement = statement
+        self.clause = {"sum": "+", "mean": "+"}.get(statement.function, statement.function)
+        self.name = f"{c_print.variable(statement.target)}_{statement.function}"
+        self.value = scalars.value(statement.arguments[0], statement.dtype)
+
+    def start(self) -> str:
+        if self.clause == "+":
+            return f"double {self.name} = 0;"
+        zero = "-INFINITY" if self.clause == "max" else "INFINITY"
+        return f"{c_print.VALUES[self.statement.dtype]} {self.name} = {zero};"
+
+    def add(self) -> str:
+        if self.clause == "+":
+            return f"{self.name} += {self.value};"
+        sign = ">" if self.clause == "max" else "<"  # false for NaN, which is passed over
+        return f"{self.name} = {self.value} {sign} {self.name} ? {self.value} : {self.name};"
+
+    def result(self, scalars: c_print.Scalars, columns: int) -> list[str]:
+        value = f"{self.name} / {float(columns)!r}" if self.statement.function == "mean" else self.name
+        if self.statement.dtype is torch.float32:
+            return scalars.widened(self.statement.target, value)
+        return [scalars.declared(self.statement.target, self.statement.dtype, value)]

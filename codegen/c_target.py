@@ -1,0 +1,110 @@
+"""The CPU target: specs as C functions, compiled by the system's compiler.
+
+A kernel is a function over a range of units of work; ``c/runtime.c`` runs it on the calling thread, or on torch's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from graph_capture.codegen import c_host as host
+from graph_capture.codegen import c_matvec, c_rotary, c_rows
+from graph_capture.codegen.c_host import Launch, Layout, chain
+from graph_capture.codegen.matvec import MatvecSpec
+from graph_capture.codegen.rotary_spec import RotarySpec
+from graph_capture.codegen.spec import KernelSpec, Spec
+
+from graph_capture.cachedir import DiskCache
+from graph_capture.errors import FusionError
+
+__all__ = ["Launch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
+
+THREAD_WORK = 100_000  # additions that a thread must have to do to be worth waking; measured: a few microseconds
+
+
+class Printer(Protocol):
+    """How specs of one kind become C: a module with these two functions."""
+
+    def source(self, spec: Any, name: str) -> str:
+        """The text of the function."""
+        ...
+
+    def layout(self, spec: Any, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
+        """What each launch on these tensors passes; a thread takes at least so much work."""
+        ...
+
+
+PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary, MatvecSpec: c_matvec}
+name = "c"
+
+
+def interpreted() -> bool:
+    """Never: kernels are machine code."""
+    return False
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        host.toolchain()
+    except FusionError as error:
+        return str(error)
+    return None
+
+
+def check(tensors: Sequence[torch.Tensor]) -> None:
+    """Whether kernels can run on these tensors.
+
+    Raises:
+        FusionError: they cannot.
+    """
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.layout is not torch.strided:
+            raise FusionError(f"a tensor is {tensor.layout} on {tensor.device}, the kernel runs on the CPU")
+        if tensor.is_neg():
+            raise FusionError("a tensor is a view that negates")
+
+
+def source(spec: Spec) -> str:
+    """The kernel's function, without the prelude that all share."""
+    return _printed(spec, "kernel")
+
+
+def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Callable[[Sequence[torch.Tensor]], Launch]:
+    """Compile a kernel; the result binds it to tensors.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
+    library = host.library(host.prelude() + _printed(spec, symbol), cache)
+    printer: Printer = PRINTERS[type(spec)]
+    layouts: dict[Any, tuple[Layout, ...]] = {}
+
+    def bind(tensors: Sequence[torch.Tensor]) -> Launch:
+        key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
+        found = layouts.get(key)
+        if found is None:
+            found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
+        launches = [host.launch(getattr(library, symbol + layout.part), tensors, layout) for layout in found]
+        made = launches[0] if len(launches) == 1 else chain(launches)
+        made.held = (*made.held, *tensors[len(spec.inputs) :])
+        return made
+
+    return bind
+
+
+def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
+    """Compile kernels (their specs and names) side by side, for `build` to find them."""
+    symbols = [re.sub(r"[^A-Za-z0-9_]", "_", kernel_name) for _, kernel_name in specs]
+    host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)], cache)
+
+
+def _printed(spec: Spec, symbol: str) -> str:
+    printer = PRINTERS.get(type(spec))
+    if printer is None:
+        raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
+    return printer.source(spec, symbol)  # type: ignore[no-any-return]
