@@ -17,7 +17,7 @@ from graph_capture.errors import FusionError
 
 ALONG_INNER = 32  # columns of a block where the weight's elements lie next to each other along K
 ALONG_COLUMNS = 512  # and where along N
-PIECE = 32768  # bytes of the multiplied rows, as float32, that are worked on at a time
+PIECE = 16384  # bytes of the multiplied rows, as float32, that are worked on at a time
 
 
 def layout(spec: MatvecSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
@@ -97,7 +97,7 @@ class _Printer:
         value = c_print.load("from", "k * t0", self.dtype)
         lines = [
             f"const int64_t length = start + {piece} < {inner} ? {piece} : {inner} - start;",
-            f"float x[{spec.rows}][{piece}] __attribute__((aligned(64)));",
+            f"float x[{spec.rows}][{piece + 16}] __attribute__((aligned(64)));",
             f"for (int64_t m = 0; m < {spec.rows}; m++) {{",
             f"    const {kind} *const from = (const {kind} *)operands[0] + m * s0 + start * t0;",
             f"    for (int64_t k = 0; k < length; k++) x[m][k] = {value};",

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from graph_capture import FusedGraph, FusionConfig, RecordedGraph, fuse, record
+from graph_capture import CompiledKernel, FusedGraph, FusionConfig, RecordedGraph, fuse, record
 from graph_capture.graph import SubGraph
 from graph_capture.ops import FUSED
 from graph_capture.runtime.verify import distance
@@ -203,8 +203,10 @@ def _show_kernel(console: Console, fused: FusedGraph, kind: str) -> None:
         kinds = ", ".join(sorted({region.kind for region in fused.regions}))
         console.print(f"there is no kernel of kind {kind!r}; there are: {kinds}\n")
         return
-    console.print(f"[italic]the kernel of {region.name} ({region.where or 'top level'}), through ninetoothed[/italic]")
-    console.print(Syntax(region.source.strip(), "python", theme="ansi_dark", background_color="default"))
+    target = region.kernel.target.name if isinstance(region.kernel, CompiledKernel) else ""
+    console.print(f"[italic]the kernel of {region.name} ({region.where or 'top level'}), target {target}[/italic]")
+    language = "c" if target == "c" else "python"
+    console.print(Syntax(region.source.strip(), language, theme="ansi_dark", background_color="default"))
     console.print()
 
 
@@ -224,13 +226,11 @@ def _show_verdict(console: Console, report: Report, fused: FusedGraph) -> None:
         console.print("\n[bold red]A number is off; see the table above.[/bold red]")
         return
     used = sum(bool(region.decision) for region in fused.regions)
-    if torch.cuda.is_available():
-        console.print(
-            f"\nEvery number is right. {used} of {len(fused.regions)} regions run as kernels: they measured faster."
-        )
-    else:
-        console.print(
-            "\nEvery number is right. This machine has no CUDA device: the kernels ran in Triton's interpreter, which "
-            f"gives right numbers and no speed. {used} of {len(fused.regions)} regions are used: calls of "
-            "torch's own that measured faster. On a GPU the same measurement decides."
-        )
+    kernels = sum(isinstance(region.kernel, CompiledKernel) for region in fused.regions)
+    console.print(
+        f"\nEvery number is right. {used} of {len(fused.regions)} regions are used: they measured faster than the "
+        "recorded ops."
+    )
+    if not kernels:
+        reason = next((region.decision.reason for region in fused.regions), "there are no regions")
+        console.print(f"There are no kernels here, only calls of torch's own: {reason}.")

@@ -20,7 +20,7 @@ def invoke(*args):
 def test_demo_shows_every_part():
     result = invoke("demo", *SMALL)
     assert result.exit_code == 0, result.output
-    for part in ("fused.swiglu", "receipts, float32", "receipts, bfloat16", "def application", "bit-equal to eager"):
+    for part in ("fused.swiglu", "receipts, float32", "receipts, bfloat16", "target ", "bit-equal to eager"):
         assert part in result.output
     assert "OFF" not in result.output
 
