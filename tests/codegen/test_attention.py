@@ -11,7 +11,7 @@ from graph_capture.runtime.verify import distance, in_float64
 from graph_capture import FusionError, KernelCompiler, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = KernelCompiler()
+COMPILER = KernelCompiler("ninetoothed")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 

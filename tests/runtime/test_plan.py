@@ -25,8 +25,8 @@ def weights():
 
 
 def fused_gated(config=ALWAYS):
-    fused = fuse(graph_of(gated, noise(3, 8), *weights()), config)
-    fused(noise(3, 8), *weights())
+    fused = fuse(graph_of(gated, noise(9, 8), *weights()), config)
+    fused(noise(9, 8), *weights())
     assert fused.plan is not None
     return fused
 
@@ -36,7 +36,7 @@ def test_kernels_are_bound_to_planned_buffers():
     assert fused.plan.counts["kernels"] == 1
     assert "launches[0]()" in fused.plan.source
     for seed in range(3):
-        x = noise(3, 8, seed=seed)
+        x = noise(9, 8, seed=seed)
         torch.testing.assert_close(fused(x, *weights()), gated(x, *weights()))
 
 
@@ -80,7 +80,7 @@ def test_a_kernel_that_fails_in_a_plan_is_replaced_for_good(monkeypatch, caplog)
     broken["now"] = True
     with caplog.at_level(logging.WARNING, "graph_capture"):
         for seed in range(3):
-            x = noise(3, 8, seed=seed)
+            x = noise(9, 8, seed=seed)
             torch.testing.assert_close(fused(x, *weights()), gated(x, *weights()))
     assert [record.message for record in caplog.records] == [
         "swiglu_0 failed and replays as recorded from now on: out of registers"
@@ -89,12 +89,12 @@ def test_a_kernel_that_fails_in_a_plan_is_replaced_for_good(monkeypatch, caplog)
     strict = fused_gated(FusionConfig(profile="always", fallback_on_error=False))
     broken["now"] = True
     with pytest.raises(RuntimeError, match="out of registers"):
-        strict(noise(3, 8), *weights())
+        strict(noise(9, 8), *weights())
 
 
 def test_a_profile_reads_like_the_graph():
     fused = fused_gated()
-    x = noise(3, 8, seed=3)
+    x = noise(9, 8, seed=3)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         fused(x, *weights())
     assert "swiglu_0" in {event.name for event in trace.events()}
