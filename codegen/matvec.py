@@ -265,8 +265,9 @@ def _product(target: str, node: OpNode, start: int, values: Mapping[str, TensorM
     found = {values[name].dtype for name in bound.values()} | {out.dtype}
     if len(found) > 1 or out.dtype not in DTYPES:
         raise FusionError(f"a linear of {', '.join(sorted(map(str, found)))} is not supported")
-    if weight.numel >= 2**31:
-        raise FusionError(f"{weight.numel} elements need 64-bit offsets")
+    reach = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride, strict=True))
+    if reach >= 2**31:
+        raise FusionError(f"{reach} elements need 64-bit offsets")
     transposed = bool(node.attr("transposed"))
     along_k, along_n = weight.stride[::-1] if not transposed else weight.stride
     if 1 not in (along_k, along_n) and 1 not in weight.shape:

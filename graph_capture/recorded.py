@@ -14,11 +14,10 @@ from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.executor import Executor
 from graph_capture.graph import SubGraph
 from graph_capture.ledger import Ledger
-from graph_capture.matcher import Match
 from graph_capture.ops import GUARD, written_inputs
 from graph_capture.plan import Plan
 from graph_capture.replay import Replay
-from graph_capture.signature import Call, Signature, Surroundings
+from graph_capture.signature import Bound, Call, Signature, Surroundings
 from graph_capture.structure import Template
 from graph_capture.witness import RandomState, Verification, storage_bytes
 
@@ -96,13 +95,13 @@ class RecordedGraph:
         """
         return self.replay(self.bind(args, kwargs), self._replay)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | Match:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
         """A call that fits, with the modules as they were.
 
         Raises:
             SignatureMismatchError: as `run`.
         """
-        call: Call | Match | None = self.signature.match(args, kwargs, self.surroundings)
+        call: Bound | None = self.signature.match(args, kwargs, self.surroundings)
         if call is None:
             call = Call(args, self.signature.ordered(kwargs), self.surroundings)
             self.signature.check(call)
@@ -111,9 +110,7 @@ class RecordedGraph:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
 
-    def replay(
-        self, call: Call | Match, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0
-    ) -> Any:
+    def replay(self, call: Bound, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0) -> Any:
         """Run `replay` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
         make the result. `version` changes whenever `constants` are other tensors."""
         fixed = [*self._weights, *constants]

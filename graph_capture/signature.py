@@ -54,6 +54,9 @@ class Call:
         return self.walk.objects
 
 
+Bound = Call | Match  # a call that fits, with its tensors and objects
+
+
 class Signature:
     """The recorded arguments, without their data.
 

@@ -16,7 +16,7 @@ from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph
 from graph_capture.matcher import Match
 from graph_capture.ops import FUSED
-from graph_capture.signature import Call as Bound
+from graph_capture.signature import Bound
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph

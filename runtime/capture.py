@@ -21,7 +21,7 @@ from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.log import log
 from graph_capture.recorded import RecordedGraph
 from graph_capture.recorder import DataDependent, Recording, is_recording
-from graph_capture.signature import Call
+from graph_capture.signature import Bound, Call
 from graph_capture.structure import ByIdentity, Walk
 
 LARGE = 10_000  # values; something around a function that holds more (a tokenizer) counts by identity
@@ -113,21 +113,27 @@ class Captured:
             raise
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = Call(args, kwargs, self._surroundings)
         with self._lock:
-            fused = self._graphs.get(call.key)
-            if fused is None:
-                return self._record(call, args, kwargs, self._why(call))
-            broken = fused.recorded.ledger.broken()
-            if broken is not None:
-                return self._record(call, args, kwargs, broken)
-            self._graphs.move_to_end(call.key)
+            fused = next(reversed(self._graphs.values()), None)  # mostly the one
+            call: Bound | None = None
+            if fused is not None and fused.recorded.ledger.broken() is None:
+                call = fused.recorded.signature.match(args, kwargs, self._surroundings)
+            if call is None:
+                call = Call(args, kwargs, self._surroundings)
+                fused = self._graphs.get(call.key)
+                if fused is None:
+                    return self._record(call, args, kwargs, self._why(call))
+                broken = fused.recorded.ledger.broken()
+                if broken is not None:
+                    return self._record(call, args, kwargs, broken)
+                self._graphs.move_to_end(call.key)
+            assert fused is not None
             self._in_a_row = 0
         try:
             return fused.replay(call)
         except DataDependentError as changed:
             with self._lock:
-                return self._record(call, args, kwargs, str(changed))
+                return self._record(Call(args, kwargs, self._surroundings), args, kwargs, str(changed))
 
     def _surroundings(self) -> dict[str, Any]:
         found = surroundings(self._function)

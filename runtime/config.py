@@ -10,6 +10,7 @@ from graph_capture.passes import DEFAULT, Pattern, pass_names
 
 Profile = Literal["measure", "always", "static"]
 Target = Literal["auto", "ninetoothed", "c"]
+CudaGraph = Literal["auto", "off"]
 MergeLinears = Literal["views", "copy", "off"]
 
 
@@ -39,6 +40,8 @@ class FusionConfig:
         fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory
             (`FusedGraph.constant_bytes`).
         patterns: the fusions to look for; None is those registered for the process.
+        cuda_graph: "auto" replays on a CUDA device as CUDA graphs, once calls come with large arguments at the same
+            addresses; "off" launches kernel by kernel.
         clone_outputs: False lets results lie in buffers that the next replay overwrites: clone what must outlive it. A
             result of the latest replay may be an argument of the next; an older one raises SignatureMismatchError.
         passes_off: names of passes, spellings and fusions to leave out (`graph_capture.passes.pass_names`).
@@ -63,10 +66,12 @@ class FusionConfig:
     patterns: tuple[Pattern, ...] | None = None
     passes_off: frozenset[str] = frozenset()
     clone_outputs: bool = True
+    cuda_graph: CudaGraph = "auto"
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("profile", self.profile, get_args(Profile))
+        _one_of("cuda_graph", self.cuda_graph, get_args(CudaGraph))
         _one_of("target", self.target, get_args(Target))
         _one_of("merge_linears", self.merge_linears, get_args(MergeLinears))
         if self.patterns is not None:

@@ -2,104 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from graph_capture.codegen import CompiledKernel
 from graph_capture.passes import Rewritten
-from graph_capture.passes.cleanup import is_contiguous
-from graph_capture.passes.regions import moved_bytes
-from graph_capture.passes.rewrite import unviewable
 from graph_capture.runtime.bisect import Bisection, bisect
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.cudagraph import GraphReplay, Graphs
 from graph_capture.runtime.explain import Explanation, Why, explain, why
-from graph_capture.runtime.heuristics import Decision, Kernel
+from graph_capture.runtime.heuristics import Decision
 from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants, LibraryKernel
+from graph_capture.runtime.region import Region
 from graph_capture.runtime.sample import check_sample
-from graph_capture.runtime.verify import Verification, apart, close_enough, verify
+from graph_capture.runtime.steps import Inlined, Step, relaid_outputs
+from graph_capture.runtime.verify import Verification, verify
 
 from graph_capture.errors import FusionError
 from graph_capture.executor import Call, Executor
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.launches import Launch, Tensors
-from graph_capture.log import log
+from graph_capture.graph import OpNode, SubGraph
 from graph_capture.matcher import Match
-from graph_capture.ops import FUSED
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
 from graph_capture.replay import Memory, Replay
-from graph_capture.signature import Call as Bound
-
-
-@dataclass(frozen=True)
-class Region:
-    """A fusable region of a graph.
-
-    Attributes:
-        name: unique in its graph: ``swiglu_0``.
-        node: the fused node of the rewritten graph that stands for it.
-        values: the layouts of the graph's values.
-        decision: whether its kernel is used, and why.
-        kernel: its kernel, also where it is not used; None where none could be made.
-        parts: where there is no kernel, the region with smaller regions inside, which run instead.
-        parent: the name of the region that it is a part of.
-    """
-
-    name: str
-    node: OpNode
-    values: Mapping[str, TensorMeta] = field(repr=False)
-    decision: Decision
-    kernel: Kernel | None = field(repr=False)
-    parts: SubGraph | None = field(default=None, repr=False)
-    parent: str = ""
-
-    @property
-    def kind(self) -> str:
-        """The rule that found it: ``swiglu``."""
-        return self.node.op_type.removeprefix(FUSED)
-
-    @property
-    def body(self) -> SubGraph:
-        """The region as a graph of canonical ops over its own value names."""
-        return self.node.attr("body")
-
-    @property
-    def nodes(self) -> tuple[OpNode, ...]:
-        """The recorded ops that it replaces."""
-        return self.node.recorded
-
-    @property
-    def where(self) -> str:
-        """The module path that its ops share."""
-        return self.node.source.module if self.node.source else ""
-
-    @property
-    def source(self) -> str:
-        """The generated application; empty where no kernel could be made."""
-        return self.kernel.source if self.kernel else ""
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes that the recorded ops read and write."""
-        graph = SubGraph(self.nodes, self.node.inputs, self.node.outputs, self.values)
-        return sum(moved_bytes(graph, [index]) for index in range(len(graph)))
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes that the kernel reads and writes."""
-        graph = SubGraph(self.nodes, self.node.inputs, self.node.outputs, self.values)
-        return moved_bytes(graph, range(len(graph)))
-
-    @property
-    def bytes_saved(self) -> int:
-        """Bytes of memory traffic that the kernel avoids."""
-        return self.bytes_before - self.bytes_after
+from graph_capture.signature import Bound
 
 
 class FusedGraph:
@@ -152,38 +84,37 @@ class FusedGraph:
         self.regions = tuple(self._regions[id(region.node)] for region in regions)
         names = (*self.subgraph.input_names, *self._inner_names)
         executor = Executor(steps, names, self.subgraph.output_names, self._labels)
-        self._replay = Replay(
-            executor,
-            len(recorded.signature.names),
-            memory,
-            keep_outputs=config.clone_outputs,
-            enabled=not config.debug_mode,
-        )
+        brought = len(recorded.signature.names)
+        on_cuda = any(meta.device.type == "cuda" for meta in self.subgraph.values.values())
+        make: Callable[..., Replay] = Replay
+        if on_cuda and config.cuda_graph == "auto":
+            make = functools.partial(GraphReplay, recorded.undone)
+        self._replay = make(executor, brought, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
         for node in graph.nodes:
             region = self._regions.get(id(node))
             step = self._step(region, graph) if region is not None and region.decision else None
-            if region is not None and isinstance(step, _Inlined):
+            if region is not None and isinstance(step, Inlined):
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, None, region.name) for inner in step.nodes)
-            elif region is not None and isinstance(step, _Step):
+            elif region is not None and isinstance(step, Step):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
             else:
                 yield from ((recorded, None, "") for recorded in node.recorded)
 
-    def _step(self, region: Region, graph: SubGraph) -> _Step | _Inlined | None:
+    def _step(self, region: Region, graph: SubGraph) -> Step | Inlined | None:
         if region.kernel is None:
             return None
         try:
-            relaid = _relaid(graph, region.node)
+            relaid = relaid_outputs(graph, region.node)
             if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
-                return _Inlined.of(region, region.kernel, self.recorded, self.config)
-            step = _Step(region, self.recorded, self.config, relaid)
+                return Inlined.of(region, region.kernel, self.recorded, self.config)
+            step = Step(region, self.recorded, self.config, relaid)
             if isinstance(step.kernel, BoundLibrary):
                 self._more.append(step.kernel.constants)
             return step
@@ -207,6 +138,11 @@ class FusedGraph:
             self.samples.append(sample)
         constants = [tensor for bound in self._bound for tensor in bound()]
         return self.recorded.replay(call, self._replay, constants, sum([bound.version for bound in self._bound]))
+
+    @property
+    def cuda_graphs(self) -> Graphs | None:
+        """The CUDA graphs in use; None before they are captured, or where there are none."""
+        return self._replay.graphs if isinstance(self._replay, GraphReplay) else None
 
     @property
     def plan(self) -> Plan | None:
@@ -291,108 +227,3 @@ class FusedGraph:
     def __repr__(self) -> str:
         used = sum(bool(region.decision) for region in self.regions)
         return f"<FusedGraph: {len(self.subgraph)} nodes, {used} of {len(self.regions)} regions run as kernels>"
-
-
-@dataclass(frozen=True)
-class _Inlined:
-    """A region as library calls that are steps of the replay themselves.
-
-    Attributes:
-        nodes: the calls.
-        names: value names of what the weights make computed, which is an input of the replay.
-        constants: what computes it.
-    """
-
-    nodes: tuple[OpNode, ...]
-    names: tuple[str, ...] = ()
-    constants: tuple[Constants, ...] = ()
-
-    @classmethod
-    def of(cls, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig) -> _Inlined:
-        """Raises FusionError where the weights cannot be merged."""
-        outer = dict(zip(kernel.body.input_names, region.node.inputs, strict=True))
-        outer |= dict(zip(kernel.rest.output_names, region.node.outputs, strict=True))
-        inner = [*kernel.rest.input_names, *(name for node in kernel.rest.nodes for name in node.outputs)]
-        renamed = {name: f"{region.name}.{name}" for name in inner} | outer
-        nodes = tuple(node.rename(renamed) for node in kernel.rest.nodes)
-        if kernel.once is None:
-            return cls(nodes)
-        given = {name: graph.captured[renamed[name]] for name in kernel.once.input_names}
-        constants = Constants(kernel.once, list(given.values()), config.merge_linears == "views")
-        return cls(nodes, tuple(renamed[name] for name in kernel.once.output_names), (constants,))
-
-
-class _Step:
-    """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
-
-    def __init__(
-        self, region: Region, graph: RecordedGraph, config: FusionConfig, relaid: Sequence[tuple[int, TensorMeta]]
-    ) -> None:
-        assert region.kernel is not None
-        self.relaid = relaid
-        self.region = region
-        self.config = config
-        node = region.node
-        self.recorded = Executor([(inner, None) for inner in node.recorded], node.inputs, node.outputs)
-        weights = [graph.captured.get(name, _NOTHING) for name in node.inputs]
-        self.kernel: Callable[[list[torch.Tensor]], Any] | None = region.kernel.bind(
-            weights, share=config.merge_linears == "views"
-        )
-
-    def __call__(self, tensors: list[torch.Tensor]) -> Any:
-        if self.kernel is None:
-            return self.recorded.run(tensors)
-        before = apart(self.region.body, tensors) if self.config.debug_mode else tensors
-        try:
-            outputs = self.kernel(tensors)
-        except Exception as error:
-            if not self.config.fallback_on_error:
-                raise
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
-            return self.recorded.run(tensors)
-        if self.relaid:
-            outputs = list(outputs)
-            for index, meta in self.relaid:
-                if outputs[index].stride() != meta.stride:
-                    empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
-                    outputs[index] = empty.copy_(outputs[index])
-        if self.config.debug_mode:
-            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(before), strict=True):
-                if not close_enough(fused, eager):
-                    log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
-        return outputs
-
-    def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
-        """See `graph_capture.launches.Prepares`."""
-        if self.kernel is None or not isinstance(self.region.kernel, CompiledKernel):
-            raise FusionError("only compiled kernels are bound to addresses")
-        return self.region.kernel.prepare(inputs, outputs)
-
-    def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:
-        """The recorded ops, whose results are copied to where the kernel's were to be."""
-        if not self.config.fallback_on_error:
-            raise error
-        if self.kernel is not None:
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
-
-        def launch() -> None:
-            for output, result in zip(outputs, self.recorded.run(inputs), strict=True):
-                if output.data_ptr() != result.data_ptr():
-                    output.copy_(result)
-
-        return launch
-
-
-def _relaid(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:
-    """The outputs, by position, that must have the strides that were recorded, for the views of them."""
-    found = []
-    for index, name in enumerate(node.outputs):
-        meta = graph.values[name]
-        if not is_contiguous(meta) and unviewable(graph, name, torch.empty(meta.shape, device="meta")) is not None:
-            found.append((index, meta))
-    return found
-
-
-_NOTHING = torch.empty(0)  # stands for what is not a weight

@@ -9,16 +9,15 @@ from graph_capture.runtime.verify import Verification, verify
 
 from graph_capture.errors import DataDependentError
 from graph_capture.log import log
-from graph_capture.matcher import Match
 from graph_capture.ops import is_random
-from graph_capture.signature import Call
+from graph_capture.signature import Bound
 from graph_capture.witness import RandomState, storage_bytes
 
 if TYPE_CHECKING:
     from graph_capture.runtime.fused import FusedGraph
 
 
-def check_sample(fused: FusedGraph, call: Call | Match) -> Verification | None:
+def check_sample(fused: FusedGraph, call: Bound) -> Verification | None:
     """Verify the kernels that `fused` uses on the arguments of `call`, and log the outcome, worst first.
 
     Returns:
@@ -43,7 +42,7 @@ def check_sample(fused: FusedGraph, call: Call | Match) -> Verification | None:
     return found
 
 
-def _copied(fused: FusedGraph, call: Call | Match) -> dict[str, torch.Tensor]:
+def _copied(fused: FusedGraph, call: Bound) -> dict[str, torch.Tensor]:
     """The tensors of a replay, with copies of the memory that it writes; what shares memory still does."""
     tensors = fused.tensors(call)
     copies: dict[int, torch.Tensor] = {}

@@ -22,16 +22,16 @@ def test_a_built_in_model():
     found = json.loads(result.output)
     assert found["target"] == "sm_80"
     by_kind = {kind: row for row in found["rows"] for kind in row["regions"]}
-    assert {"swiglu", "add_rms_norm", "rope_cache"} <= by_kind.keys()
+    assert {"add_rms_norm", "rope_cache", "linear_epilogue", "decode_attention"} <= by_kind.keys()
     layers = CONFIGURATIONS["llama-tiny"][1]["num_hidden_layers"]
-    assert by_kind["swiglu"]["regions"]["swiglu"] == 2 * layers  # in the prefill and in the decode step
+    assert by_kind["linear_epilogue"]["regions"]["linear_epilogue"] == layers  # gate, up and SwiGLU of a decode step
     for row in found["rows"]:
         assert row["instructions"] > 0
         assert row["moved"] == row["minimum"] > 0
         assert row["stores"]
     table = invoke("llama-tiny", "--prompt", "8", "--slots", "32", "--target", "sm_80")
     assert "llama-tiny, sm_80" in table.output
-    assert by_kind["swiglu"]["kernel"] in table.output
+    assert by_kind["rope_cache"]["kernel"] in table.output
 
 
 def test_a_saved_graph(tmp_path):

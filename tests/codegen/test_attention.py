@@ -11,7 +11,7 @@ from graph_capture.runtime.verify import distance, in_float64
 from graph_capture import FusionError, KernelCompiler, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = KernelCompiler()
+COMPILER = KernelCompiler("ninetoothed")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -33,7 +33,8 @@ def check(*inputs, **options):
     theirs = F.scaled_dot_product_attention(*inputs, **options)
     assert ours.shape == theirs.shape
     assert ours.dtype is theirs.dtype
-    assert distance(ours, want) <= max(2 * distance(theirs, want), torch.finfo(ours.dtype).eps)
+    luck = 2 if DEVICE == "cpu" else 3  # Triton's exp and its sums in another order
+    assert distance(ours, want) <= max(luck * distance(theirs, want), torch.finfo(ours.dtype).eps)
     return kernel, ours
 
 

@@ -62,7 +62,7 @@ def test_kernels_are_as_good_as_hand_written_ones(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_op_of_the_table_compiles(architecture):
-    compiler = KernelCompiler()
+    compiler = KernelCompiler("ninetoothed")
     kernels = []
     for name in EXPRESSIBLE:
         graph, inputs = call_of(name, torch.bfloat16)
@@ -84,7 +84,7 @@ def test_every_kernel_of_a_llama_compiles(dtype, architecture):
     fused = fuse(recording.graph, FusionConfig(profile="always"))
     made = [region for region in fused.regions if isinstance(region.kernel, CompiledKernel)]
     kernels = list({region.kernel.key: region.kernel for region in made}.values())
-    assert {region.kind for region in made} == {"swiglu", "add_rms_norm", "rms_norm", "pointwise"}
+    assert {region.kind for region in made} == {"swiglu", "add_rms_norm", "rms_norm", "rope", "pointwise"}
     binaries = compile_for(kernels, architecture)
     assert len(binaries) == len(kernels) == 6
     assert all(binary.instructions > 0 for binary in binaries)
@@ -94,7 +94,9 @@ def test_machine_code_does_not_depend_on_how_many_kernels_came_before():
     """ninetoothed sorts arguments by name, and tensor_100 comes before tensor_99."""
     import ninetoothed
 
-    kernel = KernelCompiler().compile(add_rms_norm(), [torch.bfloat16] * 3, [(64, 4096), (64, 4096), (4096,)])
+    kernel = KernelCompiler("ninetoothed").compile(
+        add_rms_norm(), [torch.bfloat16] * 3, [(64, 4096), (64, 4096), (4096,)]
+    )
     plain = kernel.compile_for("sm_90")
     for _ in range(2):
         number = int(re.search(r"\d+", ninetoothed.Tensor(1).source.name).group())
@@ -107,7 +109,7 @@ def test_machine_code_does_not_depend_on_how_many_kernels_came_before():
 
 
 def test_a_single_kernel_and_a_wrong_architecture():
-    kernel = KernelCompiler().compile(swiglu(), [torch.float32] * 2, [(64, 64)] * 2)
+    kernel = KernelCompiler("ninetoothed").compile(swiglu(), [torch.float32] * 2, [(64, 64)] * 2)
     assert kernel.compile_for("sm_90").instructions > 0
     with pytest.raises(FusionError, match="not an architecture"):
         kernel.compile_for("hopper")
@@ -118,8 +120,8 @@ def test_a_single_kernel_and_a_wrong_architecture():
 def test_an_intermediate_touches_no_memory():
     nodes = [OpNode("sin", ("x",), ("v0",))] + [OpNode("sin", (f"v{i}",), (f"v{i + 1}",)) for i in range(4)]
     graph = SubGraph(tuple(nodes), ("x",), ("v4",))
-    binary = KernelCompiler().compile(graph, [torch.float32], [(4096,)]).compile_for("sm_90")
-    one = KernelCompiler().compile(SubGraph(tuple(nodes[:1]), ("x",), ("v0",)), [torch.float32], [(4096,)])
+    binary = KernelCompiler("ninetoothed").compile(graph, [torch.float32], [(4096,)]).compile_for("sm_90")
+    one = KernelCompiler("ninetoothed").compile(SubGraph(tuple(nodes[:1]), ("x",), ("v0",)), [torch.float32], [(4096,)])
     assert binary.stores == one.compile_for("sm_90").stores
 
 

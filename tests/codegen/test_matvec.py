@@ -11,8 +11,17 @@ from graph_capture.runtime.verify import distance, in_float64
 from graph_capture import FusionError, KernelCompiler, OpNode, SubGraph, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = KernelCompiler()
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+COMPILERS = {
+    target: KernelCompiler(target) for target in (["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
+}
+COMPILER = COMPILERS["ninetoothed"]
+
+
+@pytest.fixture(autouse=True, params=COMPILERS)
+def target(request, monkeypatch):
+    """Every test for both targets."""
+    monkeypatch.setitem(globals(), "COMPILER", COMPILERS[request.param])
 
 
 def graph_of(function, *inputs):
@@ -185,7 +194,7 @@ def test_machine_code_at_llama_sizes(architecture, tmp_path):
         OpNode("silu", ("gate",), ("act",)),
         OpNode("mul", ("act", "up"), ("y",)),
     )
-    compiler = KernelCompiler()
+    compiler = KernelCompiler("ninetoothed")
     kernels = [
         compiler.compile(linear, [bf16] * 2, [(1, 4096), (4096, 4096)]),
         compiler.compile(SubGraph(gated, ("x", "w", "v"), ("y",)), [bf16] * 3, [(1, 4096)] + [(14336, 4096)] * 2),

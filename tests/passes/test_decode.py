@@ -8,8 +8,8 @@ from graph_capture import FusionConfig, fuse, record
 
 ALWAYS = FusionConfig(profile="always")
 torch.manual_seed(0)
-X, RESIDUAL = torch.randn(1, 2, 16), torch.randn(1, 2, 24)
-W, V, BIAS, NORM = torch.randn(24, 16), torch.randn(24, 16), torch.randn(24), torch.randn(24)
+X, RESIDUAL = torch.randn(1, 2, 64), torch.randn(1, 2, 24)
+W, V, BIAS, NORM = torch.randn(24, 64), torch.randn(24, 64), torch.randn(24), torch.randn(24)
 
 
 def fused_of(function, *inputs, config=ALWAYS):
@@ -75,7 +75,7 @@ def test_a_norm_keeps_the_sum_apart():
 
 
 def test_many_rows_are_the_librarys():
-    x = torch.randn(9, 16)
+    x = torch.randn(9, 64)
     fused = fused_of(lambda x: F.gelu(F.linear(x, W)), x)
     assert not fused.regions
     assert refusals(fused, "linear_epilogue") == refusals(fused, "skinny_linear") == {"9 rows are more than 8"}
@@ -115,12 +115,12 @@ def test_a_result_that_is_written_in_place():
 def test_what_is_not_used_falls_apart_into_what_may_be(monkeypatch):
     """Linears that were merged are merged still, and the gate is a region of its own."""
     monkeypatch.setattr("graph_capture.runtime.scheduler.interpreted", lambda: False)
-    weights = torch.nn.ParameterList([torch.randn(24, 16), torch.randn(24, 16)])
+    weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(24, 64)])
 
     def gated(x):
         return F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])
 
-    fused = fused_of(gated, X, config=FusionConfig(profile="static"))  # which uses no interpreted kernel
+    fused = fused_of(gated, X, config=FusionConfig(profile="static", target="ninetoothed"))  # no interpreted kernel
     found = [(region.kind, region.parent, bool(region.decision)) for region in fused.regions]
     whole, parent = ("linear_epilogue", "", False), "linear_epilogue_0"
     assert found == [whole, ("parallel_linear", parent, True), ("swiglu", parent, False)]

@@ -416,7 +416,7 @@ def test_a_twin_is_left_alone_and_right(name, function):
 )
 def test_a_merged_projection_is_swiglu(cut):
     """Phi-3's gate_up_proj: one linear, cut in two."""
-    layer, x = torch.nn.Linear(8, 32, bias=False), noise(2, 3, 8)
+    layer, x = torch.nn.Linear(8, 32, bias=False), noise(3, 5, 8)  # more rows than a decode step
 
     def mlp(x):
         gate, up = cut(layer(x))

@@ -1,0 +1,141 @@
+"""The plan of a fused graph: kernels bound to addresses, library regions as steps, failures, profiles."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_capture.codegen import CompiledKernel
+from torch.profiler import ProfilerActivity, profile
+from transformers import StaticCache
+
+from graph_capture import FusionConfig, capture, fuse
+from tests.models import forward, recorded, token_ids
+from tests.replaying import UNFUSED, graph_of, noise
+
+ALWAYS = FusionConfig(profile="always")
+
+
+def gated(x, gate, up):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), up)
+
+
+def weights():
+    return noise(8, 8, seed=1), noise(8, 8, seed=2)
+
+
+def fused_gated(config=ALWAYS):
+    fused = fuse(graph_of(gated, noise(9, 8), *weights()), config)
+    fused(noise(9, 8), *weights())
+    assert fused.plan is not None
+    return fused
+
+
+def test_kernels_are_bound_to_planned_buffers():
+    fused = fused_gated()
+    assert fused.plan.counts["kernels"] == 1
+    assert "launches[0]()" in fused.plan.source
+    for seed in range(3):
+        x = noise(9, 8, seed=seed)
+        torch.testing.assert_close(fused(x, *weights()), gated(x, *weights()))
+
+
+def test_a_kernel_reads_small_arguments_at_fixed_addresses():
+    fused = fuse(graph_of(lambda a, b: (F.silu(a) * b) @ b.T, noise(3, 8), noise(3, 8, seed=1)), ALWAYS)
+    for seed in range(4):
+        a, b = noise(3, 8, seed=seed), noise(3, 8, seed=seed + 10)
+        torch.testing.assert_close(fused(a, b), (F.silu(a) * b) @ b.T)
+    assert fused.plan.source.count("_copy, ") == 2
+    assert fused.plan.counts["kernels"] == 1
+
+
+def test_a_kernel_follows_large_arguments():
+    def run(a, b):
+        return (F.silu(a) * b).sum(-1)[:2]
+
+    fused = fuse(graph_of(run, noise(600, 200), noise(600, 200, seed=1)), ALWAYS)
+    kernels = [region for region in fused.regions if region.decision]
+    assert kernels
+    pairs = [(noise(600, 200, seed=seed), noise(600, 200, seed=seed + 10)) for seed in range(6)]
+    for a, b in [*pairs, *pairs]:
+        torch.testing.assert_close(fused(a, b), run(a, b), rtol=1e-5, atol=1e-4)
+
+
+def test_a_kernel_that_fails_in_a_plan_is_replaced_for_good(monkeypatch, caplog):
+    broken = {"now": False}
+    right = CompiledKernel.prepare
+
+    def prepare(self, inputs, outputs):
+        launch = right(self, inputs, outputs)
+
+        def fragile():
+            if broken["now"]:
+                raise RuntimeError("out of registers")
+            launch()
+
+        return fragile
+
+    monkeypatch.setattr(CompiledKernel, "prepare", prepare)
+    fused = fused_gated()
+    broken["now"] = True
+    with caplog.at_level(logging.WARNING, "graph_capture"):
+        for seed in range(3):
+            x = noise(9, 8, seed=seed)
+            torch.testing.assert_close(fused(x, *weights()), gated(x, *weights()))
+    assert [record.message for record in caplog.records] == [
+        "swiglu_0 failed and replays as recorded from now on: out of registers"
+    ]
+    broken["now"] = False
+    strict = fused_gated(FusionConfig(profile="always", fallback_on_error=False))
+    broken["now"] = True
+    with pytest.raises(RuntimeError, match="out of registers"):
+        strict(noise(9, 8), *weights())
+
+
+def test_a_profile_reads_like_the_graph():
+    fused = fused_gated()
+    x = noise(9, 8, seed=3)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        fused(x, *weights())
+    assert "swiglu_0" in {event.name for event in trace.events()}
+    plain = fused(x, *weights())
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        assert torch.equal(fused(x, *weights()), plain)
+    assert "with region" not in fused.plan.source
+
+
+def test_library_regions_are_steps_of_the_plan(llama):
+    config = FusionConfig(profile="always", passes_off=frozenset({"swiglu", "add_rms_norm", "rms_norm", "row"}))
+    fused = fuse(recorded(llama, token_ids()), config)
+    for seed in range(3):
+        torch.testing.assert_close(fused(input_ids=token_ids(seed=seed)), forward(llama, token_ids(seed=seed)))
+    merged = [region for region in fused.regions if region.kind == "parallel_linear" and region.decision]
+    assert merged
+    assert f"{merged[0].name}_product" in fused.plan.source
+
+
+def test_decoding_through_a_static_cache(llama):
+    """One plan serves every step; the cache is written where the caller has it."""
+    caches = [StaticCache(config=llama.config, max_cache_len=16) for _ in range(2)]
+    fast = capture(lambda ids, cache: llama(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+    for step in range(8):
+        ids = token_ids(1, seed=step)
+        with torch.no_grad():
+            want = llama(input_ids=ids, past_key_values=caches[0], use_cache=True).logits
+        torch.testing.assert_close(fast(ids, caches[1]), want)
+    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+    assert fast.graphs[-1].plan.counts["views"] > 0
+
+
+def test_graphs_of_one_scheduler_share_their_arena():
+    fast = capture(lambda x: torch.tanh(x * 2).sum(0) + 1, UNFUSED)
+    for length in (9, 50, 3):
+        for seed in range(3):
+            x = noise(length, 8, seed=seed)
+            assert torch.equal(fast(x), torch.tanh(x * 2).sum(0) + 1)
+    first, largest, last = fast.graphs
+    (memory,) = {fused._replay._memory for fused in fast.graphs}
+    (arena,) = memory._arenas.values()
+    sizes = [sum(fused.plan.peak_bytes.values()) for fused in (first, largest, last)]
+    assert sizes[2] < sizes[0] < sizes[1] == arena.numel()
