@@ -17,6 +17,7 @@ from graph_capture.errors import FusionError
 
 ALONG_INNER = 32  # columns of a block where the weight's elements lie next to each other along K
 ALONG_COLUMNS = 512  # and where along N
+ACCUMULATORS = 8  # vectors
 PIECE = 16384  # bytes of the multiplied rows, as float32, that are worked on at a time
 
 
@@ -79,7 +80,7 @@ class _Printer:
         body = [
             f"const int64_t first = unit * {block};",
             f"const int64_t count = first + {block} < {spec.columns} ? {block} : {spec.columns} - first;",
-            *(f"float sum{number}[{spec.rows}][{block}];" for number in range(len(spec.products))),
+            *(f"float sum{number}[{spec.rows}][{block + 4}];" for number in range(len(spec.products))),
             *(f"memset(sum{number}, 0, sizeof sum{number});" for number in range(len(spec.products))),
             f"for (int64_t start = 0; start < {spec.inner}; start += {self.piece}) {{",
             *(f"    {line}" for line in self._piece()),
@@ -101,6 +102,7 @@ class _Printer:
             f"for (int64_t m = 0; m < {spec.rows}; m++) {{",
             f"    const {kind} *const from = (const {kind} *)operands[0] + m * s0 + start * t0;",
             f"    for (int64_t k = 0; k < length; k++) x[m][k] = {value};",
+            "    for (int64_t k = length; k % LANES; k++) x[m][k] = 0;",
             "}",
         ]
         for number, product in enumerate(spec.products):
@@ -108,18 +110,36 @@ class _Printer:
         return lines
 
     def _along_inner(self, number: int) -> list[str]:
+        """A few columns at a time, in one sweep over the piece."""
         spec, kind, index = self.spec, c_print.MEMORY[self.dtype], 1 + number
-        totals = [f"total{m}" for m in range(spec.rows)]
+        side = max(1, min(4, ACCUMULATORS // spec.rows))
+        column = f"(const {kind} *)operands[{index}] + (first + (n + {{0}} < count ? n + {{0}} : n)) * s{index} + start"
+        loads = f"lanes_{c_print.HALVES.get(self.dtype, 'float')}"
+
+        def multiplied(column: int, weight: str) -> list[str]:
+            lines = [f"const lanes w = {loads}({weight});"]
+            return lines + [f"a{column}_{m} += w * x{m};" for m in range(spec.rows)]
+
+        body = [f"const lanes x{m} = lanes_float(&x[{m}][k]);" for m in range(spec.rows)]
+        last = list(body)
+        for r in range(side):
+            body += ["{", *(f"    {line}" for line in multiplied(r, f"w{r} + k")), "}"]
+            last += ["{", f"    memcpy(tail, w{r} + k, (length - k) * sizeof *tail);"]
+            last += [*(f"    {line}" for line in multiplied(r, "tail")), "}"]
+        sums = [f"sum{number}[{m}][n + {r}] += lanes_sum(a{r}_{m});" for r in range(side) for m in range(spec.rows)]
         return [
-            "for (int64_t n = 0; n < count; n++) {",
-            f"    const {kind} *const w = (const {kind} *)operands[{index}] + (first + n) * s{index} + start;",
-            f"    float {', '.join(f'{total} = 0' for total in totals)};",
-            f"    #pragma omp simd reduction(+:{', '.join(totals)})",
-            "    for (int64_t k = 0; k < length; k++) {",
-            f"        const float value = {c_print.load('w', 'k', self.dtype)};",
-            *(f"        {total} += value * x[{m}][k];" for m, total in enumerate(totals)),
+            f"for (int64_t n = 0; n < count; n += {side}) {{",
+            *(f"    const {kind} *const w{r} = {column.format(r)};" for r in range(side)),
+            *(f"    lanes a{r}_{m} = {{0}};" for r in range(side) for m in range(spec.rows)),
+            "    int64_t k = 0;",
+            "    for (; k + LANES <= length; k += LANES) {",
+            *(f"        {line}" for line in body),
             "    }",
-            *(f"    sum{number}[{m}][n] += {total};" for m, total in enumerate(totals)),
+            "    if (k < length) {",
+            f"        {kind} tail[LANES] = {{0}};",
+            *(f"        {line}" for line in last),
+            "    }",
+            *(f"    {line}" for line in sums),
             "}",
         ]
 

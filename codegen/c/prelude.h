@@ -50,25 +50,21 @@ INLINE uint16_t to_float16(float value) {
 
 /* --- float32 */
 
-/* 2 to an integer power that may leave the range of normal numbers on either side, in two factors. */
-INLINE float scaled(float value, int32_t power) {
-    int32_t half = power >> 1;
-    return value * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(power - half + 127) << 23);
-}
-
 INLINE float exp_float(float x) {
-    float bounded = x > 90.0f ? 90.0f : x < -110.0f ? -110.0f : x;
-    float shifted = bounded * 1.44269504f + 12582912.0f; /* rounds to an integer, which is in the low bits */
-    float n = shifted - 12582912.0f;
-    float t = bounded - n * 0.693145752f;
-    float r = t - n * 1.42860677e-6f, r_low = (t - r) - n * 1.42860677e-6f;
+    float bounded = 90.0f < x ? 90.0f : x; /* NaN stays */
+    bounded = -110.0f > bounded ? -110.0f : bounded;
+    float shifted = bounded * 1.44269504f + 12583166.0f; /* rounds to an integer n; n + 254 is in the low bits */
+    float n = shifted - 12583166.0f;
+    float r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = 0.0013814609f;
     p = p * r + 0.00836871f;
     p = p * r + 0.04166839f;
     p = p * r + 0.16666521f;
     p = p * r + 0.49999994f;
-    float high = 1.0f + r, low = (r - (high - 1.0f)) + r_low;
-    return x != x ? x : scaled(high + (p * (r * r) + low), (int32_t)(as_bits(shifted) - 0x4b400000u));
+    p = p * (r * r) + r + 1.0f;
+    /* 2^n may lie beyond normal numbers on either side: two factors. Shifting drops what is above the exponent. */
+    uint32_t power = as_bits(shifted), half = power >> 1;
+    return p * as_float(half << 23) * as_float((power - half) << 23);
 }
 
 INLINE float log_float(float x) {
@@ -205,3 +201,45 @@ INLINE double rsqrt_double(double x) { return 1.0 / sqrt(x); }
 INLINE double floor_double(double x) { return floor(x); }
 INLINE double abs_double(double x) { return fabs(x); }
 INLINE double power_double(double base, double exponent) { return pow(base, exponent); }
+
+/* --- vectors, for sums that several loops share */
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t wide_lanes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
+
+INLINE lanes lanes_float(const float *from) {
+    lanes value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE wide_lanes lanes_half(const uint16_t *from) {
+    half_lanes halves;
+    memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, wide_lanes);
+}
+
+INLINE lanes lanes_bfloat16(const uint16_t *from) { return (lanes)(lanes_half(from) << 16); }
+
+INLINE lanes lanes_float16(const uint16_t *from) {
+    wide_lanes bits = lanes_half(from);
+    lanes magnitude = (lanes)((bits & 0x7fffu) << 13) * 0x1p112f;
+    wide_lanes special = (wide_lanes)(magnitude >= 65536.0f) & 0x7f800000u;
+    return (lanes)((wide_lanes)magnitude | special | (bits & 0x8000u) << 16);
+}
+
+INLINE float lanes_sum(lanes value) {
+    float parts[LANES];
+    memcpy(parts, &value, sizeof parts);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int lane = 0; lane < width; lane++) parts[lane] += parts[lane + width];
+    return parts[0];
+}
