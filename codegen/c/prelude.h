@@ -107,9 +107,9 @@ INLINE float tanh_float(float x) {
     p = p * square - 0.05385231f;
     p = p * square + 0.13332586f;
     p = p * square - 0.33333316f;
-    float near = p * square * x + x;
+    float near = p * square * magnitude + magnitude;
     float far = 1.0f - 2.0f / (exp_float(2.0f * magnitude) + 1.0f);
-    return magnitude < 0.55f ? near : copysignf(far, x);
+    return copysignf(magnitude < 0.55f ? near : far, x);
 }
 
 INLINE float erf_float(float x) {
@@ -181,7 +181,7 @@ INLINE float sine(float x, uint32_t quarters) {
     return fabsf(x) < INFINITY ? found : NAN;
 }
 
-INLINE float sin_float(float x) { return sine(x, 0); }
+INLINE float sin_float(float x) { return x == 0.0f ? x : sine(x, 0); }
 INLINE float cos_float(float x) { return sine(x, 1); }
 INLINE float sqrt_float(float x) { return sqrtf(x); }
 INLINE float rsqrt_float(float x) { return 1.0f / sqrtf(x); }
