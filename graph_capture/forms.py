@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_capture.graph import Arg, OpNode
+from graph_capture.layouts import like, once
 from graph_capture.ops import arg_indices, arguments, op
 
 Ref = TypeVar("Ref")
@@ -102,7 +103,7 @@ def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -
     hand = _BY_HAND.get(node.op_type)
     if hand is not None:
         form = hand(node, inputs, result)
-        if form is None or not _writes(form, inputs, _like(result), result):
+        if form is None or not _writes(form, inputs, like(result), result):
             return None
         tried = [_noise(tensor) for tensor in inputs]  # another way to compute the same, and data may be all zeros
         return form if _agrees(form, tried, op(node.op_type).function, node) else None
@@ -112,7 +113,7 @@ def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -
     if into is None:
         return None
     args, keywords = _call(node, inputs)
-    trial = _like(result)
+    trial = like(result)
     function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
     form = _OutForm(node, function)
     return form if _writes(form, inputs, trial, result) else None
@@ -215,26 +216,23 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """New memory with a tensor's layout."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
 def _noise(tensor: torch.Tensor) -> torch.Tensor:
     """Other values in the same layout; whether it requires grad decides how torch's matmul folds."""
-    like = _like(tensor)
+    made = like(tensor)
+    inner = once(made)
     generator = torch.Generator(tensor.device).manual_seed(tensor.dim())
     if tensor.is_floating_point() or tensor.is_complex():
         real = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
-        like.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=real))
-        return like.requires_grad_(tensor.requires_grad)
-    return like.copy_(torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device))
+        inner.copy_(torch.randn(inner.shape, generator=generator, device=tensor.device, dtype=real))
+        return made.requires_grad_(tensor.requires_grad)
+    inner.copy_(torch.randint(0, 2, inner.shape, generator=generator, device=tensor.device))
+    return made
 
 
 def _agrees(form: Writer, inputs: Sequence[torch.Tensor], function: Callable[..., Any], node: OpNode) -> bool:
     args, keywords = _call(node, inputs)
     expected = function(*args, **keywords)
-    return _writes(form, inputs, _like(expected), expected)
+    return _writes(form, inputs, like(expected), expected)
 
 
 # --- ops whose binding has no `out`, or that have a shorter way

@@ -13,6 +13,7 @@ import torch
 from graph_capture.errors import SignatureMismatchError
 from graph_capture.executor import Executor, plain_mode
 from graph_capture.launches import Tensors
+from graph_capture.layouts import copy_into, like
 from graph_capture.log import log
 from graph_capture.plan import Plan
 from graph_capture.survey import Survey
@@ -161,9 +162,7 @@ class Replay:
                     f"argument {self.executor.names[self.executor.inputs[index]]!r} is the result of an earlier replay "
                     f"and {what}; clone it, or use clone_outputs=True"
                 )
-            found[index] = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            ).copy_(tensor)
+            found[index] = copy_into(like(tensor), tensor)
         return found
 
     @property

@@ -15,6 +15,7 @@ import torch
 
 from graph_capture.executor import Executor, Step, plain_mode
 from graph_capture.launches import Tensors
+from graph_capture.layouts import copy_into, like
 from graph_capture.log import log
 from graph_capture.ops import EXTERNAL, GUARD, flatten_outputs, op
 from graph_capture.plan import Plan
@@ -95,7 +96,7 @@ class Graphs:
         self._segments = _split(executor, survey, backend.device_type)
         self.bytes_before = backend.allocated()
         count = len(brought)
-        self._copied = {i: _like(t) for i, t in enumerate(brought) if self._is_copied(executor.inputs[i], t)}
+        self._copied = {i: like(t) for i, t in enumerate(brought) if self._is_copied(executor.inputs[i], t)}
         self._addresses = [(i, brought[i].data_ptr()) for i in range(count) if i not in self._copied]
         self._same = {slot: slot for slot in executor.inputs}  # what is an input, as an object: which one
         for step, form in zip(executor.steps, survey.forms, strict=True):
@@ -109,7 +110,7 @@ class Graphs:
             self._values[executor.inputs[index]] = buffer
         with undone([*brought, *fixed]), backend.beside(), plain_mode():
             for index, buffer in self._copied.items():
-                buffer.copy_(brought[index])
+                copy_into(buffer, brought[index])
             executor.run([tensor for slot in executor.inputs if (tensor := self._values[slot]) is not None])
         with undone([*brought, *fixed]), plain_mode():  # segments run as they are captured: others read their results
             for number, segment in enumerate(self._segments):
@@ -133,7 +134,7 @@ class Graphs:
     def run(self, brought: Tensors, keep_outputs: bool) -> list[torch.Tensor]:
         """One tensor for each output; where `keep_outputs` is False, in memory that the next run overwrites."""
         for index, buffer in self._copied.items():
-            buffer.copy_(brought[index])
+            copy_into(buffer, brought[index])
         values = list(self._values)
         for index, _ in self._addresses:
             values[self._executor.inputs[index]] = brought[index]
@@ -164,7 +165,7 @@ class Graphs:
             for slot in needed:
                 tensor = self._tensor(slot)
                 if tensor.device.type == self._backend.device_type:
-                    segment.kept[slot] = self._values[slot] = _like(tensor).copy_(tensor)
+                    segment.kept[slot] = self._values[slot] = copy_into(like(tensor), tensor)
             return
 
         known = list(self._values)
@@ -184,7 +185,7 @@ class Graphs:
         for slot, buffer in segment.kept.items():
             found = values[slot]
             assert found is not None
-            values[slot] = buffer.copy_(found)
+            values[slot] = copy_into(buffer, found)
 
     def _output(
         self,
@@ -322,7 +323,3 @@ def _apply(steps: Sequence[Step], values: list[torch.Tensor | None]) -> None:
         given: list[Any] = [values[slot] for slot in step.reads]
         for slot, tensor in zip(step.fills, flatten_outputs(step.call(given)), strict=True):
             values[slot] = tensor
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

@@ -139,3 +139,15 @@ def test_graphs_of_one_scheduler_share_their_arena():
     (arena,) = memory._arenas.values()
     sizes = [sum(fused.plan.peak_bytes.values()) for fused in (first, largest, last)]
     assert sizes[2] < sizes[0] < sizes[1] == arena.numel()
+
+
+def test_expanded_arguments_are_planned_for():
+    def run(a, b):
+        return torch.tanh(torch.matmul(a, b)) + a.sum()
+
+    a, b = noise(1, 4).expand(3, 4), noise(4, 5)
+    fused = fuse(graph_of(run, a, b), FusionConfig(enable_fusion=False))
+    for seed in range(3):
+        a = noise(1, 4, seed=seed).expand(3, 4)
+        assert torch.equal(fused(a, b), run(a, b))
+    assert fused.plan is not None
