@@ -233,7 +233,7 @@ class KernelCompiler:
             for graph, metas in wanted:
                 try:
                     target, spec, key, name = self._described(graph, tuple(metas))
-                except FusionError:
+                except Exception:  # whatever it is, `compile` raises it again
                     continue
                 if key not in self._kernels:
                     by_target.setdefault(target.name, {})[key] = (spec, name)

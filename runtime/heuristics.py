@@ -151,6 +151,30 @@ class FusionHeuristics:
             log.info("%s -> %s", " ".join(node.op_type for node in graph.nodes), decision)
         return decision, kernel
 
+    def prepare(self, regions: Sequence[tuple[SubGraph, Sequence[TensorMeta], int]]) -> None:
+        """Build side by side the kernels that deciding these regions (body, inputs, recorded ops) will ask for."""
+        if not self.config.enable_cache:
+            return
+        wanted = []
+        for graph, inputs, ops in regions:
+            metas = {
+                name: TensorMeta(meta.shape, meta.stride, meta.dtype, meta.device)
+                for name, meta in zip(graph.input_names, inputs, strict=True)
+            }
+            if not metas or self._forbidden(graph, ops, [meta.shape for meta in metas.values()]) is not None:
+                continue
+            known = self._known(self._key(graph, self.config.target, metas))
+            if known is None or known:
+                wanted.append((graph, tuple(metas.values())))
+        self.compiler.prepare(wanted)
+
+    def _known(self, key: str) -> Decision | None:
+        """What was decided before, in this process or another."""
+        known = self._measured.get(key) if self.config.enable_cache else None
+        if known is None and self.store is not None and (times := self.store.get(key)) is not None:
+            known = self._measured[key] = replace(self.judge(times), cached=True)
+        return known
+
     def kernel(self, graph: SubGraph, metas: Mapping[str, TensorMeta]) -> CompiledKernel:
         """The kernel of `graph` for inputs of these layouts.
 
@@ -191,12 +215,8 @@ class FusionHeuristics:
             return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}'), kernel
         device = next(iter(metas.values())).device
         key = self._key(graph, "library" if library is not None else config.target, metas)
-        known = self._measured.get(key) if config.enable_cache else None
-        times = self.store.get(key) if known is None and self.store is not None else None
-        if known is not None or times is not None:
-            if known is None and times is not None:
-                known = self._measured[key] = replace(self.judge(times), cached=True)
-            assert known is not None
+        known = self._known(key)
+        if known is not None:
             if library is not None or known:
                 return known, library or self.kernel(graph, metas)
             return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))

@@ -119,7 +119,15 @@ class _Regions:
         self.found: list[Region] = []
         self._counts: Counter[str] = Counter()
         self._decided: dict[tuple[object, ...], Region] = {}
+        nodes = {self._key(node): node for node in graph.nodes if node.op_type.startswith(FUSED)}
+        heuristics.prepare(
+            [(n.attr("body"), [self.values[x] for x in n.inputs], len(n.recorded)) for n in nodes.values()]
+        )
         self._add(graph)
+
+    def _key(self, node: OpNode) -> tuple[object, ...]:
+        """Equal for regions that are alike."""
+        return (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
 
     def _add(self, graph: SubGraph, parent: str = "", off: frozenset[str] = frozenset()) -> None:
         for node in graph.nodes:
@@ -128,7 +136,7 @@ class _Regions:
             kind = node.op_type.removeprefix(FUSED)
             name = f"{kind}_{self._counts[kind]}"
             self._counts[kind] += 1
-            key = (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
+            key = self._key(node)
             alike = self._decided.get(key)
             if alike is None:
                 undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
