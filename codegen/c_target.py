@@ -107,4 +107,4 @@ def _printed(spec: Spec, symbol: str) -> str:
     printer = PRINTERS.get(type(spec))
     if printer is None:
         raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
-    return printer.source(spec, symbol)  # type: ignore[no-any-return]
+    return printer.source(spec, symbol)
