@@ -214,7 +214,8 @@ def watch(command, **keywords):
     return run(command, **keywords)
 subprocess.run = watch
 x = noise(3, 7)
-kernel = KernelCompiler("c", DiskCache("kernels", {str(tmp_path)!r})).compile(one("clamp", min=-0.123, max=0.321), [x.dtype], [x.shape])
+graph = one("clamp", min=-0.123, max=0.321)
+kernel = KernelCompiler("c", DiskCache("kernels", {str(tmp_path)!r})).compile(graph, [x.dtype], [x.shape])
 assert kernel(x)[0].tolist() == {want.tolist()!r}
 assert len(compiled) <= 1, compiled  # the runtime, which another cache may hold
 """
