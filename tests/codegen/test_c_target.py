@@ -14,7 +14,7 @@ from graph_capture.codegen import c_host, c_target, compiler
 from graph_capture.codegen.c_print import identifier, literal
 from graph_capture.runtime.verify import distance
 
-from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, fuse, record
+from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, cachedir, fuse, record
 from graph_capture.cachedir import DiskCache
 
 COMPILER = KernelCompiler("c")
@@ -166,6 +166,9 @@ def no_compiler(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     compiler._log_once.cache_clear()
+    cachedir.environment.cache_clear()
+    yield
+    cachedir.environment.cache_clear()
 
 
 def program(gate, up):
