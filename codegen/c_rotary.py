@@ -179,8 +179,8 @@ class _Printer:
                 value += f" * {weight}"
             lines += ["#pragma omp simd", f"for (int64_t j = 0; j < {spec.width}; j++) x[j] = {value};"]
         dtype = self.dtypes[track.target]
-        memory = c_print.MEMORY[dtype]
-        lines.append(f"{memory} *const to = {self._pointer(track.target, memory, slot, 'h')};")
+        stored = c_print.MEMORY[dtype]
+        lines.append(f"{stored} *const to = {self._pointer(track.target, stored, slot, 'h')};")
         lines.append(f"const int64_t stride = {self._number(track.target, 3)};")
         if not track.rotates:
             return lines + self._stored("0", spec.width, lambda j: [(j, f"x[{j}]")], dtype)

@@ -44,7 +44,7 @@ KV_HEADS, GROUP, WIDTH = 8, 4, 128
 def prepared(graph: SubGraph, sets: list[list[torch.Tensor]]) -> list[Callable[[], Any]]:
     """Launches of the kernel of `graph` on each set of inputs."""
     first = sets[0]
-    kernel = KernelCompiler().compile(
+    kernel = KernelCompiler("ninetoothed").compile(
         graph, [t.dtype for t in first], [t.shape for t in first], [t.stride() for t in first]
     )
     outputs = kernel.spec.allocate(first)
