@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +203,7 @@ class Launch(functools.partial[None]):
     held: tuple[Any, ...]
 
 
-def launch(function: Callable[..., Any], tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
+def launch(function: Any, tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
     """A launch of a kernel's function on the memory of these tensors, which the caller keeps alive."""
     addresses = [tensors[index].data_ptr() + offset for index, offset in layout.operands]
     operands = (ctypes.c_void_p * len(addresses))(*addresses)

@@ -104,7 +104,7 @@ def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -
 
 
 def _printed(spec: Spec, symbol: str) -> str:
-    printer = PRINTERS.get(type(spec))
+    printer: Printer | None = PRINTERS.get(type(spec))
     if printer is None:
         raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
     return printer.source(spec, symbol)

@@ -53,6 +53,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the weights and the prompts.")] = 0,
     kernel: Annotated[str, typer.Option(help="The kind of region whose kernel is shown.")] = "add_rms_norm",
     graph: Annotated[bool, typer.Option("--graph", help="Also print the rewritten graph.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also time torch.compile.")] = False,
+    plot: Annotated[str | None, typer.Option(help="A PNG for a bar chart of the times; needs matplotlib.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON and nothing else.")] = False,
 ) -> None:
     """Record, fuse, check and replay a Llama with random weights; exits with 1 if a number is off."""
@@ -62,7 +64,10 @@ def demo(
         raise typer.BadParameter("--heads must divide --hidden, and --kv-heads must divide --heads")
     shape = implementation.Shape(layers, hidden, intermediate, heads, kv_heads, vocab, length, seed)
     console = Console(quiet=json)
-    report = implementation.run(shape, console, kernel=kernel, show_graph=graph)
+    try:
+        report = implementation.run(shape, console, kernel=kernel, show_graph=graph, compare=compare, plot=plot)
+    except ImportError as error:
+        raise typer.BadParameter(f"{error}; install graph-capture[plot] for --plot") from error
     if json:
         print(report.to_json())
     raise typer.Exit(0 if report.ok else 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from graph_capture.graph import SubGraph
 from graph_capture.ops import FUSED
 from graph_capture.runtime.verify import distance
 
+ROUNDS = 25  # of timing
 # Two correct roundings of one forward differ by chance, and Triton's interpreter truncates where it stores bfloat16.
 SLACK = {torch.float32: 1.25, torch.bfloat16: 1.5}
 
@@ -46,6 +48,7 @@ class Report:
     shape: Shape
     checks: list[dict[str, Any]] = field(default_factory=list)
     receipts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype -> how -> a forward pass
 
     @property
     def ok(self) -> bool:
@@ -74,8 +77,28 @@ def build_model(shape: Shape) -> torch.nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def run(shape: Shape, console: Console, *, kernel: str = "add_rms_norm", show_graph: bool = False) -> Report:
-    """Run the demo, printing to `console`."""
+def run(
+    shape: Shape,
+    console: Console,
+    *,
+    kernel: str = "add_rms_norm",
+    show_graph: bool = False,
+    compare: bool = False,
+    plot: str | None = None,
+) -> Report:
+    """Run the demo, printing to `console`.
+
+    Args:
+        kernel: the kind of region whose kernel is shown.
+        show_graph: also print the rewritten graph.
+        compare: also time torch.compile.
+        plot: a file for a bar chart of the times.
+
+    Raises:
+        ImportError: a plot is wanted and matplotlib is not installed.
+    """
+    if plot:
+        import matplotlib.pyplot  # noqa: F401
     report = Report(shape)
     with _step(console, "building the model"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,6 +124,8 @@ def run(shape: Shape, console: Console, *, kernel: str = "add_rms_norm", show_gr
             forced = fuse(graph, FusionConfig(profile="always"))
             _check(report, model, typed, dtype, graph, fused, forced, other)
         report.receipts[_short(dtype)] = fused.explain().rows
+        with _step(console, f"timing a forward pass in {_short(dtype)}"):
+            report.seconds[_short(dtype)] = _seconds(typed, fused, other, compare)
         if not shown:
             _show_ops(console, graph, fused, recorded_in, fused_in)
             shown = True
@@ -110,7 +135,10 @@ def run(shape: Shape, console: Console, *, kernel: str = "add_rms_norm", show_gr
             if show_graph:
                 console.print(str(fused), highlight=False, markup=False)
     _show_checks(console, report)
+    _show_times(console, report)
     _show_verdict(console, report, fused)
+    if plot:
+        _plot(report, plot)
     return report
 
 
@@ -123,6 +151,26 @@ def _record(model: Any, ids: torch.Tensor) -> RecordedGraph:
 def _forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
+
+
+def _seconds(model: Any, fused: FusedGraph, ids: torch.Tensor, compare: bool) -> dict[str, float]:
+    """A forward pass, in seconds: the median of rounds that take turns."""
+    ways: dict[str, Callable[[], Any]] = {"eager": lambda: _forward(model, ids)}
+    if compare:
+        compiled = torch.compile(model)
+        ways["torch.compile"] = lambda: _forward(compiled, ids)
+    ways["graph_capture"] = lambda: fused(input_ids=ids)
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for call in ways.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            samples[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in samples.items()}
 
 
 def _check(
@@ -219,6 +267,34 @@ def _show_checks(console: Console, report: Report) -> None:
             verdict = "bit-equal to eager"
         table.add_row(check["dtype"], check["what"], f"{check['error']:.2e}", verdict)
     console.print(table)
+
+
+def _show_times(console: Console, report: Report) -> None:
+    table = Table("dtype", "what", "time", "against eager", title="one forward pass", title_justify="left")
+    for dtype, ways in report.seconds.items():
+        for name, seconds in ways.items():
+            table.add_row(dtype, name, f"{seconds * 1e3:.2f} ms", f"{ways['eager'] / seconds:.2f} x")
+    console.print()
+    console.print(table)
+
+
+def _plot(report: Report, file: str) -> None:
+    """The times of a forward pass as a bar chart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    names = list(next(iter(report.seconds.values())))
+    for index, name in enumerate(names):
+        places = [place + 0.8 * index / len(names) for place in range(len(report.seconds))]
+        bars = axes.bar(places, [ways[name] * 1e3 for ways in report.seconds.values()], 0.75 / len(names), label=name)
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.set_xticks([place + 0.4 - 0.4 / len(names) for place in range(len(report.seconds))], list(report.seconds))
+    axes.set_ylabel("milliseconds")
+    shape = report.shape
+    axes.set_title(f"one forward pass: Llama, {shape.layers} layers, hidden {shape.hidden}, {shape.length} tokens")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
 
 
 def _show_verdict(console: Console, report: Report, fused: FusedGraph) -> None:

@@ -34,6 +34,15 @@ def test_demo_as_json():
     kinds = {row["region"]: row["alike"] for row in report["receipts"]["float32"]}
     assert kinds["swiglu"] == 2
     assert len(report["checks"]) == 10
+    assert all(ways.keys() == {"eager", "graph_capture"} for ways in report["seconds"].values())
+    assert all(seconds > 0 for ways in report["seconds"].values() for seconds in ways.values())
+
+
+def test_demo_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "times.png"
+    assert invoke("demo", *SMALL, "--json", "--plot", str(file)).exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_demo_fails_when_a_number_is_off(monkeypatch):
@@ -54,7 +63,17 @@ def test_demo_fails_when_a_kernel_is_off(monkeypatch):
 
 def test_help_lists_the_knobs():
     text = invoke("demo", "--help").output
-    for knob in ("--layers", "--hidden", "--kv-heads", "--length", "--seed", "--kernel", "--json"):
+    for knob in (
+        "--layers",
+        "--hidden",
+        "--kv-heads",
+        "--length",
+        "--seed",
+        "--kernel",
+        "--compare",
+        "--plot",
+        "--json",
+    ):
         assert knob in text
 
 

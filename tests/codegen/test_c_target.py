@@ -14,7 +14,7 @@ from graph_capture.codegen import c_host, c_target, compiler
 from graph_capture.codegen.c_print import identifier, literal
 from graph_capture.runtime.verify import distance
 
-from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, fuse, record
+from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, cachedir, fuse, record
 from graph_capture.cachedir import DiskCache
 
 COMPILER = KernelCompiler("c")
@@ -166,6 +166,9 @@ def no_compiler(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
     compiler._log_once.cache_clear()
+    cachedir.environment.cache_clear()
+    yield
+    cachedir.environment.cache_clear()
 
 
 def program(gate, up):
@@ -214,7 +217,8 @@ def watch(command, **keywords):
     return run(command, **keywords)
 subprocess.run = watch
 x = noise(3, 7)
-kernel = KernelCompiler("c", DiskCache("kernels", {str(tmp_path)!r})).compile(one("clamp", min=-0.123, max=0.321), [x.dtype], [x.shape])
+graph = one("clamp", min=-0.123, max=0.321)
+kernel = KernelCompiler("c", DiskCache("kernels", {str(tmp_path)!r})).compile(graph, [x.dtype], [x.shape])
 assert kernel(x)[0].tolist() == {want.tolist()!r}
 assert len(compiled) <= 1, compiled  # the runtime, which another cache may hold
 """
