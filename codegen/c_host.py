@@ -209,7 +209,7 @@ def launch(function: Any, tensors: Sequence[torch.Tensor], layout: Layout) -> La
     operands = (ctypes.c_void_p * len(addresses))(*addresses)
     numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
     work = _Work(
-        ctypes.cast(function, ctypes.c_void_p),  # type: ignore[arg-type]
+        ctypes.cast(function, ctypes.c_void_p),
         ctypes.addressof(operands),
         ctypes.addressof(numbers),
         layout.units,
