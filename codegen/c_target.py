@@ -99,6 +99,7 @@ def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Calla
 
 def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
     """Compile kernels (their specs and names) side by side, for `build` to find them."""
+    specs = [item for item in specs if type(item[0]) in PRINTERS]
     symbols = [re.sub(r"[^A-Za-z0-9_]", "_", kernel_name) for _, kernel_name in specs]
     host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)], cache)
 

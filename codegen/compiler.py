@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import contextlib
 import hashlib
 import re
 import threading
@@ -238,7 +239,8 @@ class KernelCompiler:
                 if key not in self._kernels:
                     by_target.setdefault(target.name, {})[key] = (spec, name)
             for chosen, specs in by_target.items():
-                TARGETS[chosen].prepare(list(specs.values()), self.cache)
+                with contextlib.suppress(FusionError):  # `compile` raises it again
+                    TARGETS[chosen].prepare(list(specs.values()), self.cache)
 
     def _described(self, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> tuple[Target, Spec, str, str]:
         """A kernel before it is built: its target, its spec, its key and its name."""

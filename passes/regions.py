@@ -211,7 +211,10 @@ class _Finder:
         members = tuple(graph.nodes[index] for index in nodes)
         made = {name for node in members for name in node.outputs}
         inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
-        flat = expand(SubGraph(members, inputs, tuple(outputs), graph.values), is_merged)
+        around = [node for member in members for node in (member, *member.origin)]
+        names = {name for node in around for name in (*node.inputs, *node.outputs)} & graph.values.keys()
+        values = {name: graph.values[name] for name in names}  # not all of the graph's: each region would copy them
+        flat = expand(SubGraph(members, inputs, tuple(outputs), values), is_merged)
         return body_of(flat, range(len(flat)), outputs)
 
     # --- growing
