@@ -36,7 +36,6 @@ class AttentionSpec:
         width, out_width: elements of a key, and of a value.
         scale: of the scores.
         mask: for the mask's batch, heads and rows, whether it moves along them; () without a mask.
-        capped: the bound of ``capped * tanh(scores / capped)`` before the mask; 0 for none.
     """
 
     inputs: tuple[Operand, ...]
@@ -49,7 +48,6 @@ class AttentionSpec:
     out_width: int
     scale: float
     mask: tuple[bool, ...]
-    capped: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -103,6 +103,8 @@ class CompiledKernel:
     def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
         """A launch that reads and writes these tensors, and no others, each time it is called.
 
+        It is bound to their addresses: the caller keeps the inputs alive for as long as it is used.
+
         It holds its outputs; the inputs must live as long as it is called, for it may have nothing but their addresses.
 
         Raises:

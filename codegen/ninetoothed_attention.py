@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from graph_capture.codegen.attention import MAX_ROWS, AttentionSpec
 from graph_capture.codegen.ninetoothed_host import Program
-from graph_capture.codegen.ninetoothed_rows import print_tanh
 
 BLOCK = 128  # keys that are read at a time
 BLOCK_BYTES = 32768  # of keys, at most
@@ -178,8 +177,6 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
         f"values = {wide('value[step]')}",
         f"scores = ntl.dot(rows, ntl.trans(keys){exact}) * {spec.scale!r}",
     ]
-    if spec.capped:
-        inner.append(f"scores = {spec.capped!r} * {print_tanh(f'(scores / {spec.capped!r})', torch.float32)}")
     if mask_dtype is torch.bool:
         inner.append(f"scores = ntl.where(allowed, scores, {low})")
     elif masked:
