@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from graph_capture.errors import CaptureError
+from graph_capture.foreign import adapters
 from graph_capture.graph import SubGraph
 from graph_capture.recorded import RecordedGraph
 
 
-def convert_recorded_graph_to_subgraph(graph: RecordedGraph) -> SubGraph:
+def convert_recorded_graph_to_subgraph(graph: RecordedGraph | Any) -> SubGraph:
     """The immutable SubGraph of a recording: every op, connected by data flow, with layouts and alias sets.
 
+    Args:
+        graph: a recording of this package, or an `infinicore.Graph` that was recorded inside one.
+
     Raises:
-        CaptureError: `graph` is not a recording of this package.
+        CaptureError: `graph` is neither.
     """
-    if not isinstance(graph, RecordedGraph):
-        raise CaptureError(
-            f"cannot convert a {type(graph).__name__}: it exposes no ops. Record with graph_capture.record() or "
-            "start_graph_recording()"
-        )
-    return graph.subgraph
+    if isinstance(graph, RecordedGraph):
+        return graph.subgraph
+    for adapter in adapters():
+        found = adapter.subgraph(graph)
+        if found is not None:
+            return found
+        if adapter.is_graph(graph):
+            raise CaptureError(
+                f"cannot convert this {type(graph).__name__}: it exposes no ops, only run(), and it was not recorded "
+                "under graph_capture. Begin and end the native recording inside `with graph_capture.record(...)`, and "
+                "convert its graph after that"
+            )
+    raise CaptureError(
+        f"cannot convert a {type(graph).__name__}: it exposes no ops. Record with graph_capture.record() or "
+        "start_graph_recording()"
+    )

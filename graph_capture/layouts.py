@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def like(tensor: torch.Tensor) -> torch.Tensor:
-    """New memory with a tensor's layout."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def like(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """New memory with a tensor's layout, on its device or another."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
 def copy_into(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

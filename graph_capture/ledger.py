@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from graph_capture.foreign import handle_of, is_module
 from graph_capture.ops import same_value
 from graph_capture.source import PLAIN, ModulePaths
 from graph_capture.structure import items_of, slots_of
@@ -44,8 +45,11 @@ class Ledger:
         for tensor in captured.values():
             owner = modules.owner_of(tensor)
             if owner is not None:
-                table, key, path = owner
-                self._guards.append((table, key, tensor, path))
+                self._guards.append((owner.table, owner.key, owner.value, owner.path))
+                handle = handle_of(owner.value)
+                if handle is not None:  # a wrapper may get other memory
+                    key = next(key for key, held in vars(owner.value).items() if held is handle)
+                    self._guards.append((vars(owner.value), key, handle, owner.path))
         self.rebound = frozenset(
             _join(path, name)
             for module, path in modules.entered.items()
@@ -63,11 +67,11 @@ class Ledger:
                     self._guards.append((vars(module), name, value, _join(path, name)))
                     self._held.append((value, items, _join(path, name)))
             tables: dict[str, Mapping[Any, Any]] = {
-                "hooks": module._forward_hooks,
-                "pre-hooks": module._forward_pre_hooks,
+                "hooks": getattr(module, "_forward_hooks", {}),
+                "pre-hooks": getattr(module, "_forward_pre_hooks", {}),
             }
             for name, part in module._modules.items():
-                if isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+                if isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)) or is_module(part):
                     tables[f"modules in {name!r}"] = part._modules
             self._sizes += [(table, len(table), f"{what} of {path!r}") for what, table in tables.items()]
             child = module

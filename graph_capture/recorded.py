@@ -12,6 +12,7 @@ import torch
 
 from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.executor import Executor
+from graph_capture.foreign import Form, settle
 from graph_capture.graph import SubGraph
 from graph_capture.ledger import Ledger
 from graph_capture.ops import GUARD, written_inputs
@@ -120,7 +121,17 @@ class RecordedGraph:
                 results = replay.run(call.tensors, fixed, stamp)
         else:
             results = replay.run(call.tensors, fixed, stamp)
+        if self.template.forms:
+            results = settle(results, *self._settled)
         return self.template.build(results, call.objects)
+
+    @cached_property
+    def _settled(self) -> tuple[list[Form | None], list[bool]]:
+        """What becomes of each output: another library's tensor of that form; whether it lies in outside memory."""
+        values = self.subgraph.values
+        outside = {values[name].storage for name in self.subgraph.input_names}
+        forms = [self.template.forms.get(number) for number in self.template.tensors]
+        return forms, [values[name].storage in outside for name in self.subgraph.output_names]
 
     @cached_property
     def _weights(self) -> list[torch.Tensor]:

@@ -104,6 +104,8 @@ class Recording:
                 stack.enter_context(torch.no_grad())
             stack.enter_context(writer.modules)
             stack.enter_context(_foreign_kernels())
+            for adapter in writer.exposures.adapters:
+                stack.enter_context(adapter.recording(current_writer))
             stack.enter_context(_DispatchMode(writer))
             if self._keep_whole:
                 stack.enter_context(_FunctionMode(writer))
@@ -148,6 +150,21 @@ def record(*args: Any, data_dependent: DataDependent = "error", verify: bool = T
 def is_recording() -> bool:
     """Whether a recording is active in this thread."""
     return getattr(_active, "recording", None) is not None
+
+
+def current_writer() -> Writer | None:
+    """What writes down this thread's calls, if any are to be."""
+    recording = getattr(_active, "recording", None)
+    writer = recording._writer if recording is not None else None
+    return None if writer is None or writer.suspended else writer
+
+
+def emit(name: str, *args: Any) -> Any:
+    """Call an op of the table by its name; a recording keeps it whole."""
+    target, writer = op(name), current_writer()
+    if writer is None:
+        return target.function(*args)
+    return writer.call(target, args, {}, lambda: _whole(target.function, args, {}))
 
 
 def start_graph_recording(*args: Any, **kwargs: Any) -> None:
@@ -295,9 +312,8 @@ def _patch(kind: Any, on: bool) -> None:
 def _recorded_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(launch)
     def call(handle: Any, *args: Any, **kwargs: Any) -> Any:
-        recording = getattr(_active, "recording", None)
-        writer = recording._writer if recording is not None else None
-        if writer is None or writer.suspended:
+        writer = current_writer()
+        if writer is None:
             return launch(handle, *args, **kwargs)
         return writer.external(functools.partial(launch, handle), args, kwargs)
 

@@ -106,6 +106,8 @@ def _encode(spec: Spec, where: str) -> list[Any]:
     if tag == "node" and spec[1] is tuple:
         return [tag, [_encode(child, where) for child in spec[3]]]
     kind = spec[1].__name__ if tag in ("value", "node") else "an array" if tag == "array" else "an object"
+    if tag == "foreign":
+        kind = f"a {spec[1].kind.__name__} of another library"
     raise CaptureError(f"{where} holds {kind}, which cannot be saved; use tensors, plain values, tuples, lists, dicts")
 
 

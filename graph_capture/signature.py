@@ -40,6 +40,7 @@ class Call:
         if surroundings is not None:
             named += surroundings().items()
         self.arguments = tuple([(label, walk.spec(value, (None, label))) for label, value in named])
+        walk.unify()
         layouts = tuple([_layout(tensor) for tensor in walk.tensors])
         self.key = (self.arguments, tuple(walk.contents), layouts, _sharing(walk.tensors))
 
@@ -150,6 +151,8 @@ class Signature:
             return f"{kind.__name__}({', '.join(inner)})"
         if spec[0] == "node":
             return f"({', '.join(self._text(child, depth + 1) for child in spec[3])})"
+        if spec[0] == "foreign":
+            return f"{spec[1].kind.__name__} {' '.join(self._text(child, depth + 1) for child in spec[2])}"
         return _describe(spec)
 
     def _sharing_text(self, sharing: tuple[tuple[int, int], ...]) -> str:
@@ -184,6 +187,9 @@ class _Comparison:
             return self._children(contents[old[1]], self._call.walk.contents[new[1]], old, new, label)
         if old[0] == "node":
             return self._children((old[1], old[2], old[3]), (new[1], new[2], new[3]), old, new, label)
+        if old[0] == "foreign" and old[1] is new[1]:
+            parts = zip(old[2], new[2], strict=True)
+            return next(filter(None, (self.specs(before, after, label) for before, after in parts)), None)
         return None if old == new else self._unlike(old, new, label)
 
     def _children(self, old: Spec, new: Spec, whole_old: Spec, whole_new: Spec, label: str) -> str | None:
@@ -222,6 +228,8 @@ def _describe(spec: Spec) -> str:
         return f"a {spec[1].__name__} of {len(spec[3])}"
     if spec[0] == "array":
         return f"an array {list(spec[2])}"
+    if spec[0] == "foreign":
+        return f"a {spec[1].kind.__module__.partition('.')[0]}.{spec[1].kind.__name__}"
     return "an object that counts by identity"
 
 

@@ -7,11 +7,12 @@ import os
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from graph_capture.foreign import LIBRARIES, adapters, handle_of
 from graph_capture.graph import Source
 from graph_capture.structure import items_of
 
@@ -28,12 +29,26 @@ def _is_user_file(file: str) -> bool:
     return not file.startswith((_TORCH, _OURS, "<")) and not file.endswith("contextlib.py")
 
 
+def _is_users(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return package not in LIBRARIES and _is_user_file(frame.f_code.co_filename)
+
+
 def caller() -> Source:
     """The innermost frame outside torch and this package."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_user_file(frame.f_code.co_filename):
+    while frame is not None and not _is_users(frame):
         frame = frame.f_back
     return Source() if frame is None else Source("", frame.f_code.co_filename, frame.f_lineno)
+
+
+class Owner(NamedTuple):
+    """Where a module holds a tensor: the table, the key in it, the path, and what lies there (maybe a wrapper)."""
+
+    table: dict[str, Any]
+    key: str
+    path: str
+    value: Any
 
 
 class ModulePaths:
@@ -45,7 +60,7 @@ class ModulePaths:
     Attributes:
         entered: the modules that ran, with their paths.
         parents: id of a module -> its parent in a root, and its name there.
-        owners: id of a tensor that a module holds -> the table that holds it, the key in it, and its path.
+        owners: id of a tensor that a module holds (of another library: of its handle) -> where.
         attributes: id of a module -> its plain attributes as they were before it ran.
         containers: id of a module -> its lists, dicts and objects, and what these held.
     """
@@ -53,7 +68,8 @@ class ModulePaths:
     def __init__(self) -> None:
         self.entered: dict[torch.nn.Module, str] = {}
         self.parents: dict[int, tuple[torch.nn.Module, str]] = {}
-        self.owners: dict[int, tuple[dict[str, Any], str, str]] = {}
+        self.owners: dict[int, Owner] = {}
+        self._foreign = bool(adapters())
         self.attributes: dict[int, dict[str, Any]] = {}
         self.containers: dict[int, dict[str, tuple[Any, tuple[Any, ...]]]] = {}
         self._paths: dict[int, str] = {}  # id of a module -> its path
@@ -97,7 +113,7 @@ class ModulePaths:
             self.attributes[id(module)], self.containers[id(module)] = {}, {}
             kept = dict([*module.named_parameters(), *module.named_buffers()])
             for name, tensor in kept.items():
-                self.owners.setdefault(id(tensor), (kept, name, f"{path}.{name}" if path else name))
+                self.owners.setdefault(id(tensor), Owner(kept, name, f"{path}.{name}" if path else name, tensor))
             return
         held = vars(module)
         own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
@@ -107,8 +123,10 @@ class ModulePaths:
         }
         for table in (module._parameters, module._buffers, held):
             for name, value in table.items():
-                if isinstance(value, torch.Tensor):
-                    self.owners.setdefault(id(value), (table, name, f"{path}.{name}" if path else name))
+                foreign = self._foreign and not isinstance(value, torch.Tensor)
+                held_as = handle_of(value) if foreign else value
+                if foreign and held_as is not None or isinstance(held_as, torch.Tensor):
+                    self.owners.setdefault(id(held_as), Owner(table, name, f"{path}.{name}" if path else name, value))
         for name, child in module._modules.items():
             if child is not None:
                 self.parents.setdefault(id(child), (module, name))
@@ -123,10 +141,18 @@ class ModulePaths:
             self._seen.add(id(value))
         return items
 
-    def owner_of(self, tensor: torch.Tensor) -> tuple[dict[str, Any], str, str] | None:
-        """The table of a module that holds `tensor`, the key in it, and its path."""
+    def owner_of(self, tensor: Any) -> Owner | None:
+        """Where a module holds `tensor` (or a handle of another library's), if one does."""
         owner = self.owners.get(id(tensor))
-        return owner if owner is not None and owner[0].get(owner[1]) is tensor else None
+        return owner if owner is not None and owner.table.get(owner.key) is owner.value else None
+
+    def enter(self, module: Any) -> None:
+        """`module`, of another library, is about to run."""
+        self._enter(module, ())
+
+    def leave(self, module: Any) -> None:
+        """`module`, of another library, has run."""
+        self._leave(module, (), None)
 
     def __enter__(self) -> ModulePaths:
         self._handles = [

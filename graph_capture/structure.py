@@ -6,6 +6,7 @@ A `Walk` goes over a value once and describes it by *specs*, nested tuples that 
 - ``("value", type, value)``: a number, a string, None, ...; floats as text, so that NaN equals itself and -0.0 not 0.0;
 - ``("ref", k)``: the k-th mutable object (list, dict, set, instance); what it holds is ``contents[k]``;
 - ``("node", type, context, children)``: an immutable container (tuple, namedtuple, registered pytree node);
+- ``("foreign", form, children)``: another library's tensor, device, ..., by what it is made of (`graph_capture.foreign`);
 - ``("is", id)``: anything else (a module, a function), by identity.
 
 Instances are opened, so that a cache or a dataclass counts by what it holds; those of the standard library and torch's
@@ -27,11 +28,13 @@ import numpy
 import torch
 from torch.utils import _pytree as pytree
 
+from graph_capture.foreign import LIBRARIES, Exposures, Form
+
 VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 _SCALARS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size})
 _MUTABLE = frozenset({list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque})
 _CLOSED = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, torch.nn.Module)
-_CLOSED_PACKAGES = sys.stdlib_module_names - {"types"} | {"torch", "numpy"}
+_CLOSED_PACKAGES = sys.stdlib_module_names - {"types"} | {"torch", "numpy"} | LIBRARIES.keys()
 
 Spec = tuple[Any, ...]
 Path = tuple[Any, ...] | None  # (the parent's path, the step from it)
@@ -55,9 +58,11 @@ class Walk:
         objects: the mutable objects.
         contents: what each of `objects` holds, as a spec.
         closed: the objects that count by identity; whoever keeps a spec must keep them alive.
+        exposures: the torch tensors that stand for other libraries'.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exposures: Exposures | None = None) -> None:
+        self.exposures = exposures or Exposures()
         self.tensors: list[torch.Tensor] = []
         self.paths: list[Path] = []
         self.objects: list[Any] = []
@@ -96,6 +101,8 @@ class Walk:
             return ("node", kind, None, self._children(tuple(value), names, path))
         if isinstance(value, numpy.ndarray):
             return ("array", value.dtype.str, value.shape, value.tobytes())
+        if self.exposures.adapters and (foreign := self.exposures.parts(value)) is not None:
+            return ("foreign", foreign[0], tuple([self.spec(part, path) for part in foreign[1]]))
         if isinstance(value, tuple(_MUTABLE)) or _is_open(value):
             return self._reference(value, path)
         return self.spec_of_identity(value)
@@ -120,9 +127,16 @@ class Walk:
             keys, children = tuple(state), list(state.values())
         return (type(value), keys, self._children(children, keys, path))
 
+    def unify(self) -> None:
+        """Let other libraries' tensors that overlap share a storage, as torch's do."""
+        before = list(self.tensors)
+        self.exposures.unify(self.tensors)
+        if any(old is not new for old, new in zip(before, self.tensors, strict=True)):
+            self._tensor_numbers = {id(tensor): number for number, tensor in enumerate(self.tensors)}
+
     def again(self) -> Walk:
         """A walk over the same objects as they are now; tensors and objects keep their numbers, new ones follow."""
-        walk = Walk()
+        walk = Walk(self.exposures)
         walk.tensors, walk.paths = list(self.tensors), list(self.paths)
         walk._tensor_numbers = dict(self._tensor_numbers)
         walk.objects, walk._object_numbers = list(self.objects), dict(self._object_numbers)
@@ -234,6 +248,14 @@ class Template:
             _tensors_in(content[2], needed)
         return cls(root, contents, len(before.objects), after.closed, tuple(needed))
 
+    @functools.cached_property
+    def forms(self) -> Mapping[int, Form]:
+        """The numbers of the tensors that become another library's."""
+        found: dict[int, Form] = {}
+        for spec in (self.root, *(content[2] for content in self.contents.values())):
+            _foreign_in(spec, found)
+        return found
+
     @property
     def changes(self) -> bool:
         """Whether `build` alters an object that the call brings along."""
@@ -282,6 +304,8 @@ class Template:
             return self.closed[spec[1]]
         if tag == "array":
             return numpy.frombuffer(spec[3], dtype=spec[1]).reshape(spec[2]).copy()
+        if tag == "foreign":
+            return spec[1].whole([self._make(child, tensors, objects) for child in spec[2]])
         _, kind, context, children = spec
         values = [self._make(child, tensors, objects) for child in children]
         if isinstance(context, _Context):
@@ -296,8 +320,19 @@ def _tensors_in(spec: Any, found: dict[int, None]) -> None:
     tag = spec[0]
     if tag == "tensor":
         found[spec[1]] = None
-    elif tag == "node":
-        _tensors_in(spec[3], found)
+    elif tag in ("node", "foreign"):
+        _tensors_in(spec[-1], found)
     elif isinstance(tag, tuple):
         for child in spec:
             _tensors_in(child, found)
+
+
+def _foreign_in(spec: Any, found: dict[int, Form]) -> None:
+    """The tensors in a spec, or in a tuple of specs, that become another library's."""
+    if not spec or not isinstance(spec, tuple):
+        return
+    if spec[0] == "foreign":
+        found.update({child[1]: spec[1] for child in spec[2] if child[0] == "tensor"})
+    elif spec[0] == "node" or isinstance(spec[0], tuple):
+        for child in spec[3] if spec[0] == "node" else spec:
+            _foreign_in(child, found)

@@ -10,7 +10,7 @@ import functools
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from graph_capture.errors import CaptureError, DataDependentError
+from graph_capture.foreign import meets
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
+from graph_capture.layouts import like
 from graph_capture.ledger import Ledger
-from graph_capture.ops import EXTERNAL, GUARD, Op, flatten_outputs, is_random, op, pack, written_inputs
+from graph_capture.ops import EXTERNAL, GUARD, Kind, Op, flatten_outputs, is_random, op, pack, written_inputs
 from graph_capture.optable import external
 from graph_capture.printing import format_node
 from graph_capture.recorded import RecordedGraph
@@ -39,6 +41,8 @@ class Writer:
         modules: where the user's code is.
         nodes, values, captured: what has been recorded so far.
         suspended: while true, calls run unrecorded.
+        result: the graph, once the recording has ended.
+        metadata_only: while true, calls are recorded but do not run: what they would read is not there yet.
     """
 
     def __init__(self, args: Any, kwargs: Any, surroundings: Surroundings | None, *, guard: bool, verify: bool) -> None:
@@ -47,20 +51,25 @@ class Writer:
         self.values: dict[str, TensorMeta] = {}
         self.captured: dict[str, torch.Tensor] = {}
         self.suspended = False
+        self.metadata_only = False
+        self.result: SubGraph | None = None
         self._arguments = Call(args, kwargs, surroundings)
         self._surroundings = surroundings
         self._signature = Signature(self._arguments)
         self._guard = guard
         self._witness = Witness() if verify else None
         self._constants: set[str] = set()
+        self._lent: set[str] = set()  # captured tensors that stand for another library's
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}  # tensors that ops made, in order
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._views: dict[int, dict[torch.dtype, str]] = {}  # alias set -> a value in it, for each dtype
         self._counts: dict[str, int] = {}
         self._dynamic: set[int] = {-1}  # alias sets whose data depends on an input, a captured tensor or randomness
+        self.exposures = self._arguments.walk.exposures
         for name, tensor in zip(self._signature.names, self._arguments.tensors, strict=True):
             self._outside(tensor, self._fresh(name))
+        self.exposures.others = lambda: (*self._arguments.tensors, *self.captured.values())
 
     # --- names
 
@@ -101,11 +110,41 @@ class Writer:
                 f"{name!r} is a {type(tensor).__name__}, whose ops do not run on plain memory; unwrap it before the "
                 f"recording ({self.modules.source()})"
             )
+        if tensor.layout == torch.strided and storage_of(tensor) not in self._storages and tensor.numel():
+            self._check_apart(tensor, name)
         storage = self._bind(tensor, name)
         self._dynamic.add(storage)
         if self._witness is not None:
             with self.suspend():
                 self._witness.sees(name, tensor, storage)
+
+    def _check_apart(self, tensor: torch.Tensor, name: str) -> None:
+        """Refuse a tensor of torch's that lies in memory which stands for another library's by another storage."""
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+        for known in self.exposures:
+            other = known.untyped_storage()
+            if other._cdata != storage._cdata and meets(known, start, start + storage.nbytes()):
+                raise CaptureError(
+                    f"{name!r} shares memory with a tensor of another library in a way that the recording does not "
+                    f"see ({self.modules.source()}); pass both to the recording as inputs"
+                )
+
+    def adopt(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Let `tensor` stand for the recorded `value` from now on: it holds the same elements, with the same layout."""
+        name, storage = self.name_of(value), tensor.untyped_storage()
+        self._storages[storage._cdata] = (StorageWeakRef(storage), self._storage(value))
+        self._names[id(tensor)] = (weakref.ref(tensor), name)
+        self._made.pop(id(tensor), None)
+        self._made[id(tensor)] = weakref.ref(tensor)
+
+    def unwatched(self) -> None:
+        """Give up the check at the end: what the code computes is not there yet when it ends."""
+        self._witness = None
+
+    def live(self) -> Iterator[torch.Tensor]:
+        """The tensors with a name that somebody holds."""
+        return (tensor for ref, _ in tuple(self._names.values()) if (tensor := ref()) is not None)
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """The name of `tensor`; one never seen before is captured by reference."""
@@ -116,8 +155,10 @@ class Writer:
         views = self._views.get(self._storage(tensor), {})
         if views and owner is None:
             return self._view(tensor, views)
-        name = self._fresh(owner[2] if owner else "const")
+        name = self._fresh(owner.path if owner else "const")
         self.captured[name] = tensor
+        if self.exposures.stands(tensor) and not tensor.untyped_storage().resizable():  # else it is torch's memory
+            self._lent.add(name)
         self._outside(tensor, name)
         return name
 
@@ -155,7 +196,7 @@ class Writer:
         inputs, attrs = pack(target, args, kwargs, self.name_of)
         if self._witness is not None:
             self._announce(target, inputs, attrs)
-        result = run()
+        result = shaped(target, args, kwargs, run) if self.metadata_only else run()
         outputs = flatten_outputs(result)
         if outputs or not target.returns_values:
             self._write(target, inputs, attrs, outputs)
@@ -266,7 +307,8 @@ class Writer:
         tensors = tuple(tensor for ref in self._made.values() if (tensor := ref()) is not None)
         for tensor in tensors:
             tensor._fix_weakref()  # type: ignore[attr-defined]
-        return tensors[0] if len(tensors) == 1 else tensors
+        found = tuple(map(self.exposures.original, tensors)) if self.exposures.adapters else tensors
+        return found[0] if len(found) == 1 else found
 
     def finish(self, output: Any, *, rollback: bool = False) -> RecordedGraph:
         """The immutable graph.
@@ -287,6 +329,7 @@ class Writer:
             output_names=names,
             values=self.values,
         )
+        self.result = subgraph
         guarded = any(node.op_type.startswith(GUARD) for node in self.nodes)
         if not names and not template.changes and not guarded and not any(map(written_inputs, self.nodes)):
             raise CaptureError(
@@ -313,15 +356,37 @@ class Writer:
                     "it, or leave it out"
                 )
 
+    def _freed(self) -> Collection[str]:
+        """The captured tensors of other libraries that nobody holds any more."""
+        return [name for name in self._lent if not self.exposures.stands(self.captured[name])]
+
     def _check_replaced(self) -> None:
         for name in self.captured:
-            if name not in self._constants and orphaned(self.captured, name):
+            if name not in self._constants and (orphaned(self.captured, name) or name in self._freed()):
                 user = next(node for node in self.nodes if name in node.inputs)
                 raise CaptureError(
                     f"the captured tensor {name!r} {self.values[name]}, read at {user.source}, was replaced by the "
                     "code: the next call would read another one, a replay this one. Write in place (copy_), or pass "
                     "the object that holds it (a cache) to the recording as an input"
                 )
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What identifies a tensor's storage while that lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def shaped(target: Op, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    """What a call would give, without running it: uninitialised memory, or views of what there is."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if target.kind is Kind.VIEW or not leaves:
+        return run()
+    if target.may_write:
+        return args[0] if target.returns_values else None
+    with torch._C._DisableTorchDispatch():
+        given = pytree.tree_map_only(torch.Tensor, lambda tensor: like(tensor, "meta"), (args, kwargs))
+        made = target.function(*given[0], **given[1])
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: like(tensor, leaves[0].device), made)
 
 
 @functools.cache

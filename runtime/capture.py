@@ -18,6 +18,7 @@ from graph_capture.runtime.scheduler import FusionScheduler
 
 from graph_capture.compare import differences
 from graph_capture.errors import CaptureError, DataDependentError
+from graph_capture.foreign import is_module
 from graph_capture.log import log
 from graph_capture.recorded import RecordedGraph
 from graph_capture.recorder import DataDependent, Recording, is_recording
@@ -267,7 +268,7 @@ def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def surroundings(function: Any) -> dict[str, Any]:
     """What `function` uses besides its arguments, by name. A module's are guarded by the ledger of each recording."""
-    if isinstance(function, torch.nn.Module):
+    if isinstance(function, torch.nn.Module) or is_module(function):
         return {}
     if isinstance(function, functools.partial):
         return {"partial": (function.args, function.keywords), **surroundings(function.func)}

@@ -156,6 +156,7 @@ def _owns_its_memory(tensor: torch.Tensor) -> bool:
         tensor.is_contiguous()
         and not tensor.is_inference()
         and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and bool(tensor.untyped_storage().resizable())  # else it is another library's
         and _uses(tensor) <= _uses(torch.empty(1))
     )
 

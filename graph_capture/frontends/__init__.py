@@ -1,0 +1,1 @@
+"""Recording what other libraries compute: one module for each library; see `graph_capture.foreign`."""
