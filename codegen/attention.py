@@ -116,7 +116,7 @@ def check_ops(graph: SubGraph) -> None:
         FusionError: it asks for what the kernel does not do.
     """
     (node,) = graph.nodes
-    for name in ("dropout_p", "is_causal", "fill"):
+    for name in ("dropout_p", "is_causal", "fill", "tokens_first"):
         if node.attr(name):
             raise FusionError(f"attention with {name} has no kernel")
 

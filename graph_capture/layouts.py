@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from graph_capture.graph import TensorMeta
+
 
 def like(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """New memory with a tensor's layout, on its device or another."""
@@ -25,3 +27,13 @@ def once(tensor: torch.Tensor) -> torch.Tensor:
         if step == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def is_contiguous(meta: TensorMeta) -> bool:
+    """Whether the value's strides are exactly those of a fresh tensor of its shape."""
+    expected = 1
+    for size, stride in zip(reversed(meta.shape), reversed(meta.stride), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True

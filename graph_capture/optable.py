@@ -267,11 +267,15 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     fill: float | None = None,
     keeps: bool = False,
+    tokens_first: bool = False,
 ) -> torch.Tensor:
     """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V].
 
     With `fill`, scores become `fill` where the bool `attn_mask` is True, or, if it `keeps`, where it is False.
+    `tokens_first`: key and value are [B, S, H, E], without or with B.
     """
+    if tokens_first:
+        key, value = key.transpose(-3, -2), value.transpose(-3, -2)
     if fill is not None and attn_mask is not None:
         left_out = attn_mask.logical_not() if keeps else attn_mask
         attn_mask = torch.zeros(left_out.shape, dtype=query.dtype, device=query.device).masked_fill_(left_out, fill)
@@ -285,8 +289,15 @@ def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.matmul(input, other)
 
 
-def repeat_kv(input: torch.Tensor, repeats: int) -> torch.Tensor:
-    """[B, H, S, E] -> [B, H * repeats, S, E]: each head `repeats` times in a row."""
+def repeat_kv(input: torch.Tensor, repeats: int, tokens_first: bool = False) -> torch.Tensor:
+    """[B, H, S, E] -> [B, H * repeats, S, E]: each head `repeats` times in a row.
+
+    With `tokens_first` the input is [B, S, H, E], without or with B.
+    """
+    if tokens_first:
+        *rows, heads, width = input.shape
+        wide = input.unsqueeze(-2).expand(*rows, heads, repeats, width)
+        return wide.reshape(*rows, heads * repeats, width).transpose(-3, -2)
     batch, heads, length, width = input.shape
     return input[:, :, None].expand(batch, heads, repeats, length, width).reshape(batch, -1, length, width)
 

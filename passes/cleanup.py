@@ -13,8 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from graph_capture.passes.writes import forward_writes
 
 from graph_capture.graph import OpNode, SubGraph, TensorMeta, alias_set
+from graph_capture.layouts import is_contiguous
 from graph_capture.ops import EXTERNAL, GUARD, Kind, is_random, op, written_inputs
 
 MAX_CONSTANT = 2**20  # bytes of a constant that is kept without being asked for
@@ -160,11 +162,18 @@ def collapse_views(graph: SubGraph) -> SubGraph:
             names[node.outputs[0]] = names.get(equal, equal)
             kept.pop()
             continue
+        if node.op_type == "aten.unsqueeze.default" and _repeated(graph, node.outputs[0]):
+            continue  # the two are a repetition
         reshaped = [name for name, by_reshapes in chain[1:] if by_reshapes and is_contiguous(graph.values[name])]
         if reshaped and is_contiguous(out):
             root = names.get(reshaped[-1], reshaped[-1])
             kept[-1] = replace(node, op_type="aten.view.default", inputs=(root,), attrs=(("size", out.shape),))
     return with_nodes(graph, kept)
+
+
+def _repeated(graph: SubGraph, name: str) -> bool:
+    users = graph.users.get(name, ())
+    return bool(users) and all(graph.nodes[user].op_type == "aten.expand.default" for user in users)
 
 
 def sink_views(graph: SubGraph) -> SubGraph:
@@ -219,16 +228,6 @@ def _chain(graph: SubGraph, node: OpNode) -> list[tuple[str, bool]]:
 
 def _layout(meta: TensorMeta) -> tuple[object, ...]:
     return meta.shape, meta.stride, meta.offset, meta.dtype
-
-
-def is_contiguous(meta: TensorMeta) -> bool:
-    """Whether the value's strides are exactly those of a fresh tensor of its shape."""
-    expected = 1
-    for size, stride in zip(reversed(meta.shape), reversed(meta.stride), strict=True):
-        if stride != expected:
-            return False
-        expected *= max(size, 1)
-    return True
 
 
 def split_constants(graph: SubGraph, weights: Collection[str] = ()) -> tuple[SubGraph, SubGraph]:
@@ -290,7 +289,36 @@ def with_nodes(graph: SubGraph, nodes: list[OpNode]) -> SubGraph:
 
 def arguments(graph: SubGraph) -> SubGraph:
     """One form for each call: dimensions from the end, those of a transpose in order, and no dtype that is implied."""
-    return with_nodes(graph, [_without_implied(graph, _from_the_end(graph, node)) for node in graph.nodes])
+    values = dict(graph.values)
+    nodes = [part for node in graph.nodes for part in _transposes(node, values)]
+    whole = graph if len(nodes) == len(graph) else replace(graph, nodes=tuple(nodes), values=values)
+    return with_nodes(whole, [_without_implied(whole, _from_the_end(whole, node)) for node in nodes])
+
+
+def _transposes(node: OpNode, values: dict[str, TensorMeta]) -> tuple[OpNode, ...]:
+    """A permutation that swaps two dimensions, or does that after swapping the last two, as one or two transposes."""
+    dims = node.attr("dims")
+    if node.op_type != "aten.permute.default" or node.inputs[0] not in values:
+        return (node,)
+    given, rank = values[node.inputs[0]], len(dims)
+    order = [dim % rank for dim in dims]
+    moved = [place for place, dim in enumerate(order) if place != dim]
+    if len(moved) == 2:
+        return (_transpose(node, node.inputs[0], node.outputs[0], *moved),)
+    before = [*order[:-2], order[-1], order[-2]]  # what the last two dimensions of are swapped at the end
+    moved = [place for place, dim in enumerate(before) if place != dim]
+    if len(moved) != 2:
+        return (node,)
+    name = f"{node.outputs[0]}_swapped"
+    shape, stride = (tuple(part[dim] for dim in before) for part in (given.shape, given.stride))
+    values[name] = given._replace(shape=shape, stride=stride)
+    first = _transpose(node, node.inputs[0], name, *moved)
+    return first, _transpose(node, name, node.outputs[0], rank - 2, rank - 1)
+
+
+def _transpose(node: OpNode, given: str, made: str, first: int, second: int) -> OpNode:
+    attrs = (("dim0", first), ("dim1", second))
+    return replace(node, op_type="aten.transpose.int", inputs=(given,), outputs=(made,), attrs=attrs)
 
 
 def _without_implied(graph: SubGraph, node: OpNode) -> OpNode:
@@ -348,6 +376,7 @@ _BY_DIMENSION = frozenset(
 
 
 CLEAN_UP: dict[str, Callable[[SubGraph], SubGraph]] = {
+    "writes": forward_writes,
     "arguments": arguments,
     "no_ops": no_ops,
     "views": lambda graph: sink_views(collapse_views(graph)),

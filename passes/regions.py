@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from graph_capture.passes.cleanup import is_contiguous
 from graph_capture.passes.decode import decode_regions, is_merged
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
@@ -29,6 +28,7 @@ from graph_capture.passes.rewrite import (
 )
 
 from graph_capture.graph import OpNode, SubGraph
+from graph_capture.layouts import is_contiguous
 from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
 
 Supports = Callable[[SubGraph], "str | None"]

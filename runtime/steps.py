@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from graph_capture.codegen import CompiledKernel
-from graph_capture.passes.cleanup import is_contiguous
 from graph_capture.passes.rewrite import unviewable
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import Constants, LibraryKernel
@@ -19,6 +18,7 @@ from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.launches import Launch, Tensors
+from graph_capture.layouts import is_contiguous
 from graph_capture.log import log
 from graph_capture.recorded import RecordedGraph
 

@@ -30,6 +30,22 @@ def _repeat_interleaved(input: Any) -> Any:
     return torch.repeat_interleave(input, 3, dim=1)
 
 
+def _repeat_tokens_first(input: Any) -> Any:
+    *rows, heads, width = input.shape
+    wide = input.unsqueeze(-2).expand(*rows, heads, 3, width).contiguous()
+    return wide.view(*rows, heads * 3, width).transpose(-3, -2)
+
+
+def _repeat_kv_tokens_first(found: Found) -> Attributes:
+    input, output = found["input"], found["output"]
+    fits = len(input.shape) == len(output.shape) in (3, 4) and input.shape[:-3] == output.shape[:-3]
+    fits = fits and (input.shape[-3], input.shape[-1]) == (output.shape[-2], output.shape[-1])
+    wide = (*input.shape[:-1], output.shape[-3] // max(1, input.shape[-2]), input.shape[-1])
+    fits = fits and found["expand"].shape == wide and output.shape[-3] == wide[-3] * wide[-2] > 0
+    require(fits, f"{input} becomes {output}")
+    return {"repeats": wide[-2], "tokens_first": True}
+
+
 def _repeat_kv(found: Found) -> Attributes:
     input, output = found["input"], found["output"]
     fits = len(input.shape) == 4 == len(output.shape) and input.shape[2:] == output.shape[2:]
@@ -142,6 +158,18 @@ def _grouped_masked(query: Any, key: Any, value: Any, attn_mask: Any) -> Any:
     return F.scaled_dot_product_attention(query, _repeat_by_expand(key), _repeat_by_expand(value), attn_mask)
 
 
+def _grouped_tokens_first(query: Any, key: Any, value: Any) -> Any:
+    return F.scaled_dot_product_attention(query, _repeat_tokens_first(key), _repeat_tokens_first(value))
+
+
+def _grouped_masked_tokens_first(query: Any, key: Any, value: Any, attn_mask: Any) -> Any:
+    return F.scaled_dot_product_attention(query, _repeat_tokens_first(key), _repeat_tokens_first(value), attn_mask)
+
+
+def _grouped_attention_tokens_first(found: Found) -> Attributes:
+    return {**_grouped_attention(found), "tokens_first": True}
+
+
 def _grouped_attention(found: Found) -> Attributes:
     require(not found.last.attr("dropout_p"), "it has dropout")
     return {**dict(found.last.attrs), "enable_gqa": True}
@@ -150,6 +178,8 @@ def _grouped_attention(found: Found) -> Attributes:
 _HEADS = ({"query": (2, 4, 3, 8), "key": (2, 4, 3, 8), "value": (2, 4, 3, 8), "attn_mask": (2, 1, 3, 3)},)
 _PRODUCT = ({"input": (2, 3, 8), "other": (2, 8, 3)},)
 _BATCHED = ({"query": (4, 3, 8), "key": (4, 3, 8), "value": (4, 3, 8), "attn_mask": (4, 1, 3)},)
+_TOKENS_FIRST = ({"query": (2, 6, 4, 8), "key": (2, 4, 2, 8), "value": (2, 4, 2, 8), "attn_mask": (2, 1, 4, 4)},)
+_ANY_CALL = frozenset({"repeats", "scale", "is_causal", "dropout_p", "fill", "keeps"})
 _GROUPED = ({"query": (2, 6, 4, 8), "key": (2, 2, 4, 8), "value": (2, 2, 4, 8), "attn_mask": (2, 1, 4, 4)},)
 
 RULES = (
@@ -159,6 +189,13 @@ RULES = (
         (_repeat_by_expand, _repeat_interleaved),
         _repeat_kv,
         shapes=({"input": (2, 2, 4, 8)},),
+        ignore=frozenset({"size"}),
+    ),
+    rule(
+        "repeat_kv",
+        (_repeat_tokens_first,),
+        _repeat_kv_tokens_first,
+        shapes=({"input": (4, 2, 8)},),
         ignore=frozenset({"size"}),
     ),
     *(
@@ -180,6 +217,14 @@ RULES = (
         _grouped_attention,
         round=2,
         shapes=_GROUPED,
-        ignore=frozenset({"repeats", "scale", "is_causal", "dropout_p"}),
+        ignore=_ANY_CALL,
+    ),
+    rule(
+        "scaled_dot_product_attention",
+        (_grouped_tokens_first, _grouped_masked_tokens_first),
+        _grouped_attention_tokens_first,
+        round=2,
+        shapes=_TOKENS_FIRST,
+        ignore=_ANY_CALL,
     ),
 )
