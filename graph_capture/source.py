@@ -125,7 +125,7 @@ class ModulePaths:
             for name, value in table.items():
                 foreign = self._foreign and not isinstance(value, torch.Tensor)
                 held_as = handle_of(value) if foreign else value
-                if foreign and held_as is not None or isinstance(held_as, torch.Tensor):
+                if (foreign and held_as is not None) or isinstance(held_as, torch.Tensor):
                     self.owners.setdefault(id(held_as), Owner(table, name, f"{path}.{name}" if path else name, value))
         for name, child in module._modules.items():
             if child is not None:

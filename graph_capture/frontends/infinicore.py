@@ -28,6 +28,10 @@ from graph_capture.frontends.infinicore_views import HARMLESS, VIEWS
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.writer import Writer
 
+
+_inside = threading.local()
+
+
 @functools.cache
 def _adapter(library: Any) -> InfiniCore:
     return InfiniCore(library)
@@ -186,7 +190,11 @@ class InfiniCore:
         def init(tensor: Any, underlying: Any, *args: Any, **kwargs: Any) -> None:
             original(tensor, underlying, *args, **kwargs)
             writer, made_from = current(), getattr(tensor, "_torch_ref", None)
-            if writer is None or not isinstance(made_from, torch.Tensor) or writer.exposures.get(underlying) is not None:
+            if (
+                writer is None
+                or not isinstance(made_from, torch.Tensor)
+                or writer.exposures.get(underlying) is not None
+            ):
                 return
             if made_from.numel() and not made_from.is_contiguous():
                 raise CaptureError(
@@ -234,7 +242,9 @@ class InfiniCore:
             if _holds(self._literals, handle):
                 raise Unfit("it writes into memory that was given by its address, which a replay would not find again")
 
-    def _op(self, row: Row, in_place: bool, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _op(
+        self, row: Row, in_place: bool, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         """A call of an op of the table."""
         name = f"infinicore.{row.name}{'_' if in_place else ''}"
         values = [self._tensor(writer, value) for value in args]
@@ -436,10 +446,14 @@ class _Recorded:
         self._current, self._original, self._record = current, original, record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        writer = self._current()
+        writer = None if getattr(_inside, "call", False) else self._current()
         if writer is None:
             return self._original(*args, **kwargs)
-        return self._record(writer, self._original, args, kwargs)
+        _inside.call = True  # what the extension itself calls is a part of this
+        try:
+            return self._record(writer, self._original, args, kwargs)
+        finally:
+            _inside.call = False
 
 
 def _method(recorded: _Recorded) -> Callable[..., Any]:

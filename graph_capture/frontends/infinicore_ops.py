@@ -92,7 +92,9 @@ def _same_shape(*tensors: Tensor) -> None:
 
 def _indices(*tensors: Tensor) -> None:
     for t in tensors:
-        _require(not t.is_floating_point() and not t.is_complex() and t.dtype is not torch.bool, f"{_text(t)} no indices")
+        _require(
+            not t.is_floating_point() and not t.is_complex() and t.dtype is not torch.bool, f"{_text(t)} no indices"
+        )
 
 
 # --- what torch computes
@@ -209,7 +211,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
     fits = fits and k.shape[0] > 0 == q.shape[0] % k.shape[0]
     _require(fits, f"{_text(q, k, v)} and the caches {_text(k_cache, v_cache)} do not go together")
     length, keys = q.shape[1], pos + q.shape[1]
-    _require(0 <= pos and keys <= k_cache.shape[1], f"positions {pos} to {keys} do not fit into {_text(k_cache)}")
+    _require(pos >= 0 and keys <= k_cache.shape[1], f"positions {pos} to {keys} do not fit into {_text(k_cache)}")
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.narrow(1, pos, length).copy_(new)
     mask = None

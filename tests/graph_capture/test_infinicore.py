@@ -1,0 +1,696 @@
+"""InfiniCore's calls as ops of the table: numbers, data flow, writes, errors, and no trace afterwards."""
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_capture.frontends.infinicore import to_torch
+from graph_capture.frontends.infinicore_ops import OPS
+from graph_capture.passes import DEFAULT
+from graph_capture.runtime.verify import distance
+
+from graph_capture import CaptureError, FusionConfig, SignatureMismatchError, capture, fuse, record
+from tests.infinicore_models import ic_model, randomised, torch_layer, zeros
+from tests.replaying import noise
+
+ALWAYS = FusionConfig(profile="always")
+
+
+def options(ic, dtype="float32"):
+    return {"dtype": getattr(ic, dtype), "device": ic.device("cpu")}
+
+
+def tensors(ic, *values):
+    """InfiniCore tensors on copies of torch tensors."""
+    return [ic.from_torch(value.clone()) for value in values]
+
+
+def recorded(function, *args, **kwargs):
+    """The graph of a call, and its result as InfiniCore tensors."""
+    with record(*args, **kwargs) as recording:
+        result = function(*args, **kwargs)
+        recording.output(result)
+    return recording.graph, result
+
+
+def ops(graph):
+    return [node.op_type for node in graph.subgraph.nodes]
+
+
+def regions(fused):
+    return [region.name.rpartition("_")[0] for region in fused.regions if region.decision]
+
+
+def check(ic, function, reference, *values):
+    """Recorded, replayed and fused results of `function` are at most a few roundings further from float64 than torch's."""
+    args = [value.double() if value.is_floating_point() else value for value in values]
+    exact = reference(*args)
+    bar = 4 * distance(reference(*values), exact) + 1e-7
+    graph, result = recorded(function, *tensors(ic, *values))
+    fused = fuse(graph, ALWAYS)
+    for found in (result, graph.run(*tensors(ic, *values)), fused(*tensors(ic, *values))):
+        assert type(found) is ic.Tensor
+        assert list(found.shape) == list(exact.shape)
+        assert distance(to_torch(found), exact) <= bar
+    return graph, fused
+
+
+X, Y = noise(3, 8, seed=1), noise(3, 8, seed=2)
+W = noise(8, seed=3)
+
+
+def test_add_and_mul_are_connected(ic):
+    graph, _ = check(ic, lambda a, b: (a + b) * a, lambda a, b: (a + b) * a, X, Y)
+    assert ops(graph) == ["add", "mul"]
+    assert graph.subgraph.nodes[1].inputs == ("add", "arg0")
+    assert graph.subgraph.nodes[0].source.file == __file__
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (5, 7)])
+def test_sizes(ic, shape):
+    graph, _ = check(ic, lambda a, b: a * b + b, lambda a, b: a * b + b, torch.ones(shape), torch.ones(shape))
+    assert ops(graph) == ["mul", "add"]
+
+
+def test_nan_and_infinity_pass_through(ic):
+    values = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0]])
+    graph, _ = recorded(lambda a: ic.nn.functional.silu(a) * a, *tensors(ic, values))
+    want = F.silu(values) * values
+    for found in (graph.run(*tensors(ic, values)), fuse(graph, ALWAYS)(*tensors(ic, values))):
+        assert torch.equal(to_torch(found).isnan(), want.isnan())
+        assert torch.equal(to_torch(found).nan_to_num(), want.nan_to_num())
+
+
+def test_linear_with_bias(ic):
+    graph, _ = check(
+        ic, ic.nn.functional.linear, F.linear, noise(2, 3, 8, seed=4), noise(5, 8, seed=5), noise(5, seed=6)
+    )
+    assert ops(graph) == ["linear"]
+
+
+def test_matmul_with_a_factor(ic):
+    def scores(a, b):
+        return ic.matmul(a, b, alpha=0.25)
+
+    graph, _ = check(ic, scores, lambda a, b: a @ b * 0.25, noise(2, 3, 8), noise(2, 8, 4))
+    assert ops(graph) == ["matmul", "mul"]
+
+
+def test_swiglu_gates_with_its_second_operand(ic):
+    graph, fused = check(ic, ic.nn.functional.swiglu, lambda a, b: a * F.silu(b), X, Y)
+    assert ops(graph) == ["silu", "mul"]
+    assert regions(fused) == ["swiglu"]
+
+
+def test_swiglu_spelled_out(ic):
+    act = ic.nn.functional.silu  # looked up before the recording, as models store it
+    _, fused = check(ic, lambda a, b: act(a) * b, lambda a, b: F.silu(a) * b, X, Y)
+    assert regions(fused) == ["swiglu"]
+    assert len(fused.subgraph) == 1
+
+
+def test_add_rms_norm_gives_both(ic):
+    def norm(a, b, w):
+        return ic.add_rms_norm(a, b, w, 1e-5)
+
+    graph, (normed, total) = recorded(norm, *tensors(ic, X, Y, W))
+    fused = fuse(graph, ALWAYS)
+    assert regions(fused) == ["add_rms_norm"]
+    exact = (X + Y).double()
+    for found in ((normed, total), graph.run(*tensors(ic, X, Y, W)), fused(*tensors(ic, X, Y, W))):
+        assert torch.equal(to_torch(found[1]), X + Y)
+        assert distance(to_torch(found[0]), F.rms_norm(exact, (8,), W.double(), 1e-5)) < 1e-6
+
+
+def test_a_sum_in_place_and_its_norm_are_one_kernel(ic):
+    norm = ic.nn.functional.rms_norm
+
+    def block(a, w):
+        hidden = a * a
+        hidden += a
+        return hidden, norm(hidden, [8], w)
+
+    graph, _ = recorded(block, *tensors(ic, X, W))
+    assert ops(graph) == ["mul", "add", "aten.copy_.default", "rms_norm"]
+    fused = fuse(graph, ALWAYS)
+    assert "aten.copy_.default" not in [node.op_type for node in fused.subgraph.nodes]
+    found = fused(*tensors(ic, X, W))
+    assert distance(to_torch(found[0]), (X * X + X).double()) < 1e-6
+    assert distance(to_torch(found[1]), F.rms_norm((X * X + X).double(), (8,), W.double(), 1e-5)) < 1e-6
+
+
+def rope_in_torch(x, cos, sin, interleaved):
+    turned = torch.empty_like(x)
+    parts = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, 4), slice(4, 8))
+    first, second = (x[..., part] for part in parts)
+    turned[..., parts[0]], turned[..., parts[1]] = first * cos - second * sin, first * sin + second * cos
+    return turned
+
+
+@pytest.mark.parametrize("algo", ["GPT_NEOX", "GPT_J"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_rope_in_place_on_a_view(ic, algo, batched):
+    rope, table = ic.nn.functional.rope, noise(9, 4, seed=1)
+    sin, cos = table.sin(), table.cos()
+    positions = torch.tensor([[4, 5, 6], [0, 1, 2]]) if batched else torch.tensor([4, 5, 6])
+    tables = tensors(ic, sin, cos)
+
+    def turned(x, at):
+        whole = x + x
+        heads = whole.view((2, 3, 2, 8))
+        rope(heads, at, *tables, algo=getattr(ic.nn.functional.RopeAlgo, algo), out=heads)
+        return whole
+
+    x = noise(2, 3, 16)
+    at = positions if batched else positions.expand(2, 3)
+    exact = rope_in_torch(2 * x.double().view(2, 3, 2, 8), *(t[at][..., None, :] for t in (cos, sin)), algo == "GPT_J")
+    graph, result = recorded(turned, *tensors(ic, x, positions))
+    assert "rope" in ops(graph)
+    for found in (result, graph.run(*tensors(ic, x, positions)), fuse(graph, ALWAYS)(*tensors(ic, x, positions))):
+        assert distance(to_torch(found).view(2, 3, 2, 8), exact) < 1e-6
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 6), (4, 4), (3, 7)])
+def test_causal_softmax(ic, queries, keys):
+    ahead = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    softmax = ic.nn.functional.causal_softmax
+    check(ic, softmax, lambda s: s.masked_fill(ahead, -torch.inf).softmax(-1), noise(2, queries, keys))
+
+
+def test_embedding_and_its_out_form(ic):
+    table, ids = noise(9, 4), torch.tensor([[3, 0, 8]])
+
+    def lookup(ids, table, into):
+        ic.nn.functional.embedding(ids, table, out=into)
+        return ic.nn.functional.embedding(ids, table)
+
+    graph, result = recorded(lookup, *tensors(ic, ids, table, torch.zeros(1, 3, 4)))
+    into = tensors(ic, torch.zeros(1, 3, 4))[0]
+    assert torch.equal(to_torch(graph.run(*tensors(ic, ids, table), into)), table[ids])
+    assert torch.equal(to_torch(into), table[ids])
+    assert torch.equal(to_torch(result), table[ids])
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_attention_with_its_cache(ic, start):
+    q, k, v = noise(4, 3, 8, seed=1), noise(2, 3, 8, seed=2), noise(2, 3, 8, seed=3)
+    caches = noise(2, 9, 8, seed=4), noise(2, 9, 8, seed=5)
+    total = start + 3
+    keys, values = (c.double().clone() for c in caches)
+    keys[:, start:total], values[:, start:total] = k, v
+    wide = [part[:, :total].repeat_interleave(2, 0) for part in (keys, values)]
+    mask = torch.ones(3, total, dtype=torch.bool).tril(start)
+    exact = F.scaled_dot_product_attention(q.double(), *wide, mask).transpose(0, 1)
+
+    graph, result = recorded(lambda *args: ic.attention(*args, start), *tensors(ic, q, k, v, *caches))
+    args = tensors(ic, q, k, v, *caches)
+    assert distance(to_torch(result), exact) < 1e-6
+    assert distance(to_torch(graph.run(*args)), exact) < 1e-6
+    assert torch.equal(to_torch(args[3]), keys.float())
+
+
+# --- memory
+
+
+def test_out_writes_into_the_given_memory(ic):
+    def into(a, b, out):
+        assert ic.add(a, b, out=out) is out
+        return out
+
+    graph, _ = recorded(into, *tensors(ic, X, Y, torch.zeros(3, 8)))
+    a, b, out = tensors(ic, X, Y, torch.zeros(3, 8))
+    for replay in (graph.run, fuse(graph, ALWAYS)):
+        to_torch(out).zero_()
+        found = replay(a, b, out)
+        assert found.data_ptr() == out.data_ptr()
+        assert torch.equal(to_torch(out), X + Y)
+
+
+def test_a_cache_is_written_through_a_view(ic):
+    def step(keys, new):
+        keys.narrow(1, 2, 3).copy_(new)
+        return keys.narrow(1, 0, 5) + keys.narrow(1, 0, 5)
+
+    keys, new = torch.zeros(2, 6, 4), noise(2, 3, 4)
+    graph, _ = recorded(step, *tensors(ic, keys, new))
+    for replay in (graph.run, fuse(graph, ALWAYS)):
+        held, given = tensors(ic, keys, new)
+        found = to_torch(replay(held, given))
+        assert torch.equal(to_torch(held)[:, 2:5], new)
+        assert torch.equal(found[:, 2:], 2 * new)
+        assert not found[:, :2].any()
+
+
+def test_a_result_outlives_what_it_is_a_view_of(ic):
+    graph, _ = recorded(lambda a: a + a, *tensors(ic, X))
+    fused = fuse(graph, ALWAYS)
+    views = [fused(*tensors(ic, X)).view((8, 3)) for _ in range(8)]  # the whole is dropped at once
+    gc.collect()
+    [torch.full((3, 8), 7.0) for _ in range(64)]
+    assert all(torch.equal(to_torch(view), (X + X).view(8, 3)) for view in views)
+
+
+def test_results_that_share_memory_still_do(ic):
+    def twice(a):
+        made = a + a
+        return made, made.narrow(0, 1, 2), a
+
+    given = tensors(ic, X)[0]
+    graph, _ = recorded(twice, given)
+    whole, part, same = graph.run(given)
+    assert part.data_ptr() == whole.data_ptr() + 8 * 4
+    assert same.data_ptr() == given.data_ptr()
+    part.copy_(tensors(ic, torch.zeros(2, 8))[0])
+    assert not to_torch(whole)[1:].any()
+
+
+def test_arguments_that_overlap_are_one_memory(ic):
+    whole = tensors(ic, noise(4, 6))[0]
+
+    def shifted(left, right):
+        left.copy_(right)
+        return right + right
+
+    args = whole.narrow(1, 0, 4), whole.narrow(1, 2, 4)
+    before = to_torch(whole).clone()
+    graph, _ = recorded(shifted, *args)
+    values = graph.subgraph.values
+    assert values["arg0"].storage == values["arg1"].storage
+    to_torch(whole).copy_(before)
+    found = graph.run(*args)
+    assert torch.equal(to_torch(found)[:, 2:], 2 * before[:, 4:])
+    with pytest.raises(SignatureMismatchError, match="share memory"):
+        graph.run(*tensors(ic, before[:, :4].contiguous(), before[:, 2:].contiguous()))
+
+
+def test_wrappers_of_one_tensor_are_one_value(ic):
+    a = tensors(ic, X)[0]
+    again = ic.Tensor(a._underlying)
+    graph, _ = recorded(lambda: a + again)
+    assert graph.subgraph.nodes[0].inputs == ("const", "const")
+    assert len(graph.captured) == 1
+
+
+def test_views_share_what_contiguous_gives_back(ic):
+    def program(a):
+        same = a.contiguous().view((4, 6))
+        turned = a.permute((1, 0)).contiguous()
+        same.copy_(same + same)
+        return a + a, turned.unsqueeze(1).squeeze(1)
+
+    graph, _ = recorded(program, *tensors(ic, X))
+    doubled, turned = graph.run(*tensors(ic, X))
+    assert torch.equal(to_torch(doubled), 4 * X)
+    assert torch.equal(to_torch(turned), X.t())
+
+
+def test_torch_and_infinicore_on_shared_memory_keep_their_order(ic):
+    def mixed(x, t):
+        t.mul_(2)  # torch writes what InfiniCore reads
+        first = x + x
+        x.copy_(first)  # and the other way round
+        return t + 1, first
+
+    t = X.clone()
+    graph, _ = recorded(mixed, ic.from_torch(t), t)
+    assert graph.subgraph.input_names == ("arg0",)
+    for replay in (graph.run, fuse(graph, ALWAYS)):
+        t = X.clone()
+        plus, first = replay(ic.from_torch(t), t)
+        assert torch.equal(t, 4 * X)
+        assert torch.equal(plus, 4 * X + 1)
+        assert torch.equal(to_torch(first), 4 * X)
+
+
+def test_from_torch_inside_shares_the_recorded_value(ic):
+    weight = Y.clone()
+
+    def mixed(t):
+        made = t * 2
+        x = ic.from_torch(made)
+        x += ic.from_torch(weight)
+        return made + 0, x
+
+    graph, _ = recorded(mixed, X)
+    weight.mul_(3)  # by reference
+    plain, x = graph.run(X)
+    assert torch.equal(plain, 2 * X + 3 * Y)
+    assert torch.equal(to_torch(x), plain)
+
+
+def test_from_numpy_inside_is_a_literal(ic):
+    def program(a):
+        return a + ic.from_numpy(numpy.full((3, 8), 2.0, dtype=numpy.float32))
+
+    graph, _ = recorded(program, *tensors(ic, X))
+    numpy.full((3, 8), 9.0, dtype=numpy.float32)
+    assert torch.equal(to_torch(graph.run(*tensors(ic, X))), X + 2)
+
+
+def test_zeros_made_inside_are_zeros(ic):
+    graph, _ = recorded(lambda a: a + ic.zeros([3, 8], **options(ic)), *tensors(ic, X))
+    assert torch.equal(to_torch(graph.run(*tensors(ic, X))), X)
+
+
+def test_what_is_still_alive_is_the_result(ic):
+    a = tensors(ic, X)[0]
+    with record(a) as recording:
+        made = a + a
+        (a * a).view((8, 3))  # dropped
+    assert type(recording.graph.run(a)) is ic.Tensor
+    assert ops(recording.graph)[0] == "add"
+    assert torch.equal(to_torch(made), X + X)
+
+
+# --- models
+
+
+def layer_of(ic, batch, length, heads=4, kv_heads=2):
+    hidden, width = 8 * heads, 8
+    models = ic_model(ic)
+    layer = models.Layer(hidden, 48, heads, kv_heads, **options(ic))
+    weights = randomised(ic, layer)
+    rope = ic.nn.RoPE(16, 10000.0, width, **options(ic))
+    tables = to_torch(rope._sin_table), to_torch(rope._cos_table)
+    x = noise(batch, length, hidden, seed=7)
+
+    def cache():
+        return models.Cache(batch, 16, kv_heads, width, **options(ic))
+
+    def exact(positions, caches=None, used=0):
+        caches = caches or tuple(torch.zeros(batch, 16, kv_heads, width, dtype=torch.float64) for _ in range(2))
+        return torch_layer(weights, x.double(), positions, tables, (*caches, used), heads, kv_heads), caches
+
+    def run(x, positions, cache):
+        return layer(x, positions, rope, cache)
+
+    return SimpleNamespace(layer=layer, run=run, x=x, cache=cache, exact=exact)
+
+
+def test_an_mlp_fuses_its_gate(ic):
+    mlp = ic_model(ic).Mlp(8, 24, **options(ic))
+    weights = randomised(ic, mlp)
+    x = noise(16, 8)
+    graph, result = recorded(mlp, *tensors(ic, x))
+    assert ops(graph) == ["linear", "silu", "linear", "mul", "linear"]
+    assert list(graph.captured) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    gate, up = (x.double() @ weights[f"{name}_proj.weight"].T for name in ("gate", "up"))
+    exact = (F.silu(gate) * up) @ weights["down_proj.weight"].T
+    fused = fuse(graph, ALWAYS)
+    assert "swiglu" in regions(fused)
+    for found in (result, graph.run(*tensors(ic, x)), fused(*tensors(ic, x))):
+        assert distance(to_torch(found), exact) < 1e-6
+    mlp.down_proj.weight.copy_(tensors(ic, torch.zeros(8, 24))[0])  # weights are read by reference
+    assert not to_torch(fused(*tensors(ic, x))).any()
+
+
+@pytest.mark.parametrize(("batch", "length", "kv_heads"), [(1, 16, 2), (2, 5, 2), (1, 5, 4), (1, 1, 1)])
+def test_a_decoder_layer_records_fuses_and_replays(ic, batch, length, kv_heads):
+    made = layer_of(ic, batch, length, kv_heads=kv_heads)
+    positions = torch.arange(length)
+    exact, caches = made.exact(positions)
+    made.run(*tensors(ic, made.x, positions), made.cache())  # makes the buffer that the layer keeps
+    graph, result = recorded(made.run, *tensors(ic, made.x, positions), made.cache())
+    fused = fuse(graph, ALWAYS)
+    assert {"rope", "scaled_dot_product_attention", "add_rms_norm"} <= set(regions(fused))
+    assert regions(fused).count("scaled_dot_product_attention") == batch
+    left = [node.op_type for node in fused.subgraph.nodes]
+    assert not {"softmax", "matmul", "repeat_kv", "rope", "silu"} & set(left)
+    assert left.count("aten.copy_.default") == 2 + batch  # the caches, and the buffer that the layer keeps
+    assert distance(to_torch(result), exact) < 1e-6
+    for replay in (graph.run, fused):
+        cache = made.cache()
+        assert distance(to_torch(replay(*tensors(ic, made.x, positions), cache)), exact) < 1e-6
+        assert cache.used == length
+        assert distance(to_torch(cache.keys), caches[0]) < 1e-6
+
+
+def test_a_decode_step_reads_the_cache_that_a_prefill_filled(ic):
+    made = layer_of(ic, 1, 1)
+    cache, positions = made.cache(), torch.tensor([3])
+    filled = noise(1, 16, 2, 8, seed=9), noise(1, 16, 2, 8, seed=10)
+    for part, values in zip((cache.keys, cache.values), filled, strict=True):
+        part.copy_(tensors(ic, values)[0])
+    cache.used = 3
+    made.run(*tensors(ic, made.x, positions), made.cache())
+    exact, _ = made.exact(positions, tuple(part.double() for part in filled), 3)
+    graph, result = recorded(made.run, *tensors(ic, made.x, positions), cache)
+    assert distance(to_torch(result), exact) < 1e-6
+    cache.used = 3
+    assert distance(to_torch(fuse(graph, ALWAYS)(*tensors(ic, made.x, positions), cache)), exact) < 1e-6
+    assert "self_attn.q_proj.weight" in graph.captured
+    assert {node.source.module for node in graph.subgraph.nodes} >= {"self_attn.q_proj", "mlp.gate_proj"}
+
+
+def test_capture_serves_a_module_and_records_again_after_a_change(ic):
+    mlp = ic_model(ic).Mlp(8, 24, **options(ic))
+    randomised(ic, mlp)
+    fast = capture(mlp, ALWAYS)
+    first = to_torch(fast(*tensors(ic, X))).clone()
+    assert torch.equal(to_torch(fast.graphs[0].recorded.run(*tensors(ic, X))), first)
+    fast(*tensors(ic, X))
+    assert len(fast.misses) == 1
+    mlp.down_proj.weight = ic.nn.Parameter(zeros(ic, (8, 24), **options(ic)))
+    assert not to_torch(fast(*tensors(ic, X))).any()
+    assert "down_proj.weight" in fast.misses[-1]
+    fast(*tensors(ic, noise(5, 8)))
+    assert len(fast.misses) == 3
+
+
+def test_devices_and_dtypes_count_by_value(ic):
+    def program(a, dtype, device):
+        return a + zeros(ic, (3, 8), dtype=dtype, device=device)
+
+    graph, _ = recorded(program, *tensors(ic, X), ic.float32, ic.device("cpu"))
+    assert torch.equal(to_torch(graph.run(*tensors(ic, X), tensors(ic, X)[0].dtype, ic.device("cpu"))), X)
+    with pytest.raises(SignatureMismatchError):
+        graph.run(*tensors(ic, X), ic.float64, ic.device("cpu"))
+
+
+# --- negative twins
+
+
+def test_an_intermediate_that_escapes_keeps_its_copy(ic):
+    def program(a):
+        hidden = a * a
+        before = hidden.view((24,))
+        hidden += a
+        return before, hidden + hidden
+
+    graph, _ = recorded(program, *tensors(ic, X))
+    fused = fuse(graph, ALWAYS)
+    assert "aten.copy_.default" in [node.op_type for node in fused.subgraph.nodes]
+    before, after = fused(*tensors(ic, X))
+    assert torch.equal(to_torch(before).view(3, 8), X * X + X)
+    assert torch.allclose(to_torch(after), 2 * (X * X + X))
+
+
+def test_a_source_that_is_written_later_keeps_its_copy(ic):
+    def program(a, b):
+        kept = a + b
+        made = ic.empty([3, 8], **options(ic))
+        made.copy_(kept)
+        kept += b
+        return made + made, kept
+
+    graph, _ = recorded(program, *tensors(ic, X, Y))
+    made, kept = fuse(graph, ALWAYS)(*tensors(ic, X, Y))
+    assert torch.allclose(to_torch(made), 2 * (X + Y))
+    assert torch.allclose(to_torch(kept), X + 2 * Y)
+
+
+def test_attention_whose_weights_are_returned_is_not_one_op(ic):
+    def attend(q, k, v):
+        scores = ic.matmul(q, k.permute((0, 2, 1)), alpha=0.5)
+        ic.nn.functional.causal_softmax(scores, out=scores)
+        return scores @ v, scores
+
+    values = [noise(2, 4, 8, seed=seed) for seed in range(3)]
+    graph, _ = recorded(attend, *tensors(ic, *values))
+    assert "scaled_dot_product_attention" not in regions(fuse(graph, ALWAYS))
+    graph, _ = recorded(lambda *args: attend(*args)[0], *tensors(ic, *values))
+    assert "scaled_dot_product_attention" in regions(fuse(graph, ALWAYS))
+
+
+# --- errors
+
+
+def a_cube(ic):
+    return tensors(ic, noise(2, 3, 8))[0]
+
+
+BAD = {
+    "shapes": (lambda ic, a: ic.add(a, tensors(ic, noise(3, 7))[0]), r"infinicore\.add.*\[3, 8\].*\[3, 7\].*differ"),
+    "dtypes": (lambda ic, a: ic.mul(a, tensors(ic, X.double())[0]), r"infinicore\.mul.*dtypes.*differ"),
+    "ranks": (lambda ic, a: ic.matmul(a_cube(ic), tensors(ic, noise(8, 3))[0]), "cannot be multiplied"),
+    "inner sizes": (lambda ic, a: ic.matmul(a, a), "cannot be multiplied"),
+    "linear": (lambda ic, a: ic.nn.functional.linear(a, tensors(ic, noise(5, 7))[0]), "do not go together"),
+    "out": (lambda ic, a: ic.add(a, a, out=tensors(ic, noise(8, 3))[0]), "does not fit into"),
+    "view": (lambda ic, a: a.view((5, 5)), r"Tensor\.view"),
+    "narrow": (lambda ic, a: a.narrow(1, 4, 9), r"Tensor\.narrow"),
+    "squeeze": (lambda ic, a: a.squeeze(0), r"Tensor\.squeeze.*not of size 1"),
+    "squeeze range": (lambda ic, a: a.squeeze(7), r"Tensor\.squeeze"),
+    "as_strided": (lambda ic, a: a.as_strided((9, 9), (9, 1)), r"Tensor\.as_strided"),
+    "copy_": (lambda ic, a: a.copy_(tensors(ic, noise(3, 7))[0]), r"copy_.*cannot go into"),
+    "index": (
+        lambda ic, a: ic.nn.functional.embedding(tensors(ic, torch.tensor([3]))[0], a),
+        r"infinicore\.embedding",
+    ),
+    "strides": (lambda ic, a: ic.from_torch(noise(4, 4).t()), "ignores strides"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_infinicore_would_not_check_is_a_named_error(ic, what):
+    call, message = BAD[what]
+    with pytest.raises(CaptureError, match=message) as caught, record(*tensors(ic, X)) as recording:
+        recording.output(call(ic, *tensors(ic, X)))
+    if what != "strides":
+        assert __file__ in str(caught.value)
+
+
+def test_an_op_that_is_not_in_the_table(ic):
+    extension = ic.lib._infinicore
+    unknown = getattr(extension, "topk_of", None)
+    if unknown is None:
+        pytest.skip("the real library has no such op")
+    with pytest.raises(CaptureError, match="topk_of is not in the recorder's table"), record(*tensors(ic, X)):
+        extension.topk_of(tensors(ic, X)[0]._underlying, 2)
+    assert extension.topk_of is unknown
+
+
+def test_a_tensor_that_was_freed_meanwhile(ic):
+    held = tensors(ic, Y)
+    held[0] = ic.from_list(Y.tolist(), dtype=ic.float32)  # of InfiniCore's own memory
+    with pytest.raises(CaptureError, match="replaced"), record(*tensors(ic, X)) as recording:
+        recording.output(tensors(ic, X)[0] + held.pop())
+
+
+def test_memory_given_by_address_is_not_written(ic):
+    numbers = numpy.zeros((3, 8), dtype=numpy.float32)
+
+    def program(a):
+        extension = ic.lib._infinicore
+        handle = extension.from_blob(
+            numbers.ctypes.data, [3, 8], dtype=ic.float32._underlying, device=ic.device("cpu")._underlying
+        )
+        ic.Tensor(handle).copy_(a)
+
+    with pytest.raises(CaptureError, match="by its address"), record(*tensors(ic, X)) as recording:
+        recording.output(program(*tensors(ic, X)))
+
+
+def test_a_value_of_the_wrong_kind_is_refused_at_replay(ic):
+    graph, _ = recorded(lambda a: a + a, *tensors(ic, X))
+    with pytest.raises(SignatureMismatchError):
+        graph.run(X)
+    with pytest.raises(SignatureMismatchError, match=r"\[3, 8\].*\[4, 8\]"):
+        graph.run(*tensors(ic, noise(4, 8)))
+
+
+def test_saving_says_what_cannot_be_saved(ic, tmp_path):
+    graph, _ = recorded(lambda a: a + a, *tensors(ic, X))
+    with pytest.raises(CaptureError, match="Tensor of another library"):
+        fuse(graph, ALWAYS).save(tmp_path / "graph")
+
+
+# --- no trace
+
+
+def surface(ic):
+    extension = ic.lib._infinicore
+    return {
+        **{name: value for name, value in vars(extension).items() if callable(value)},
+        **{f"Tensor.{name}": value for name, value in vars(extension.Tensor).items()},
+        "call": vars(ic.nn.Module)["__call__"],
+        "init": vars(ic.Tensor)["__init__"],
+        "ntops": ic.use_ntops,
+    }
+
+
+def test_nothing_stays_wrapped(ic):
+    before = surface(ic)
+    recorded(lambda a: a + a, *tensors(ic, X))
+    assert surface(ic) == before
+    with pytest.raises(ZeroDivisionError), record(*tensors(ic, X)):
+        assert surface(ic) != before
+        raise ZeroDivisionError
+    assert surface(ic) == before
+    with record(*tensors(ic, X)) as recording:
+        recording.output(tensors(ic, X)[0] + tensors(ic, X)[0])
+        with pytest.raises(CaptureError, match="already active"), record(X):
+            pass
+        assert surface(ic) != before
+    assert surface(ic) == before
+
+
+def test_other_threads_are_not_recorded(ic):
+    a, results = tensors(ic, X)[0], []
+
+    def other():
+        results.append(to_torch(a + a).clone())
+        with record(a) as inner:
+            inner.output(a * a)
+        results.append(ops(inner.graph))
+
+    with record(a) as recording:
+        first = a + a
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        recording.output(first * a)  # the other recording's end has not unwrapped ours
+    assert ops(recording.graph) == ["add", "mul"]
+    assert results[1] == ["mul"]
+    assert torch.equal(results[0], X + X)
+
+
+def test_ntops_does_not_get_in_between(ic, monkeypatch):
+    monkeypatch.setattr(ic, "use_ntops", True)
+    graph, _ = recorded(ic.nn.functional.silu, *tensors(ic, X))
+    assert ops(graph) == ["silu"]
+    assert ic.use_ntops is True
+
+
+# --- ops of InfiniCore's own
+
+
+def test_ops_without_a_counterpart_run_in_infinicore(ic):
+    logits = torch.tensor([0.1, 3.0, -2.0])
+
+    def sample(x):
+        return ic.nn.functional.random_sample(x + x, 0.5, 0.9, 1, 1.0)
+
+    graph, result = recorded(sample, *tensors(ic, logits))
+    assert ops(graph)[-1] == "infinicore.random_sample_.default"
+    for found in (result, graph.run(*tensors(ic, logits)), fuse(graph, ALWAYS)(*tensors(ic, logits))):
+        assert to_torch(found).item() == 1
+    assert to_torch(graph.run(*tensors(ic, logits.flip(0)))).item() == 1
+    assert to_torch(graph.run(*tensors(ic, logits.roll(1)))).item() == 2
+
+
+def test_an_own_op_writes_in_order(ic):
+    if ic.lib._infinicore.__file__.endswith(".so"):
+        pytest.skip("the library has no CPU kernel for it")
+    caches = [torch.zeros(1, 2, 6, 4), torch.zeros(1, 2, 6, 4)]
+    new = noise(1, 2, 3, 4)
+
+    def step(keys, values, key, used):
+        double = key + key
+        ic.kv_caching(keys, values, double, key, used)
+        return keys + values
+
+    args = (*caches, new, torch.tensor([2]))
+    graph, _ = recorded(step, *tensors(ic, *args))
+    keys, values, *rest = tensors(ic, *args)
+    found = to_torch(fuse(graph, ALWAYS)(keys, values, *rest))
+    assert torch.equal(to_torch(keys)[:, :, 2:5], 2 * new)
+    assert torch.allclose(found[:, :, 2:5], 3 * new)
+
+
+def test_the_patterns_need_no_word_of_infinicore():
+    assert not any("infini" in pattern.name for pattern in DEFAULT)
+    assert set(OPS) >= {"add", "mul", "matmul", "linear", "silu", "swiglu", "rms_norm", "add_rms_norm", "rope"}

@@ -1,0 +1,3 @@
+from infinicore.lib import _infinicore
+
+__all__ = ["_infinicore"]
