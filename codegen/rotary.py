@@ -192,6 +192,8 @@ class _Reader:
             raise FusionError("the caches are written at different positions")
         if any(track.target_axes != axes for track in tracks) and self._ambiguous(table):
             axes = tracks[0].target_axes
+        elif not tracks and self._ambiguous(table) and self._one_token():
+            axes = LENGTH_FIRST
         for name in self.graph.output_names:
             if name in self.aliases:
                 continue
@@ -237,6 +239,11 @@ class _Reader:
 
     def _ambiguous(self, table: Sequence[int]) -> bool:
         return table[1] == table[2] == 1
+
+    def _one_token(self) -> bool:
+        """Whether the results have one token each, if their length comes before their heads."""
+        made = [name for name in self.graph.output_names if name not in self.aliases]
+        return all(self.values[name].shape[1] == 1 for name in made)
 
     def _axes(self, table: Sequence[int]) -> Axes:
         """Where the heads are: the dimension that the tables do not have."""

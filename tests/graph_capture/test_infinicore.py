@@ -284,7 +284,7 @@ def test_arguments_that_overlap_are_one_memory(ic):
     found = graph.run(*args)
     assert torch.equal(to_torch(found)[:, 2:], 2 * before[:, 4:])
     with pytest.raises(SignatureMismatchError, match="share memory"):
-        graph.run(*tensors(ic, before[:, :4].contiguous(), before[:, 2:].contiguous()))
+        graph.run(*(part.narrow(1, 0, 4) for part in tensors(ic, before, before)))
 
 
 def test_wrappers_of_one_tensor_are_one_value(ic):
@@ -408,7 +408,7 @@ def test_an_mlp_fuses_its_gate(ic):
     assert not to_torch(fused(*tensors(ic, x))).any()
 
 
-@pytest.mark.parametrize(("batch", "length", "kv_heads"), [(1, 16, 2), (2, 5, 2), (1, 5, 4), (1, 1, 1)])
+@pytest.mark.parametrize(("batch", "length", "kv_heads"), [(1, 16, 2), (2, 5, 2), (1, 5, 4), (1, 1, 2)])
 def test_a_decoder_layer_records_fuses_and_replays(ic, batch, length, kv_heads):
     made = layer_of(ic, batch, length, kv_heads=kv_heads)
     positions = torch.arange(length)
@@ -525,7 +525,7 @@ def a_cube(ic):
 
 BAD = {
     "shapes": (lambda ic, a: ic.add(a, tensors(ic, noise(3, 7))[0]), r"infinicore\.add.*\[3, 8\].*\[3, 7\].*differ"),
-    "dtypes": (lambda ic, a: ic.mul(a, tensors(ic, X.double())[0]), r"infinicore\.mul.*dtypes.*differ"),
+    "dtypes": (lambda ic, a: ic.mul(a, tensors(ic, X.half())[0]), r"infinicore\.mul.*dtypes.*differ"),
     "ranks": (lambda ic, a: ic.matmul(a_cube(ic), tensors(ic, noise(8, 3))[0]), "cannot be multiplied"),
     "inner sizes": (lambda ic, a: ic.matmul(a, a), "cannot be multiplied"),
     "linear": (lambda ic, a: ic.nn.functional.linear(a, tensors(ic, noise(5, 7))[0]), "do not go together"),
