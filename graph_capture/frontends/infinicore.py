@@ -28,7 +28,6 @@ from graph_capture.frontends.infinicore_views import HARMLESS, VIEWS
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.writer import Writer
 
-
 _inside = threading.local()
 
 

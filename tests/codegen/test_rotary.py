@@ -119,6 +119,14 @@ def test_complex_tables_with_the_length_first(dtype):
     assert region.kernel.spec.axes == (0, 1, 2, 3)
 
 
+def test_one_token_with_the_length_first():
+    query, key, cos, sin = inputs(1, 1)
+    query, key = (x.transpose(1, 2).contiguous() for x in (query, key))
+    assert query.shape[1] == 1 < query.shape[2]
+    region = one_kernel(lambda q, k, c, s: (rotate(q, c, s), rotate(k, c, s)), query, key, cos, sin)
+    assert region.kernel.spec.axes == (0, 1, 2, 3)
+
+
 def test_a_table_for_each_row_of_the_batch():
     query, key, _, _ = inputs(2, 2)
     cos, sin = noise(2, 1, 2, 16, seed=2), noise(2, 1, 2, 16, seed=3)

@@ -1,6 +1,7 @@
 """InfiniCore's calls as ops of the table: numbers, data flow, writes, errors, and no trace afterwards."""
 
 import gc
+import pathlib
 import threading
 from types import SimpleNamespace
 
@@ -8,12 +9,12 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.frontends.infinicore import to_torch
-from graph_capture.frontends.infinicore_ops import OPS
 from graph_capture.passes import DEFAULT
 from graph_capture.runtime.verify import distance
 
 from graph_capture import CaptureError, FusionConfig, SignatureMismatchError, capture, fuse, record
+from graph_capture.frontends.infinicore import to_torch
+from graph_capture.frontends.infinicore_ops import OPS
 from tests.infinicore_models import ic_model, randomised, torch_layer, zeros
 from tests.replaying import noise
 
@@ -694,3 +695,12 @@ def test_an_own_op_writes_in_order(ic):
 def test_the_patterns_need_no_word_of_infinicore():
     assert not any("infini" in pattern.name for pattern in DEFAULT)
     assert set(OPS) >= {"add", "mul", "matmul", "linear", "silu", "swiglu", "rms_norm", "add_rms_norm", "rope"}
+
+
+def test_the_documentation_lists_every_op():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "infinicore.md").read_text()
+    rows = {
+        f"| `{row.name}` | {row.becomes} | {'puts it off' if row.deferred else 'runs it at once'} |"
+        for row in OPS.values()
+    }
+    assert {line for line in text.splitlines() if line.startswith("| `")} == rows

@@ -62,7 +62,23 @@ def write_out(values, a, b, which):
 
 
 STEPS = [unary, unary, binary, binary, centred, normalised, masked, view, view]
-WRITES = [write_whole, write_part, write_by_index, write_out]
+
+
+def write_copy(values, a, b, which):
+    source = (b, b * 2.0, b.t().contiguous().t(), a + b)[which % 4].clamp(-2, 2)
+    a.copy_(source if which % 3 else source.t().contiguous().t())
+
+
+def write_own(values, a, b, which):
+    """Into memory of its own, through one view or another, as libraries with ``out=`` arguments do."""
+    made = a * b
+    halves = made.view(2, ROWS // 2, COLUMNS)
+    target = (made, halves.view(ROWS, COLUMNS), halves[:1].view(ROWS // 2, COLUMNS))[which % 3]
+    target.copy_((b - a)[: len(target)].clamp(-2, 2))
+    values.append((made, target + 1 if len(target) == ROWS else made + 1, halves.view(ROWS, COLUMNS))[which // 3 % 3])
+
+
+WRITES = [write_whole, write_part, write_by_index, write_out, write_copy, write_own]
 step = st.tuples(st.sampled_from([*STEPS, *WRITES]), *[st.integers(0, 99)] * 3)
 programs = st.lists(step, min_size=5, max_size=40)
 

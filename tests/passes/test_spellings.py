@@ -375,6 +375,49 @@ def test_repeated_heads():
     check(attention, (Q, key, VALUE[:, :2]), "scaled_dot_product_attention", {"scale": 0.3, "enable_gqa": True})
 
 
+TOKENS = KEY[0, :2].transpose(0, 1).contiguous()  # [S, H, E]
+
+
+def repeated_tokens(x, repeats):
+    length, heads, width = x.shape
+    return x.unsqueeze(2).expand(length, heads, repeats, width).contiguous().view(length, heads * repeats, width)
+
+
+def test_repeated_heads_where_tokens_come_first():
+    expected = {"repeats": 3, "tokens_first": True}
+    check(lambda k: repeated_tokens(k, 3).permute(1, 0, 2), (TOKENS,), "repeat_kv", expected)
+    check(lambda k: repeated_tokens(k, 3).transpose(0, 1), (TOKENS,), "repeat_kv", expected)
+    absent(lambda k: repeated_tokens(k, 3), (TOKENS,), "repeat_kv")  # its heads are not brought to the front
+    absent(lambda k: repeated_tokens(k, 3).permute(2, 1, 0), (TOKENS,), "repeat_kv")
+    in_turns = lambda k: k[:, None].expand(-1, 3, 2, 8).contiguous().view(-1, 6, 8).transpose(0, 1)  # noqa: E731
+    absent(in_turns, (TOKENS,), "repeat_kv")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_where_tokens_come_first(groups, masked):
+    query, value = Q[0, : 2 * groups].transpose(0, 1).contiguous(), TOKENS.flip(0)
+    ahead = torch.ones(query.shape[0], TOKENS.shape[0], dtype=torch.bool).triu(1)
+
+    def attention(query, key, value):
+        if groups > 1:
+            key, value = repeated_tokens(key, groups), repeated_tokens(value, groups)
+        scores = torch.matmul(query.permute(1, 0, 2), key.permute(1, 2, 0)) * 0.5
+        scores.copy_(F.softmax(scores.masked_fill(ahead, -math.inf) if masked else scores, -1))
+        return torch.matmul(scores, value.permute(1, 0, 2))
+
+    graph, results = canonical(attention, query, TOKENS, value)
+    found = [node for node in graph if node.op_type == "scaled_dot_product_attention"]
+    assert len(found) == 1
+    assert not {"repeat_kv", "softmax", "matmul", "aten.copy_.default"} & set(ops(graph))
+    assert found[0].attr("scale") == 0.5
+    assert (found[0].attr("enable_gqa"), found[0].attr("tokens_first")) == (
+        (True, True) if groups > 1 else (None, None)
+    )
+    exact = attention(query.double(), TOKENS.double(), value.double())
+    assert distance(results[0], exact) <= max(1.5 * distance(attention(query, TOKENS, value), exact), 1e-6)
+
+
 LOWEST = torch.finfo(torch.float32).min
 FILLS = {
     "masked_fill": lambda scores, mask, fill: scores.masked_fill(mask, fill),
