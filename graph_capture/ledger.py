@@ -71,7 +71,9 @@ class Ledger:
                 "pre-hooks": getattr(module, "_forward_pre_hooks", {}),
             }
             for name, part in module._modules.items():
-                if isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)) or is_module(part):
+                if part is not None and (
+                    isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)) or is_module(part)
+                ):
                     tables[f"modules in {name!r}"] = part._modules
             self._sizes += [(table, len(table), f"{what} of {path!r}") for what, table in tables.items()]
             child = module

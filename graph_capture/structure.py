@@ -6,7 +6,7 @@ A `Walk` goes over a value once and describes it by *specs*, nested tuples that 
 - ``("value", type, value)``: a number, a string, None, ...; floats as text, so that NaN equals itself and -0.0 not 0.0;
 - ``("ref", k)``: the k-th mutable object (list, dict, set, instance); what it holds is ``contents[k]``;
 - ``("node", type, context, children)``: an immutable container (tuple, namedtuple, registered pytree node);
-- ``("foreign", form, children)``: another library's tensor, device, ..., by what it is made of (`graph_capture.foreign`);
+- ``("foreign", form, children)``: another library's tensor, device, ..., by its parts (`graph_capture.foreign`);
 - ``("is", id)``: anything else (a module, a function), by identity.
 
 Instances are opened, so that a cache or a dataclass counts by what it holds; those of the standard library and torch's

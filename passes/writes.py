@@ -1,7 +1,7 @@
 """Writes that only say where a result is to lie: whoever reads the memory afterwards can read the result itself.
 
-``h.copy_(h + r)`` is how a library with ``out=`` arguments spells ``h = h + r``. Such a copy is left out where nobody can
-tell: the memory it writes was made in the graph, and from then on it is only read through what the copy returned.
+``h.copy_(h + r)`` is how a library with ``out=`` arguments spells ``h = h + r``. Such a copy is left out where nobody
+can tell: the memory it writes was made in the graph, and from then on is only read through what the copy returned.
 """
 
 from __future__ import annotations

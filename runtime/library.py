@@ -94,7 +94,7 @@ class Constants:
             given = dict(zip(graph.input_names, weights, strict=True))
             groups = [[given[name] for name in node.inputs] for node in graph.nodes]
             if not all(_adjacent(group) or all(map(_owns_its_memory, group)) for group in groups):
-                raise FusionError("other tensors share the weights' memory")
+                raise FusionError("other tensors, or another library, share the weights' memory")
             self._live = [merge(group) for group in groups]
         self.version = 0  # of the results
         self._seen: tuple[object, ...] | None = None

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+from graph_capture import record
+
 
 def ic_model(library):
     """The classes, made with one `infinicore` package."""
@@ -138,3 +140,28 @@ def torch_layer(weights, x, positions, tables, cache, heads, kv_heads):
     normed = norm(x, weights["post_attention_layernorm.weight"])
     gate, up = (normed @ weights[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
     return x + (torch.nn.functional.silu(gate) * up) @ weights["mlp.down_proj.weight"].T
+
+
+def options(ic, dtype="float32"):
+    return {"dtype": getattr(ic, dtype), "device": ic.device("cpu")}
+
+
+def tensors(ic, *values):
+    """InfiniCore tensors on copies of torch tensors."""
+    return [ic.from_torch(value.clone()) for value in values]
+
+
+def recorded(function, *args, **kwargs):
+    """The graph of a call, and its result as InfiniCore tensors."""
+    with record(*args, **kwargs) as recording:
+        result = function(*args, **kwargs)
+        recording.output(result)
+    return recording.graph, result
+
+
+def ops(graph):
+    return [node.op_type for node in graph.subgraph.nodes]
+
+
+def regions(fused):
+    return [region.name.rpartition("_")[0] for region in fused.regions if region.decision]

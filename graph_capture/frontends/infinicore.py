@@ -1,10 +1,10 @@
 """Recording InfiniCore: its calls inside a recording become ops of our table, on the memory that they work on.
 
-Every function of `infinicore` reaches the extension module ``infinicore.lib._infinicore`` by a look-up at the time of the
-call; so does a function that a model has stored. While a recording is active the module's ops, and the methods of its
-tensors, are ours: they ask whether this thread records, check the arguments, run the op on torch tensors that share
+Every function of `infinicore` reaches the extension module ``infinicore.lib._infinicore`` by a look-up at the time of
+the call; so does a function that a model has stored. While a recording is active the module's ops, and the methods of
+its tensors, are ours: they ask whether this thread records, check the arguments, run the op on torch tensors that share
 InfiniCore's memory, under the recorder, and put the result into memory of InfiniCore's. The table is in
-`infinicore_ops`, what concerns memory in `infinicore_memory`.
+`infinicore_ops`, what a call becomes in `infinicore_calls`, what concerns memory in `infinicore_memory`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from graph_capture.errors import CaptureError
-from graph_capture.foreign import Form, unrecorded
+from graph_capture.foreign import Form
+from graph_capture.frontends.infinicore_calls import Calls
 from graph_capture.frontends.infinicore_memory import Memory
 from graph_capture.frontends.infinicore_native import Native
-from graph_capture.frontends.infinicore_ops import CALLERS, OPS, Row, Unfit
+from graph_capture.frontends.infinicore_ops import CALLERS, OPS
 from graph_capture.frontends.infinicore_views import HARMLESS, VIEWS
-from graph_capture.graph import SubGraph, TensorMeta
+from graph_capture.graph import SubGraph
 from graph_capture.writer import Writer
 
 _inside = threading.local()
@@ -74,7 +73,7 @@ class InfiniCore:
             lambda it: (it._underlying.name,),
             lambda parts: kinds[1](getattr(extension.DataType, parts[0])),
         )
-        self.values = (device, dtype)
+        self.values: tuple[Form, ...] = (device, dtype)
         self.module: type = library.nn.Module
         self._library = library
         self._extension = extension
@@ -82,8 +81,7 @@ class InfiniCore:
         self._original: dict[str, Any] = {name: value for name, value in vars(extension).items() if callable(value)}
         self._lock, self._active = threading.Lock(), 0
         self._undo = contextlib.ExitStack()
-        self._blobs: dict[int, weakref.ref[Any]] = {}  # handles made from an address inside a recording
-        self._literals: dict[int, weakref.ref[Any]] = {}  # those of them that are on memory which nobody knows
+        self._calls = Calls(self, self.memory, self._native)
         CALLERS.append(self._call_own)
 
     # --- tensors
@@ -149,14 +147,15 @@ class InfiniCore:
             undo.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
 
-        makers = {"empty", "strided_empty", "zeros", "ones"}
-        special = {
-            **{name: functools.partial(self._make, name) for name in makers},
-            "from_blob": self._from_blob,
-            "strided_from_blob": self._from_blob,
-            "start_graph_recording": self._start,
-            "stop_graph_recording": self._stop,
+        calls = self._calls
+        special: dict[str, Callable[..., Any]] = {
+            **{name: functools.partial(calls.make, name) for name in ("empty", "strided_empty", "zeros", "ones")},
+            "from_blob": calls.from_blob,
+            "strided_from_blob": calls.from_blob,
+            "start_graph_recording": calls.start,
+            "stop_graph_recording": calls.stop,
         }
+        methods = {"copy_": calls.copy, "contiguous": calls.contiguous, "to": calls.to}
         for name, original in self._original.items():
             if isinstance(original, type):
                 continue
@@ -164,23 +163,23 @@ class InfiniCore:
             if name in special:
                 record = special[name]
             elif row is not None:
-                record = functools.partial(self._op, row, name != row.name)
+                record = functools.partial(calls.op, row, name != row.name)
             else:
-                record = functools.partial(self._unknown, name)
+                record = functools.partial(calls.unknown, name)
             put(self._extension, name, _Recorded(current, original, record))
         kind = self._extension.Tensor
         for name, original in tuple(vars(kind).items()):
             if name.startswith("_") or not callable(original) or name in HARMLESS:
                 continue
             if name in VIEWS:
-                record = functools.partial(self._view, name)
-            elif name in _METHODS:
-                record = functools.partial(_METHODS[name], self)
+                record = functools.partial(calls.view, name)
+            elif name in methods:
+                record = methods[name]
             else:
-                record = functools.partial(self._unknown, f"Tensor.{name}")
+                record = functools.partial(calls.unknown, f"Tensor.{name}")
             put(kind, name, _method(_Recorded(current, original, record)))
         put(self.module, "__call__", _entering(current, self.module.__call__))
-        put(self.tensor.kind, "__init__", self._linking(current, self.tensor.kind.__init__))
+        put(self.tensor.kind, "__init__", self._linking(current, vars(self.tensor.kind)["__init__"]))
         if getattr(self._library, "use_ntops", False):  # else some functions would launch kernels of their own
             put(self._library, "use_ntops", False)
 
@@ -204,215 +203,6 @@ class InfiniCore:
 
         return init
 
-    # --- calls
-
-    def _exposed(self, writer: Writer, handle: Any) -> torch.Tensor:
-        """The recording's torch tensor for a handle."""
-        known = writer.exposures.get(handle)
-        if known is not None:
-            return known
-        if _holds(self._blobs, handle):
-            return self._of_blob(writer, handle)
-        tensor = writer.exposures.at(self, handle)
-        owner = writer.modules.owner_of(handle)
-        if owner is not None:
-            writer.modules.owners[id(tensor)] = owner
-        return tensor
-
-    def _of_blob(self, writer: Writer, handle: Any) -> torch.Tensor:
-        """Memory at an address: that of a recorded tensor, or (numpy's, a list's) a literal of the code."""
-        start, stop = self.range(handle)
-        writer.exposures.others, others = lambda: list(writer.live()), writer.exposures.others
-        try:
-            tensor = writer.exposures.at(self, handle)
-        finally:
-            writer.exposures.others = others
-        known = [memory for memory in (*writer.live(), *writer.exposures) if memory is not tensor]
-        if stop > start and not any(_on_storage(memory, tensor) for memory in known):
-            _hold(self._literals, handle)
-            with writer.suspend():
-                writer.constant(tensor)
-        return tensor
-
-    def _refuse_literals(self, writer: Writer, handles: Sequence[Any]) -> None:
-        """Nothing may be written into memory that nobody knows."""
-        for handle in handles:
-            self._tensor(writer, handle)
-            if _holds(self._literals, handle):
-                raise Unfit("it writes into memory that was given by its address, which a replay would not find again")
-
-    def _op(
-        self, row: Row, in_place: bool, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        """A call of an op of the table."""
-        name = f"infinicore.{row.name}{'_' if in_place else ''}"
-        values = [self._tensor(writer, value) for value in args]
-        named = {key: self._tensor(writer, value) for key, value in kwargs.items()}
-        outs: list[Any] = []
-        if in_place and row.outs:
-            outs = values[: row.outs]
-            values = values[row.outs :]
-            outs += [named.pop(key) for key in tuple(named) if key not in row.parameters.parameters]
-        native = self._native.running()
-        if native and not row.deferred:
-            warnings.warn(
-                f"{name} is not deferred by native recording: it runs at once, on values that are not computed yet, and "
-                f"its result is no part of the native graph ({writer.modules.source()}). Replay our graph instead, or "
-                "use an op that is deferred",
-                stacklevel=5,
-            )
-        with _named_errors(name, writer):
-            self._refuse_literals(writer, args if row.writes else args[: row.outs] if in_place else ())
-            bound = row.parameters.bind(*values, **named)
-            if native:
-                return self._op_natively(row, writer, bound, outs, lambda: original(*args, **kwargs))
-            results = _listed(row.function(*bound.args, **bound.kwargs))
-            if in_place:
-                for out, result in zip(outs, results, strict=True):
-                    self._check_out(out, result)
-                    out.copy_(result)
-                return None
-            handles = tuple(self._result(writer, result) for result in results)
-        return handles[0] if len(handles) == 1 else handles
-
-    def _op_natively(self, row: Row, writer: Writer, bound: Any, outs: Any, run: Callable[[], Any]) -> Any:
-        """InfiniCore defers the op; we write down what it is, from shapes and dtypes alone."""
-        with self._native.metadata_only(writer):
-            results = _listed(row.function(*bound.args, **bound.kwargs))
-            for out, result in zip(outs, results, strict=True) if outs else ():
-                self._check_out(out, result)
-            given = run()
-            for out, result in zip(outs, results, strict=True) if outs else ():
-                out.copy_(result)
-            if given is not None:
-                for handle, result in zip(_listed(given), results, strict=True):
-                    self._adopt(writer, handle, self.expose(handle), result)
-        self._native.keep(writer, (*bound.args, *bound.kwargs.values(), *outs, *_listed(given)))
-        return given
-
-    @staticmethod
-    def _check_out(out: torch.Tensor, result: torch.Tensor) -> None:
-        fits = out.shape == result.shape and out.dtype is result.dtype and out.device == result.device
-        if not fits:
-            raise Unfit(f"the result {result.dtype}{list(result.shape)} does not fit into {out.dtype}{list(out.shape)}")
-
-    def _result(self, writer: Writer, result: torch.Tensor) -> Any:
-        """A handle on memory of InfiniCore's that takes the place of a result of torch's."""
-        owner, tensor = self.memory.empty(TensorMeta.of(result)) if result.is_contiguous() else (None, None)
-        if owner is None or tensor is None:
-            return self._result(writer, result.clone(memory_format=torch.contiguous_format))
-        with writer.suspend(), unrecorded():
-            tensor.copy_(result)
-        handle, _ = self.memory.handle(tensor)
-        return self._adopt(writer, handle, tensor, result)
-
-    def _adopt(self, writer: Writer, handle: Any, tensor: torch.Tensor, result: torch.Tensor) -> Any:
-        if tensor.stride() != result.stride() and tensor.numel():
-            result = result.contiguous()
-        writer.adopt(tensor, result)
-        writer.exposures.bind(self, handle, tensor)
-        return handle
-
-    def _tensor(self, writer: Writer, value: Any) -> Any:
-        return self._exposed(writer, value) if isinstance(value, self._extension.Tensor) else value
-
-    def _make(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Memory: what torch would make."""
-        handle = original(*args, **kwargs)
-        with _named_errors(f"infinicore.{name}", writer):
-            tensor = self.expose(handle)
-            options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
-            with self._native.metadata_only(writer) if self._native.running() else contextlib.nullcontext():
-                if name == "strided_empty":
-                    value = torch.empty_strided(tensor.shape, tensor.stride(), **options)
-                else:
-                    value = getattr(torch, name)(tensor.shape, **options)
-            if name in ("zeros", "ones") and not self._native.running():
-                with writer.suspend(), unrecorded():
-                    tensor.copy_(value)
-            alias, _ = self.memory.handle(tensor)
-            return self._adopt(writer, alias if tensor.numel() else handle, tensor, value)
-
-    def _from_blob(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        handle = original(*args, **kwargs)
-        _hold(self._blobs, handle)
-        return handle
-
-    def _view(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A view: torch says whether it can be, InfiniCore makes its own."""
-        tensor = self._exposed(writer, args[0])
-        with _named_errors(f"infinicore.Tensor.{name}", writer):
-            view = VIEWS[name](tensor, *args[1:], **kwargs)
-            if not view.numel():
-                handle = self.memory.handle(view)[0]
-            else:
-                handle = original(*args, **kwargs)
-                same = handle.data_ptr() == view.data_ptr() and list(handle.shape) == list(view.shape)
-                if not same:
-                    raise Unfit(f"InfiniCore's view {list(handle.shape)} is not torch's {list(view.shape)}")
-        writer.exposures.bind(self, handle, view)
-        return handle
-
-    def _contiguous(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The same memory if InfiniCore takes it for contiguous, else a copy."""
-        (handle,) = args
-        tensor = self._exposed(writer, handle)
-        if handle.is_contiguous():
-            same = original(handle)
-            writer.exposures.bind(self, same, tensor)
-            return same
-        return self._op(OPS["rearrange"], False, writer, original, args, kwargs)
-
-    def _to(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        handle, device = args
-        tensor = self._exposed(writer, handle)
-        if handle.device == device:
-            same = original(handle, device)
-            writer.exposures.bind(self, same, tensor)
-            return same
-        if self._native.running():
-            raise CaptureError(f"Tensor.to({device}) cannot be put off by native recording ({writer.modules.source()})")
-        target = self._library.device._from_infinicore_device(device)
-        with _named_errors("infinicore.Tensor.to", writer):
-            name = target.type if target.type == "cpu" else f"{target.type}:{target.index}"
-            return self._result(writer, tensor.contiguous().to(name))
-
-    def _copy(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        target, source = (self._exposed(writer, handle) for handle in args)
-        with _named_errors("infinicore.Tensor.copy_", writer):
-            self._refuse_literals(writer, args[:1])
-            if target.shape != source.shape or target.dtype is not source.dtype:
-                raise Unfit(f"{source.dtype}{list(source.shape)} cannot go into {target.dtype}{list(target.shape)}")
-            if not self._native.running():
-                target.copy_(source)
-                return
-            with self._native.metadata_only(writer):
-                original(*args, **kwargs)
-                target.copy_(source)
-            self._native.keep(writer, (target, source))
-
-    def _unknown(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A function that is not in the table: harmless only if it has nothing to do with tensors."""
-        kind = self._extension.Tensor
-        if not any(isinstance(value, kind) for value in (*args, *kwargs.values())):
-            result = original(*args, **kwargs)
-            if not isinstance(result, kind):
-                return result
-        raise CaptureError(
-            f"infinicore's {name} is not in the recorder's table of ops ({writer.modules.source()}): a replay would "
-            "leave it out. Call it outside the recording, or add a row to graph_capture/frontends/infinicore_ops.py"
-        )
-
-    def _start(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        self._native.start(writer)
-        return result
-
-    def _stop(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        graph = original(*args, **kwargs)
-        self._native.stop(writer, graph)
-        return graph
-
     def _call_own(self, name: str, args: tuple[Any, ...]) -> None:
         """Run an op of InfiniCore's own on torch tensors."""
         handles = [self.memory.blob(value) if isinstance(value, torch.Tensor) else value for value in args]
@@ -429,13 +219,6 @@ class InfiniCore:
             args[0].copy_(self.expose(result))
         if device.type == "cuda":
             self._original["sync_stream"]()
-
-
-_METHODS: dict[str, Callable[..., Any]] = {
-    "copy_": InfiniCore._copy,
-    "contiguous": InfiniCore._contiguous,
-    "to": InfiniCore._to,
-}
 
 
 class _Recorded:
@@ -472,34 +255,3 @@ def _entering(current: Callable[[], Writer | None], original: Callable[..., Any]
             writer.modules.leave(module)
 
     return call
-
-
-@contextlib.contextmanager
-def _named_errors(name: str, writer: Writer) -> Iterator[None]:
-    """What torch, or a check, says against the arguments, as an error that names the op and the line."""
-    try:
-        yield
-    except CaptureError:
-        raise
-    except (Unfit, RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise CaptureError(f"{name}: {error} ({writer.modules.source()})") from error
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (tuple, list)) else [value]
-
-
-def _hold(table: dict[int, weakref.ref[Any]], handle: Any) -> None:
-    """Remember a handle as long as it lives."""
-    table[id(handle)] = weakref.ref(handle, lambda ref, key=id(handle): table.pop(key, None))
-
-
-def _holds(table: dict[int, weakref.ref[Any]], handle: Any) -> bool:
-    known = table.get(id(handle))
-    return known is not None and known() is handle
-
-
-def _on_storage(memory: torch.Tensor, tensor: torch.Tensor) -> bool:
-    return memory.untyped_storage()._cdata == tensor.untyped_storage()._cdata

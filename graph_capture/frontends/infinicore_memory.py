@@ -1,8 +1,9 @@
 """InfiniCore's tensors and torch's on the same memory.
 
-A *handle* is an object of the extension module, ``infinicore.Tensor._underlying``. It has an address, a shape and strides,
-but says nothing of the memory around it, and a handle made from an address (``from_blob``) keeps nothing alive. So what
-is to become InfiniCore's lies in memory that InfiniCore has allocated, and torch tensors on it hold a handle of their own.
+A *handle* is an object of the extension module, ``infinicore.Tensor._underlying``. It has an address, a shape and
+strides, but says nothing of the memory around it, and a handle made from an address (``from_blob``) keeps nothing
+alive. So what is to become InfiniCore's lies in memory that InfiniCore has allocated, and torch tensors on it hold a
+handle of their own.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Memory:
         with unrecorded():
             if device.type == "cpu":
                 buffer = (ctypes.c_uint8 * (stop - start)).from_address(start)
-                buffer.owner = owner  # the storage keeps the buffer alive
+                buffer.owner = owner  # type: ignore[attr-defined]  # the storage keeps the buffer alive
                 tensor = torch.frombuffer(buffer, dtype=torch.uint8)
             else:
                 tensor = torch.as_tensor(_OnDevice(start, stop, owner), device=device)

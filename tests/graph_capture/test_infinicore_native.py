@@ -9,14 +9,10 @@ from graph_capture.runtime.verify import distance
 
 from graph_capture import CaptureError, FusionConfig, convert_recorded_graph_to_subgraph, fuse, record
 from graph_capture.frontends.infinicore import to_torch
-from tests.infinicore_models import zeros
+from tests.infinicore_models import tensors, zeros
 from tests.replaying import noise
 
 X, W = noise(3, 8, seed=1), noise(3, 8, seed=2)
-
-
-def tensors(ic, *values):
-    return [ic.from_torch(value.clone()) for value in values]
 
 
 def natively(ic, function, *args):
@@ -91,9 +87,9 @@ def test_only_what_was_recorded_natively_is_its_subgraph(ic):
 def test_the_native_graph_keeps_what_it_needs(ic):
     x, w = tensors(ic, X, W)
     own = zeros(ic, (3, 8), ic.float32, ic.device("cpu"))
-    _, native, result = natively(ic, lambda x, w: program(ic)(x + own, w), x, w)
+    _, native, result = natively(ic, lambda x, w, own: program(ic)(x + own, w), x, w, own)
     view = result.view((24,))
-    del own, result
+    del own, result, x, w
     gc.collect()
     [torch.full((3, 8), 7.0) for _ in range(64)]
     native.run()
@@ -150,7 +146,7 @@ def test_a_graph_that_was_not_recorded_by_us_shows_no_ops(ic):
     a = tensors(ic, X)[0]
     made = a + a
     native = ic.stop_graph_recording()
-    with pytest.raises(CaptureError, match="exposes no ops.*native recording inside"):
+    with pytest.raises(CaptureError, match=r"exposes no ops.*native recording inside"):
         convert_recorded_graph_to_subgraph(native)
     native.run()
     assert torch.equal(to_torch(made), X + X)
