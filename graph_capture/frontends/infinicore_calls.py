@@ -142,17 +142,17 @@ class Calls:
         return self.exposed(writer, value) if isinstance(value, self._extension.Tensor) else value
 
     def make(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Memory: what torch would make."""
+        """New memory. What a replay gives back must be the same each time, so where nobody wrote it is zeros."""
         handle = original(*args, **kwargs)
         with _named_errors(f"infinicore.{name}", writer):
             tensor = self.memory.expose(handle)
             options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
             with self._native.metadata_only(writer) if self._native.running() else contextlib.nullcontext():
                 if name == "strided_empty":
-                    value = torch.empty_strided(tensor.shape, tensor.stride(), **options)
+                    value = torch.empty_strided(tensor.shape, tensor.stride(), **options).zero_()
                 else:
-                    value = getattr(torch, name)(tensor.shape, **options)
-            if name in ("zeros", "ones") and not self._native.running():
+                    value = (torch.ones if name == "ones" else torch.zeros)(tensor.shape, **options)
+            if not self._native.running():
                 with writer.suspend(), unrecorded():
                     tensor.copy_(value)
             alias, _ = self.memory.handle(tensor)
