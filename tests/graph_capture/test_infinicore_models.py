@@ -1,5 +1,6 @@
 """InfiniLM's Llama, in shape: an MLP and a decoder layer record, fuse and replay; and the twins that must not."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,43 @@ def test_devices_and_dtypes_count_by_value(ic):
     assert torch.equal(to_torch(graph.run(*tensors(ic, X), tensors(ic, X)[0].dtype, ic.device("cpu"))), X)
     with pytest.raises(SignatureMismatchError):
         graph.run(*tensors(ic, X), ic.float64, ic.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_memory_of_a_cuda_device_is_shared(ic):
+    if ic.lib._infinicore.__file__.endswith(".so"):
+        pytest.skip("the library was built for the CPU")
+    on = {"dtype": ic.bfloat16, "device": ic.device("cuda", 0)}
+    mlp = ic_model(ic).Mlp(64, 192, **on)
+    weights = {name: to_torch(parameter) for name, parameter in mlp.state_dict().items()}
+    for name, weight in weights.items():
+        assert weight.is_cuda
+        weight.copy_(noise(*weight.shape, seed=len(name)) * 0.3)
+    x, residual = (noise(256, 64, seed=seed).bfloat16().cuda() for seed in (1, 2))
+
+    def block(x, residual):
+        hidden = mlp(x)
+        hidden += residual
+        residual.copy_(hidden)
+        return hidden
+
+    def exact():
+        gate, up, down = (weights[f"{name}_proj.weight"].double() for name in ("gate", "up", "down"))
+        return (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T + residual.double()
+
+    graph, _ = recorded(block, ic.from_torch(x), ic.from_torch(residual.clone()))
+    fused = fuse(graph, ALWAYS)
+    assert "swiglu" in regions(fused)
+    for replay in (graph.run, fused, fused, fused):  # the last ones in a CUDA graph
+        written = residual.clone()
+        found = to_torch(replay(ic.from_torch(x), ic.from_torch(written)))
+        assert found.is_cuda
+        assert distance(found, exact()) < 1e-2
+        assert torch.equal(written, found)
+    kept = fused(ic.from_torch(x), ic.from_torch(residual.clone())).view((64, 256))
+    gc.collect()
+    [torch.full((256, 64), 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
+    assert distance(to_torch(kept).view(256, 64), exact()) < 1e-2
 
 
 # --- negative twins

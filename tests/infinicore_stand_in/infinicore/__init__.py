@@ -31,7 +31,8 @@ class device:
     def __getattr__(self, name):
         if name != "_underlying":
             raise AttributeError(name)
-        self._underlying = _infinicore.Device(_infinicore.Device.Type.CPU, self.index)
+        kind = _infinicore.Device.Type
+        self._underlying = _infinicore.Device(kind.CPU if self.type == "cpu" else kind.NVIDIA, self.index)
         return self._underlying
 
     def __eq__(self, other):
@@ -39,7 +40,7 @@ class device:
 
     @staticmethod
     def _from_infinicore_device(found):
-        return device("cpu", found.index)
+        return device("cpu" if found.type is _infinicore.Device.Type.CPU else "cuda", found.index)
 
 
 class Tensor:
@@ -165,7 +166,7 @@ def strided_empty(size, strides, *, dtype=None, device=None, pin_memory=False):
 def from_torch(tensor):
     found = globals()[str(tensor.dtype).removeprefix("torch.")]
     made = _infinicore.from_blob(
-        tensor.data_ptr(), list(tensor.shape), dtype=found._underlying, device=device()._underlying
+        tensor.data_ptr(), list(tensor.shape), dtype=found._underlying, device=device(tensor.device.type)._underlying
     )
     return Tensor(made, _torch_ref=tensor)
 

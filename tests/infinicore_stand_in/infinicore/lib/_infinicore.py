@@ -9,6 +9,7 @@ import ctypes
 import enum
 
 import numpy as np
+import torch
 
 
 class Crash(BaseException):
@@ -54,6 +55,7 @@ class RoPEAlgo(enum.Enum):
 class Device:
     class Type(enum.Enum):
         CPU = 0
+        NVIDIA = 1
 
     def __init__(self, type, index=0):
         self.type, self.index = type, index
@@ -68,13 +70,17 @@ _live = {}  # address of memory that is allocated -> its size
 
 
 class _Memory:
-    def __init__(self, address, size, owned=None):
-        self.address, self.size, self.owned = address, size, owned
+    def __init__(self, address, size, owned=None, device=None):
+        self.address, self.size, self.owned, self.device = address, size, owned, device or Device(Device.Type.CPU)
         if owned is not None:
             _live[address] = size
 
     @classmethod
-    def of(cls, size):
+    def of(cls, size, device):
+        if device is not None and device.type is Device.Type.NVIDIA:  # no op runs there, but memory is memory
+            with torch._C._DisableTorchDispatch():
+                block = torch.empty(max(1, size), dtype=torch.uint8, device="cuda")
+            return cls(block.data_ptr(), size, block, device)
         buffer = (ctypes.c_uint8 * max(1, size))(*([0xAB] * min(size, 64)))
         return cls(ctypes.addressof(buffer), size, buffer)
 
@@ -94,7 +100,7 @@ class Tensor:
     strides = property(lambda self: list(self._layout[1]))
     ndim = property(lambda self: len(self._layout[0]))
     dtype = property(lambda self: DataType(int(self._type)))
-    device = property(lambda self: Device(Device.Type.CPU))
+    device = property(lambda self: Device(self._memory.device.type))
 
     def data_ptr(self):
         return self._memory.address + self._offset if self.numel() else 0
@@ -182,7 +188,7 @@ def empty(shape, dtype, device, pin_memory=False):
 
 def strided_empty(shape, strides, dtype, device, pin_memory=False):
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n)
-    return Tensor(_Memory.of((last + 1) * np.dtype(_NUMPY[dtype]).itemsize), 0, shape, strides, dtype)
+    return Tensor(_Memory.of((last + 1) * np.dtype(_NUMPY[dtype]).itemsize, device), 0, shape, strides, dtype)
 
 
 def zeros(shape, dtype, device, pin_memory=False):
@@ -198,7 +204,7 @@ def from_blob(raw_ptr, shape, dtype, device):
 
 
 def strided_from_blob(raw_ptr, shape, strides, dtype, device):
-    return Tensor(_Memory(raw_ptr, 0), 0, shape, strides, dtype)
+    return Tensor(_Memory(raw_ptr, 0, device=device), 0, shape, strides, dtype)
 
 
 def get_device_count(kind):
