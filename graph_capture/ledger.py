@@ -48,8 +48,8 @@ class Ledger:
                 self._guards.append((owner.table, owner.key, owner.value, owner.path))
                 handle = handle_of(owner.value)
                 if handle is not None:  # a wrapper may get other memory
-                    key = next(key for key, held in vars(owner.value).items() if held is handle)
-                    self._guards.append((vars(owner.value), key, handle, owner.path))
+                    held = vars(owner.value)
+                    self._guards += [(held, key, handle, owner.path) for key in held if held[key] is handle]
         self.rebound = frozenset(
             _join(path, name)
             for module, path in modules.entered.items()

@@ -30,8 +30,9 @@ def _is_user_file(file: str) -> bool:
 
 
 def _is_users(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return package not in LIBRARIES and _is_user_file(frame.f_code.co_filename)
+    if not _is_user_file(frame.f_code.co_filename):
+        return False
+    return str(frame.f_globals.get("__name__")).partition(".")[0] not in LIBRARIES
 
 
 def caller() -> Source:

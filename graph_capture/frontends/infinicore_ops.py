@@ -225,7 +225,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
 
 # --- what only InfiniCore computes: ops of torch's dispatcher that call it
 
-_LIBRARY = torch.library.Library("infinicore", "DEF")
+_LIBRARY = torch.library.Library("infinicore", "FRAGMENT")
 
 
 def _own(name: str, schema: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
