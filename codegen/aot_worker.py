@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,13 +155,9 @@ class _Dry:
 
 def compile_launch(launch: Callable[..., Any], name: str, operands: Sequence[Any]) -> Any:
     """Have Triton compile what `launch` would launch on `operands`, tensors or mocks; its compiled kernel."""
-    namespace = launch.__globals__
-    kernel, dry = namespace[name], _Dry(namespace[name])
-    namespace[name] = dry
-    try:
-        launch(*operands)
-    finally:
-        namespace[name] = kernel
+    dry = _Dry(launch.__globals__[name])
+    # A copy: somebody else may launch the kernel meanwhile.
+    types.FunctionType(launch.__code__, {**launch.__globals__, name: dry})(*operands)
     return dry.made
 
 
