@@ -90,7 +90,8 @@ def make(
 ) -> tuple[Callable[..., Any], str]:
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
 
-    The source depends on the arguments alone: ninetoothed numbers tensors as long as a process lives, here from 0.
+    The source depends on the arguments alone (ninetoothed numbers tensors as long as a process lives, here from 0), and
+    has the masks that it needs.
     """
     import ninetoothed
     from ninetoothed import generation
@@ -110,7 +111,9 @@ def make(
     finally:
         generation.CACHE_DIR = before[0]
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
-    return handle._launch, handle._source
+    text = _load_file("masks", Path(__file__).with_name("masks.py")).simplify(Path(handle._source).read_text("utf-8"))
+    simplified = load_source(name, text, folder)
+    return getattr(simplified, f"launch_{name}"), simplified.__file__
 
 
 # --- Triton: compiling for given operands without a launch

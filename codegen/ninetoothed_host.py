@@ -274,6 +274,7 @@ def _alike(number: int) -> int:
 def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
     """Compile what is not in `cache` in other processes, and keep it there."""
     missing = [job for job in dict.fromkeys(jobs) if not _is_stored(job, cache)]
+    missing.sort(key=lambda job: len(job.operands), reverse=True)  # the longest first, so that all end together
     target = sys.modules["triton"].runtime.driver.active.get_current_target() if missing else None
     if target is None or target.backend != "cuda":
         return
