@@ -1,8 +1,8 @@
-"""Making and compiling kernels with ninetoothed and Triton alone; as a script, a worker that does so for another process.
+"""Making and compiling kernels with ninetoothed and Triton alone; as a script, a worker for another process.
 
-The worker reads jobs from standard input and writes results to standard output, each a line of JSON, in turn, until the
-input ends or nothing has come for `PATIENCE`. Being a process of its own it compiles also where Triton's interpreter has
-run, which leaves the language module patched. Imports neither the package nor torch, so that it starts fast.
+The worker reads jobs from standard input and writes results to standard output, each a line of JSON, in turn, until
+the input ends or nothing has come for `PATIENCE`. Being a process of its own it compiles also where Triton's
+interpreter has run, which leaves the language module patched. Imports neither the package nor torch, to start fast.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def make(
 
 @dataclass(frozen=True)
 class Mock:
-    """Stands for a tensor that a kernel is compiled for: ``bfloat16``, sizes, strides, a 16-byte aligned address or not."""
+    """Stands for a tensor that a kernel is compiled for: ``bfloat16``, sizes, strides, whether 16-byte aligned."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -224,9 +224,7 @@ def _compile_file(job: Mapping[str, Any]) -> dict[str, Any]:
     return {"sass": compiled.asm["sass"], "shared": compiled.metadata.shared, "usage": usage}
 
 
-def _arguments(
-    function: Any, job: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+def _arguments(function: Any, job: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
     """The types of a kernel's arguments, those that are constant, and what is known of the others."""
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}

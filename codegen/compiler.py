@@ -16,12 +16,14 @@ from graph_capture.codegen import c_target, ninetoothed_target
 from graph_capture.codegen.aot import Binary
 from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.lower import lower
+from graph_capture.codegen.op_library import OpLibrary
 from graph_capture.codegen.spec import Operand, Request, Spec
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
+from graph_capture.ops import expression
 
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
@@ -52,7 +54,7 @@ class Target(Protocol):
         ...
 
     def candidates(self, spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
-        """How many ways there are to cut the work on the tensors of a call, the expected fastest first; at most four."""
+        """How many ways to cut the work on a call's tensors there are, the expected fastest first; at most four."""
         ...
 
     def prepare(self, requests: Sequence[Request], cache: DiskCache | None = None) -> None:
@@ -208,15 +210,26 @@ class KernelCompiler:
     Args:
         target: "auto", "ninetoothed" or "c".
         cache: where machine code is kept for later processes; nowhere if None.
+        op_library: what defines the ops: "builtin", or a package such as "ntops" where that has a usable definition.
+
+    Raises:
+        FusionError: there is no such target, or the package cannot be imported.
     """
 
-    def __init__(self, target: str = "auto", cache: DiskCache | None = None) -> None:
+    def __init__(self, target: str = "auto", cache: DiskCache | None = None, op_library: str = "builtin") -> None:
         if target != "auto" and target not in TARGETS:
             raise FusionError(f"there is no target {target!r}; use {', '.join(map(repr, ('auto', *TARGETS)))}")
         self.target, self.cache = target, cache
+        self.define = expression if op_library == "builtin" else OpLibrary(op_library).define
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
+
+    def fresh(self) -> KernelCompiler:
+        """A compiler like this one that knows no kernel and keeps none on disk."""
+        other = KernelCompiler(self.target)
+        other.define = self.define
+        return other
 
     @property
     def kernels(self) -> tuple[CompiledKernel, ...]:
@@ -274,7 +287,7 @@ class KernelCompiler:
         known = (graph, *metas)
         spec = self._specs.get(known)
         if spec is None:
-            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)))
+            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)), self.define)
         key = hashlib.sha256(f"{target.name} {spec!r}".encode()).hexdigest()
         ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
         return target, spec, key, f"fused_{ops[:40]}_{key[:8]}"

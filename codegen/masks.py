@@ -1,9 +1,9 @@
 """Leaving out of generated Triton source what its masks test in vain.
 
-ninetoothed masks every access by every condition of its tiling: that an index is not negative, that ``arange(0, 64)`` is
-below 64. Here each integer gets the interval that it lies in, as far as that is known, and a condition that always holds
-is dropped. Half of the time to compile a kernel goes into such conditions. Sizes and strides are not negative, and no
-offset overflows: launches are cut so that they do not. Imports neither the package nor torch (see `aot_worker`).
+ninetoothed masks every access by every condition of its tiling: that an index is not negative, that ``arange(0, 64)``
+is below 64. Here each integer gets the interval that it lies in, as far as that is known, and a condition that always
+holds is dropped. A third of the time to compile a kernel goes into such conditions. Sizes and strides are not negative,
+and no index overflows: launches are cut so that they do not. Imports neither the package nor torch (see `aot_worker`).
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class _Simplifier(ast.NodeTransformer):
 
     # --- what is known of names
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:  # noqa: N802
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
         self.generic_visit(node)
         match node.targets:
             case [ast.Name(id=name)] if name in self.once:
                 self.known[name] = self.interval(node.value)
         return node
 
-    def visit_For(self, node: ast.For) -> ast.AST:  # noqa: N802
+    def visit_For(self, node: ast.For) -> ast.AST:
         match node:
             case ast.For(
                 target=ast.Name(id=name), iter=ast.Call(func=ast.Name(id="range"), args=[stop], keywords=[])
@@ -109,7 +109,7 @@ class _Simplifier(ast.NodeTransformer):
                         found.setdefault(ast.dump(condition), condition)
         return list(found.values())
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         match node.func:
             case ast.Attribute(attr="load" | "store"):
@@ -124,9 +124,9 @@ class _Simplifier(ast.NodeTransformer):
 
 
 class _Folded(ast.NodeTransformer):
-    """Integer arithmetic with what is added, and what is multiplied by 0 or 1, worked out: ``size - 1 + 1`` is ``size``."""
+    """Integers with what is added, and what is multiplied by 0 or 1, worked out: ``size - 1 + 1`` is ``size``."""
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:  # noqa: N802
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         match node:
             case ast.BinOp(op=ast.Mult(), left=left, right=ast.Constant(value=int(number))) if number in (0, 1):
@@ -180,7 +180,9 @@ def _times(left: float, right: float) -> float:
 
 
 def _conjunction(conditions: list[ast.expr]) -> ast.expr:
-    result: ast.expr = ast.Constant(True)  # as ninetoothed begins: without it Triton's interpreter takes a mask for integers
+    result: ast.expr = ast.Constant(
+        True
+    )  # as ninetoothed begins: without it Triton's interpreter takes a mask for integers
     for condition in conditions:
         result = ast.BinOp(result, ast.BitAnd(), condition)
     return result

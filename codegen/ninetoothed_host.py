@@ -10,7 +10,6 @@ import atexit
 import base64
 import contextlib
 import functools
-import importlib.util
 import os
 import re
 import shutil

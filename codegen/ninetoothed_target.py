@@ -76,7 +76,7 @@ def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.Program]]:
-    """The ways to cut the work, the expected fastest first: of each its programs, one for all launches or one for each."""
+    """The ways to cut the work, the expected fastest first: of each its programs, one for all launches or for each."""
     printer = PRINTERS[type(spec)]
     if interpreted() or not hasattr(printer, "candidates"):
         return [_programs(spec, interpreted())]

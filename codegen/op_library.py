@@ -6,8 +6,8 @@ operands that write down what happens to them, which gives a scalar expression l
 inlined into whatever kernel the op becomes a part of. A tile of the application is a whole row, its loop over tiles one
 step.
 
-A definition is taken only if it agrees with the op's torch function on numbers that are hard for it: those of ntops give
-NaN for ``tanh(100)``. An op without a usable definition keeps ours; `OpLibrary.refused` says why.
+A definition is taken only if it agrees with the op's torch function on numbers that are hard for it: that of ntops
+gives NaN for ``tanh(100)``. An op without a usable definition keeps ours; `OpLibrary.refused` says why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from graph_capture.graph import Arg, OpNode
 from graph_capture.log import log
 from graph_capture.ops import Kind, arguments, expression, op, prepare
 
-Definitions = Callable[[OpNode, torch.dtype], "str | None"]
 RTOL = 1e-5  # some roundings of float32
 _OF_A_ROW = {"num_normalized_elements": "columns"}  # an application's name for what the scalar language calls `columns`
 _OF_A_KERNEL = {"ndim": 2, "num_normalized_dims": 1}  # arguments of `premake`: a row is the last dimension
@@ -80,8 +79,8 @@ class OpLibrary:
             raise _NoDefinitionError(f"it is not taken for {dtype}")
         try:
             module = importlib.import_module(f"{self.package}.kernels.{node.op_type.partition('.')[0]}")
-        except ImportError as error:
-            raise _NoDefinitionError(str(error)) from error
+        except Exception as error:  # also whatever somebody else's module does
+            raise _NoDefinitionError(f"{type(error).__name__}: {error}") from error
         given = {parameter.name: parameter.default for parameter in op(node.op_type).parameters}
         given = {name: value for name, value in given.items() if value is not inspect.Parameter.empty}
         given |= arguments(node)
@@ -90,7 +89,7 @@ class OpLibrary:
             _check(node, text)
         except _NoDefinitionError:
             raise
-        except Exception as error:  # whatever somebody else's code does
+        except Exception as error:
             raise _NoDefinitionError(f"{type(error).__name__}: {error}") from error
         return text
 
@@ -230,9 +229,13 @@ def _trace(application: Callable[..., Any], given: Mapping[str, Any], first: str
     Raises:
         _NoDefinitionError: it cannot be written down.
     """
-    *inputs, output = inspect.signature(application).parameters
+    parameters = list(inspect.signature(application).parameters)
+    output = "output" if "output" in parameters else parameters[-1]
     operands: list[Any] = []
-    for number, name in enumerate(inputs):
+    for number, name in enumerate(parameters):
+        if name == output:
+            operands.append(_Output())
+            continue
         own = first if number == 0 else name
         if own not in given and name not in _OF_A_ROW:
             raise _NoDefinitionError(f"the op has no argument {name!r}")
@@ -246,7 +249,7 @@ def _trace(application: Callable[..., Any], given: Mapping[str, Any], first: str
     function.decorator_list, function.returns = [], None
     scope = _scope(application)
     exec(compile(ast.fix_missing_locations(tree), f"<{application.__module__}>", "exec"), scope)
-    result = scope[function.name](*operands, _Output())
+    result = scope[function.name](*operands)
     result = result.value if isinstance(result, _Output) else result
     if not isinstance(result, _Traced):
         raise _NoDefinitionError("its result depends on no operand")
@@ -269,7 +272,7 @@ def _scope(application: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _check(node: OpNode, text: str) -> None:
-    """Compare an expression with the op's torch function.
+    """Compare an expression with the op's torch function, or where that is odd itself (gelu of inf) with ours.
 
     Raises:
         _NoDefinitionError: they differ.
@@ -283,15 +286,19 @@ def _check(node: OpNode, text: str) -> None:
         }
     except (CaptureError, RuntimeError) as error:
         raise _NoDefinitionError(f"it cannot be compared: {error}") from error
-    got = evaluate(text, names, tensors[0].shape[-1]).expand(want.shape)
-    if want.dtype is torch.bool:
-        wrong = got.bool() != want
-    else:
-        wrong = ~torch.isclose(got.float(), want.float(), rtol=RTOL, atol=1e-30, equal_nan=True)
+    columns, ours = tensors[0].shape[-1], expression(node, torch.float32)
+    got = evaluate(text, names, columns).expand(want.shape)
+    wrong = ~_close(got, want)
+    if ours is not None:
+        wrong &= ~_close(got, evaluate(ours, names, columns).expand(want.shape))
     if wrong.any():
         at = int(wrong.reshape(-1).to(torch.int8).argmax())
         pair = got.reshape(-1)[at].item(), want.reshape(-1)[at].item()
         raise _NoDefinitionError(f"it computes {pair[0]} where torch's function gives {pair[1]}")
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.isclose(left.float(), right.float(), rtol=RTOL, atol=1e-30, equal_nan=True)
 
 
 def _probes(count: int, rows: bool) -> list[torch.Tensor]:
@@ -321,7 +328,7 @@ def evaluate(text: str, names: Mapping[str, Any], columns: int) -> torch.Tensor:
         "min": lambda x: x.amin(-1, keepdim=True),
         "columns": columns,
     }
-    return eval(compile(text, "<expression>", "eval"), {"__builtins__": {}}, scope | dict(names))
+    return eval(compile(text, "<expression>", "eval"), scope | dict(names))
 
 
 def _on_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

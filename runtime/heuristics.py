@@ -65,7 +65,7 @@ class FusionHeuristics:
     def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
         self.config = config or FusionConfig()
         cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
-        self.compiler = compiler or KernelCompiler(self.config.target, cache)
+        self.compiler = compiler or KernelCompiler(self.config.target, cache, self.config.op_library)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
         self._measured: dict[str, Decision] = {}
 
@@ -185,7 +185,7 @@ class FusionHeuristics:
         Raises:
             FusionError: it cannot be made, for whatever reason.
         """
-        compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
+        compiler = self.compiler if self.config.enable_cache else self.compiler.fresh()
         dtypes = {name: meta.dtype for name, meta in metas.items()}
         shapes = {name: meta.shape for name, meta in metas.items()}
         strides = {name: meta.stride for name, meta in metas.items()}
@@ -250,7 +250,7 @@ class FusionHeuristics:
         device = next(iter(metas.values())).device
         dtypes, shapes = {n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}
         layouts = [(m.stride, str(m.device)) for m in metas.values()]
-        how = f"{kind}, {torch.get_num_threads()} threads"
+        how = f"{kind}, {self.config.op_library}, {torch.get_num_threads()} threads"
         return DiskCache.key(graph.cache_key(dtypes, shapes), repr(layouts), how, device=device)
 
     def judge(self, times: Times) -> Decision:

@@ -3,9 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import aot
-from graph_capture.codegen import ninetoothed_attention as printer
-from graph_capture.codegen import ninetoothed_host as host
 from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, record

@@ -28,7 +28,7 @@ REFERENCES = {
     "layer_norm": ({"x": BF16, "weight": BF16, "bias": BF16, "out": BF16, "eps": "fp32"} | ROW, 8),
     "softmax": ({"x": BF16, "out": BF16} | ROW, 8),
     "rope": (
-        {name: BF16 for name in ("query", "key", "cos", "sin", "query_out", "key_out")}
+        dict.fromkeys(("query", "key", "cos", "sin", "query_out", "key_out"), BF16)
         | {"HEADS": 32, "GROUPS": 8, "HALF": 64},
         8,
     ),
