@@ -100,7 +100,8 @@ def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
         sweep = Blocks(1, step, min(16, max(4, step // least)), sweeps=True)
         return [more, fewer, *([sweep] if row >= SWEEP else [])]
     smaller = replace(blocks, columns=blocks.columns // 2) if blocks.columns >= 2 * least else blocks
-    larger = replace(blocks, columns=blocks.columns * 2) if spec.columns is None else blocks
+    fits = spec.columns is None or blocks.columns < spec.columns
+    larger = replace(blocks, columns=blocks.columns * 2) if fits else blocks
     return [each.with_warps(least, False) for each in (smaller, more, larger)]
 
 
@@ -194,16 +195,17 @@ class _Printer:
         rank = len(spec.operands[0].over)
         block = [blocks.columns] if spec.columns is None else [*[1] * (rank - 2), blocks.rows, blocks.columns]
         full = max(spec.operands, key=lambda operand: sum(operand.over))
+        first = self.names[full.name]  # its sizes are those of all, so that places in the grid are computed once
         lines, tiles = [], []
         for operand in spec.operands:
             name = self.names[operand.name]
-            shape = [f"{name}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
+            shape = [f"{first}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
             if spec.columns is not None and operand.over[-1]:
                 shape[-1] = str(spec.columns)
             if shape != [f"{name}.shape[{dim}]" for dim in range(rank)]:
                 lines.append(f"{name}.shape = ({', '.join(shape)},)")
         tile = ", ".join(map(str, block))
-        grid = f"{self.names[full.name]}.tile(({tile},))"
+        grid = f"{first}.tile(({tile},))"
         if blocks.sweeps:
             grid += f".tile(({'1, ' * (rank - 1)}-1))"
         lines.append(f"grid = {grid}.shape")
