@@ -39,6 +39,7 @@ class Printer(Protocol):
 
 PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary, MatvecSpec: c_matvec}
 name = "c"
+movable = True
 
 
 def interpreted() -> bool:
@@ -89,10 +90,7 @@ def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Calla
         found = layouts.get(key)
         if found is None:
             found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
-        launches = [host.launch(getattr(library, symbol + layout.part), tensors, layout) for layout in found]
-        made = launches[0] if len(launches) == 1 else chain(launches)
-        made.held = (*made.held, *tensors[len(spec.inputs) :])
-        return made
+        return host.launch([getattr(library, symbol + layout.part) for layout in found], tensors, found)
 
     return bind
 

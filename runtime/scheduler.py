@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from graph_capture.codegen import interpreted, supports
+from graph_capture.codegen import is_native, supports
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.decode import is_merged
@@ -20,7 +20,7 @@ from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import example_inputs
-from graph_capture.runtime.whole import decide_whole
+from graph_capture.runtime.whole import decide_whole, device_of
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.executor import Executor
@@ -60,7 +60,7 @@ class FusionScheduler:
         if not config.enable_fusion:
             return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
-        if interpreted() and config.profile != "always":
+        if config.profile != "always" and not is_native(config.target, device_of(graph.subgraph)):
             off |= frozenset(DECODE)  # never faster, and seconds to measure at a model's sizes
         passes = Passes(
             supports,
