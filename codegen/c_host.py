@@ -182,6 +182,7 @@ class Layout:
         grain: the fewest units that are worth a thread.
         operands: for each address, the tensor of the call and an offset in bytes.
         part: what the function's name ends in, where a kernel has several.
+        scratch: float32 elements that the launches share, which come after the call's tensors.
     """
 
     numbers: tuple[int, ...]
@@ -189,6 +190,7 @@ class Layout:
     grain: int
     operands: tuple[tuple[int, int], ...]
     part: str = ""
+    scratch: int = 0
 
 
 class Launch(functools.partial[None]):
@@ -216,7 +218,8 @@ class Launch(functools.partial[None]):
 
 def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> Launch:
     """A launch of a kernel's functions on the memory of these tensors, which the caller keeps alive."""
-    base = [tensor.data_ptr() for tensor in tensors]
+    shared = torch.empty(sum(layout.scratch for layout in layouts))
+    base = [tensor.data_ptr() for tensor in (*tensors, shared)]
     parts, places = [], dict[int, list[tuple[Any, int, int]]]()
     for function, layout in zip(functions, layouts, strict=True):
         operands = (ctypes.c_void_p * len(layout.operands))(
@@ -233,7 +236,7 @@ def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: S
             layout.grain,
         )
         made = Launch(toolchain().runtime.run, ctypes.addressof(work))
-        made.works, made.held = (work,), (operands, numbers, function)
+        made.works, made.held = (work,), (operands, numbers, function, shared)
         parts.append(made)
     made = parts[0] if len(parts) == 1 else chain(parts)
     made.places = places

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from graph_capture.codegen import c_attention, c_matvec, c_rotary, c_rows
 from graph_capture.codegen import c_host as host
-from graph_capture.codegen import c_matvec, c_rotary, c_rows
+from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.c_host import Launch, Layout, chain
 from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
@@ -37,7 +38,12 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary, MatvecSpec: c_matvec}
+PRINTERS: dict[type, Any] = {
+    KernelSpec: c_rows,
+    RotarySpec: c_rotary,
+    MatvecSpec: c_matvec,
+    AttentionSpec: c_attention,
+}
 name = "c"
 movable = True
 
