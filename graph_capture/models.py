@@ -139,6 +139,44 @@ def build_model(config: Any, *, dtype: torch.dtype, device: str, seed: int = 0) 
         raise CaptureError(str(error)) from error
 
 
+def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A causal language model with its weights, in evaluation mode: from a folder of safetensors, or from the hub; with
+    random weights where the name is one of `CONFIGURATIONS`.
+
+    Args:
+        dtype: of the weights (default: as they are stored; float32 for random ones).
+
+    Raises:
+        CaptureError: there is no such model, its files are damaged, transformers does not know its architecture, it
+            does not fit into memory, or transformers is not installed.
+    """
+    transformers = _transformers()
+    config = load_config(name)
+    try:
+        if name in CONFIGURATIONS and not Path(name).exists():
+            return build_model(config, dtype=dtype or torch.float32, device=device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        )
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise CaptureError(f"{name} does not fit into the memory of {device}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, CaptureError):
+            raise
+        raise CaptureError(f"{name} cannot be loaded: {error}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model; None where there is none."""
+    if name in CONFIGURATIONS and not Path(name).exists():
+        return None
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+
+
 def _transformers() -> Any:
     try:
         import transformers
