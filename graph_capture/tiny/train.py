@@ -18,8 +18,8 @@ from graph_capture.tiny.evaluate import evaluate, show
 from graph_capture.tiny.tokens import END, VOCABULARY, conversation, equations, save_tokenizer
 
 LENGTH = 512  # positions that the model has seen
-HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 4, 4, 2, 384
-BARE = 0.2  # of the rows are sums and differences outside any conversation
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 3, 4, 2, 256
+BARE = 0.35  # of the rows are sums and differences outside any conversation
 IGNORED = -100  # as F.cross_entropy has it
 
 
