@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo | kernels | chat | cache``."""
+"""The command line: ``graph-capture demo | chat | bench | kernels | cache``."""
 
 from __future__ import annotations
 
@@ -145,6 +145,70 @@ def chat(
         show_error(Console(stderr=True), error)
         raise typer.Exit(1) from error
     raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="A model's folder, or a name on the hub.")] = "",
+    config: Annotated[str, typer.Option(help="A built-in configuration with random weights: llama-3-8b ...")] = "",
+    dtype: Annotated[DType | None, typer.Option(help="Of the weights (default: as stored).")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = "",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded, in each round.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the ways take turns.")] = 5,
+    starts: Annotated[bool, typer.Option(help="Also measure cold and warm starts, in processes of their own.")] = True,
+    compare: Annotated[bool, typer.Option(help="Also measure torch.compile.")] = True,
+    plot: Annotated[str | None, typer.Option(help="A PNG for a bar chart; needs matplotlib.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as markdown.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Time a model end to end: eager transformers, torch.compile, the engine without and with fusion."""
+    import json as text
+
+    import torch
+
+    from graph_capture import bench as implementation
+    from graph_capture.errors import CaptureError
+    from graph_capture.ways import COMPILED, WAYS, Setting
+
+    if bool(model) == bool(config):
+        raise typer.BadParameter("give either --model or --config")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    setting = Setting(
+        model or config,
+        where,
+        dtype or "auto",
+        prompt,
+        tokens,
+        batch,
+        rounds,
+        0 if where == "cuda" else torch.get_num_threads(),
+    )
+    ways = tuple(way for way in WAYS if compare or way != COMPILED)
+    console = Console(stderr=True)
+    try:
+        if plot:
+            import matplotlib.pyplot  # noqa: F401
+        with console.status("...") as status:
+            report = implementation.run(setting, ways, starts=starts, progress=status.update)
+    except ImportError as error:
+        raise typer.BadParameter(f"{error}; install graph-capture[plot] for --plot") from error
+    except CaptureError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+    if plot:
+        implementation.plot(report, plot)
+    if json:
+        print(text.dumps(report.to_dict(), indent=2))
+    elif markdown:
+        print(report.markdown())
+    else:
+        Console().print(report.table())
+    if not json:
+        for line in report.notes():
+            print(line)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 @app.command()

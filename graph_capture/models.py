@@ -33,6 +33,17 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 1024,
         },
     ),
+    "llama-100m": (
+        "Llama",
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "vocab_size": 16384,
+        },
+    ),
     "llama-3.2-1b": (
         "Llama",
         {

@@ -13,6 +13,7 @@ from typing import Any, cast, overload
 import torch
 from graph_capture.runtime.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.llm.agreement import Agreement, agreement
 from graph_capture.runtime.llm.sampling import Sampling
 from graph_capture.runtime.llm.session import Progress, Session
 from graph_capture.runtime.llm.text import Detokenizer
@@ -236,6 +237,10 @@ class InferEnginePython:
             "time_to_first_token": last.time_to_first_token if last else None,
             "tokens_per_second": last.tokens_per_second if last else None,
         }
+
+    def agreement(self, prompt: str | Sequence[int], max_new_tokens: int = 64) -> Agreement:
+        """Whether greedy answers with fusion on and off are the same, and if not, by how little they part."""
+        return agreement(self, self._rows(prompt)[0][0], max_new_tokens)
 
     def session(self, batch: int) -> Session:
         """The cache and the captured steps for so many sequences; made at the first use, the latest two are kept."""

@@ -160,24 +160,22 @@ class Session:
 
     def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: Kind | None) -> torch.Tensor:
         logits = self._forward(ids, False, last)
-        self.slots.position.add_(last[0] + 1)
+        self.slots.position.copy_(self.slots.position + last[0] + 1)
         return self._choose(logits, kind)
 
     def _next(self, *, kind: Kind | None) -> torch.Tensor:
         logits = self._forward(self.tokens, False, 1)
-        self.slots.position.add_(1)
+        self.slots.position.copy_(self.slots.position + 1)
         return self._choose(logits, kind)
 
     def _forward(self, ids: torch.Tensor, fresh: bool, keep: int | torch.Tensor) -> torch.Tensor:
         """The logits of one token a row, [B, V]."""
-        self.slots.fresh = fresh
+        length = ids.shape[1]
+        self.slots.begin(length, fresh)
         more: dict[str, Any] = {}
         if self._padded:  # on the left
-            length = ids.shape[1]
-            where = torch.arange(length, device=ids.device)
-            where = where if fresh else where + self.slots.position
             slots = torch.arange(length if fresh else self.capacity, device=ids.device)
-            more["position_ids"] = (where - self._offset[:, None]).clamp(min=0)
+            more["position_ids"] = (self.slots.where - self._offset[:, None]).clamp(min=0)
             more["attention_mask"] = slots >= self._offset[:, None]
         result = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **more)
         return result.logits[:, -1]
