@@ -55,9 +55,10 @@ def demo(
     graph: Annotated[bool, typer.Option("--graph", help="Also print the rewritten graph.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also time torch.compile.")] = False,
     plot: Annotated[str | None, typer.Option(help="A PNG for a bar chart of the times; needs matplotlib.")] = None,
+    talk: Annotated[bool, typer.Option(help="End with a few questions to the tiny model that comes along.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON and nothing else.")] = False,
 ) -> None:
-    """Record, fuse, check and replay a Llama with random weights; exits with 1 if a number is off."""
+    """Record, fuse, check and replay a Llama, and talk to a tiny one; exits with 1 if a number or an answer is off."""
     from graph_capture import demo as implementation
 
     if hidden % heads or heads % kv_heads:
@@ -65,7 +66,9 @@ def demo(
     shape = implementation.Shape(layers, hidden, intermediate, heads, kv_heads, vocab, length, seed)
     console = Console(quiet=json)
     try:
-        report = implementation.run(shape, console, kernel=kernel, show_graph=graph, compare=compare, plot=plot)
+        report = implementation.run(
+            shape, console, kernel=kernel, show_graph=graph, compare=compare, plot=plot, talk=talk
+        )
     except ImportError as error:
         raise typer.BadParameter(f"{error}; install graph-capture[plot] for --plot") from error
     if json:

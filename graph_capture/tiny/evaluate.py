@@ -32,18 +32,14 @@ class Score(NamedTuple):
 
 
 def evaluate(folder: Path) -> list[Score]:
-    """Ask all sums of two numbers, in every way, and conversations in which every task comes up.
-
-    An answer is right where each of its tokens, the end too, is the likeliest after what stands before it: just then
-    greedy decoding gives it.
-    """
+    """Ask all sums of two numbers, in every way, and conversations in which every task comes up."""
     from transformers import AutoModelForCausalLM
 
     scores = []
     for dtype in DTYPES:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
         right, asked = Counter[str](), Counter[str]()
-        for row in _answered(model, [*_sums(), *_conversations()]):
+        for row in answered(model, [*sums(), *conversations(CONVERSATIONS)]):
             for what, ok in row:
                 right[what] += ok
                 asked[what] += 1
@@ -64,7 +60,8 @@ def show(console: Console, scores: Iterable[Score]) -> None:
     console.print(table)
 
 
-def _sums() -> Iterator[list[Part]]:
+def sums() -> Iterator[list[Part]]:
+    """All sums of two numbers, asked in every way, each the first of a conversation or outside any."""
     for a in range(text.LARGEST + 1):
         for b in range(text.LARGEST + 1):
             for example, (prompt, answer) in zip(text.sums(17, 25), text.sums(a, b), strict=True):
@@ -72,8 +69,9 @@ def _sums() -> Iterator[list[Part]]:
             yield [bare_part(text.Turn("17+25= outside a conversation", f"{a}+{b}=", f"{a + b}"))]
 
 
-def _conversations() -> Iterator[list[Part]]:
-    for number in range(CONVERSATIONS):
+def conversations(count: int) -> Iterator[list[Part]]:
+    """Conversations of at most `LENGTH` tokens that it was not trained on."""
+    for number in range(count):
         parts, length = [], 0
         for task, question, answer in conversation(text.Conversation(Random(SEED + number))):
             length += len(question) + len(answer)
@@ -83,8 +81,12 @@ def _conversations() -> Iterator[list[Part]]:
         yield parts
 
 
-def _answered(model: Any, rows: list[list[Part]]) -> Iterator[list[tuple[str, bool]]]:
-    """Of each row, what was asked and whether the answer is right."""
+def answered(model: Any, rows: list[list[Part]]) -> Iterator[list[tuple[str, bool]]]:
+    """Of each row, in any order, what was asked and whether the answer is right.
+
+    An answer is right where each of its tokens, the end too, is the likeliest after what stands before it: just then
+    greedy decoding gives it.
+    """
     flat = [[token for part in row for token in part.question + part.answer] for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(flat[index]))
     while order:

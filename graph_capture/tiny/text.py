@@ -113,7 +113,7 @@ def _person(rng: Random) -> str:
 def _word(rng: Random) -> str:
     if rng.random() < 0.5:
         return rng.choice(WORDS)
-    return "".join(rng.choice(ALPHABET) for _ in range(rng.randint(2, 6)))
+    return "".join(rng.choice(ALPHABET) for _ in range(rng.randint(2, 5)))
 
 
 def _numbers(rng: Random) -> tuple[int, int]:
@@ -200,11 +200,11 @@ def _list(talk: Conversation) -> tuple[str, str]:
 
 
 def _spell(talk: Conversation) -> tuple[str, str]:
-    word = _word(talk.rng)
+    word, known = _word(talk.rng), talk.rng.choice(WORDS)
     return talk.rng.choice(
         [
             (f"Spell {word}.", "-".join(word)),
-            (f"Reverse {word}.", word[::-1]),
+            (f"Reverse {known}.", known[::-1]),
             (f"How many letters are in {word}?", f"{len(word)}"),
             (f"What is the first letter of {word}?", word[0]),
             (f"What is the last letter of {word}?", word[-1]),
@@ -292,16 +292,16 @@ def _unknown(talk: Conversation) -> tuple[str, str]:
 
 
 # How often each is asked, and by what.
-TASKS: dict[str, tuple[int, Callable[[Conversation], tuple[str, str]]]] = {
+TASKS: dict[str, tuple[float, Callable[[Conversation], tuple[str, str]]]] = {
     "add": (28, _add),
     "subtract": (18, _subtract),
     "multiply": (4, _multiply),
     "compare": (6, _compare),
     "too large": (3, _too_large),
-    "count": (5, _count),
+    "count": (2, _count),
     "capital": (6, _capital),
     "after": (6, _after),
-    "list": (1, _list),
+    "list": (0.6, _list),
     "spell": (10, _spell),
     "repeat": (4, _repeat),
     "greet": (3, _greet),
