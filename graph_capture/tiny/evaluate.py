@@ -16,7 +16,7 @@ from rich.table import Table
 from graph_capture.tiny import text
 from graph_capture.tiny.tokens import END, Part, bare_part, chat_part, conversation
 
-CONVERSATIONS, LENGTH = 1000, 512  # how many, and their tokens at most
+CONVERSATIONS, LENGTH = 1000, 256  # how many, and their tokens at most
 TOKENS = 16384  # at once
 SEED = 1_000_000  # not one that is trained on
 DTYPES = (torch.float32, torch.bfloat16)

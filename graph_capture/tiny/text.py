@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -74,10 +74,12 @@ class Conversation:
             self.model = _person(rng)
             self.system = f"Your name is {self.model}."
 
-    def turns(self) -> Iterator[Turn]:
-        """Turns without end."""
+    def turns(self, tasks: Sequence[str] = ()) -> Iterator[Turn]:
+        """Turns without end, of these tasks (default: of all)."""
+        tasks = tasks or list(TASKS)
+        weights = [TASKS[task][0] for task in tasks]
         while True:
-            yield self.turn(self.rng.choices(NAMES, WEIGHTS)[0])
+            yield self.turn(self.rng.choices(tasks, weights)[0])
 
     def turn(self, task: str) -> Turn:
         """The next turn, of this task."""
@@ -205,7 +207,6 @@ def _spell(talk: Conversation) -> tuple[str, str]:
         [
             (f"Spell {word}.", "-".join(word)),
             (f"Reverse {known}.", known[::-1]),
-            (f"How many letters are in {word}?", f"{len(word)}"),
             (f"What is the first letter of {word}?", word[0]),
             (f"What is the last letter of {word}?", word[-1]),
         ]
@@ -293,23 +294,22 @@ def _unknown(talk: Conversation) -> tuple[str, str]:
 
 # How often each is asked, and by what.
 TASKS: dict[str, tuple[float, Callable[[Conversation], tuple[str, str]]]] = {
-    "add": (28, _add),
-    "subtract": (18, _subtract),
+    "add": (24, _add),
+    "subtract": (16, _subtract),
     "multiply": (4, _multiply),
     "compare": (6, _compare),
     "too large": (3, _too_large),
-    "count": (2, _count),
+    "count": (3, _count),
     "capital": (6, _capital),
     "after": (6, _after),
-    "list": (0.6, _list),
-    "spell": (10, _spell),
-    "repeat": (4, _repeat),
+    "list": (0.5, _list),
+    "spell": (8, _spell),
+    "repeat": (6, _repeat),
     "greet": (3, _greet),
     "identity": (3, _identity),
-    "introduce": (3, _introduce),
-    "recall": (3, _recall),
+    "introduce": (5, _introduce),
+    "recall": (4, _recall),
     "unknown": (6, _unknown),
 }
-NAMES = list(TASKS)
-WEIGHTS = [weight for weight, _ in TASKS.values()]
+COPYING = ("compare", "introduce", "recall", "repeat", "spell")  # what needs the letters of the question again
 EXACT = {"repeat"}  # asked as it stands: what is repeated is repeated to the letter

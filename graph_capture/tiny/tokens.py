@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,9 +38,9 @@ def bare_part(turn: text.Turn) -> Part:
     return Part(turn.task, [*turn.prompt.encode()], [*turn.answer.encode(), END])
 
 
-def conversation(talk: text.Conversation) -> Iterator[Part]:
+def conversation(talk: text.Conversation, tasks: Sequence[str] = ()) -> Iterator[Part]:
     """A conversation without end; side by side the parts are what `TEMPLATE` makes of it."""
-    for index, turn in enumerate(talk.turns()):
+    for index, turn in enumerate(talk.turns(tasks)):
         yield chat_part(turn, None if index else talk.system)
 
 

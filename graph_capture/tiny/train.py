@@ -18,11 +18,12 @@ from graph_capture.tiny import FOLDER, text
 from graph_capture.tiny.evaluate import evaluate, show
 from graph_capture.tiny.tokens import END, VOCABULARY, conversation, equations, save_tokenizer
 
-LENGTH = 512  # positions that the model has seen
+LENGTH = 256  # positions that the model has seen
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 3, 4, 2, 256
 RATE, OUTER_RATE, WARM_UP = 8e-3, 3e-3, 50
-SHORT = 0.85  # of the steps
-BARE = 0.5  # of the rows are sums and differences outside any conversation
+STEADY = 0.3  # of the steps are at the full rate, before it falls to zero
+BARE = 0.4  # of the rows are sums and differences outside any conversation: many in few tokens
+DRILLS = 0.15  # of the rows are conversations about what has to be copied, which takes longest to learn
 IGNORED = -100  # as F.cross_entropy has it
 
 
@@ -39,6 +40,7 @@ def build() -> Any:
             num_key_value_heads=KV_HEADS,
             intermediate_size=INTERMEDIATE,
             max_position_embeddings=LENGTH,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=END,
@@ -53,7 +55,9 @@ def rows(rng: Random, length: int) -> Iterator[tuple[list[int], list[int]]]:
         ids: list[int] = []
         labels: list[int] = []
         talk = text.Conversation(rng)
-        parts = equations(talk) if rng.random() < BARE else conversation(talk)
+        kind = rng.random()
+        tasks = text.COPYING if kind < BARE + DRILLS else ()
+        parts = equations(talk) if kind < BARE else conversation(talk, tasks)
         while len(ids) <= length:
             _, question, answer = next(parts)
             ids += question + answer
@@ -85,14 +89,15 @@ def train(model: Any, steps: int, tokens: int, seed: int, progress: Callable[[in
         torch.optim.AdamW(outer, lr=OUTER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 2 * (1 - step / steps), 1))
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / WARM_UP, (1 - step / steps) / (1 - STEADY), 1)
+        )
         for optimizer in optimizers
     ]
-    # Short rows while it learns what to answer; long ones at the end, so that it holds in a long conversation.
-    short, long = batches(seed, LENGTH // 4, tokens), batches(seed + 1, LENGTH, tokens)
+    source = batches(seed, LENGTH, tokens)
     model.train()
     for step in range(steps):
-        ids, labels = next(short if step < SHORT * steps else long)
+        ids, labels = next(source)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
@@ -108,7 +113,7 @@ def train(model: Any, steps: int, tokens: int, seed: int, progress: Callable[[in
 
 def main(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = FOLDER,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2400,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3600,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of the weights and the text.")] = 0,
     threads: Annotated[int, typer.Option(help="Of torch; its number changes the last bits.")] = 1,
