@@ -184,7 +184,7 @@ class InferEnginePython:
             CaptureError: the prompt is empty or longer than the cache, an option is out of its range, there is no
                 tokenizer or no chat template, or this thread has a stream under way.
         """
-        rows, _ = self._rows(self._templated(cast(Messages, prompt)) if _is_messages(prompt) else prompt)
+        rows, _ = self._rows(self.encode_messages(cast(Messages, prompt)) if _is_messages(prompt) else prompt)
         if len(rows) != 1:
             raise CaptureError("stream() answers one prompt; generate() takes several")
         request = self._request(rows, **options)
@@ -192,7 +192,27 @@ class InferEnginePython:
 
     def chat(self, messages: Messages, **options: Any) -> Completion:
         """Answer a conversation, by the tokenizer's chat template; options as in `stream`."""
-        return self.generate(self._templated(messages), **options)
+        return self.generate(self.encode_messages(messages), **options)
+
+    def encode_messages(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins.
+
+        Raises:
+            CaptureError: there is no tokenizer or no chat template, or the template refuses the messages.
+        """
+        from jinja2 import TemplateError  # comes with chat templates
+
+        if self.tokenizer is None:
+            raise CaptureError("the model has no tokenizer: pass tokens, not text")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise CaptureError("the model's tokenizer has no chat template: pass text")
+        for message in messages:
+            self._encode(message["content"])
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # no system messages, say
+            raise CaptureError(f"the model's chat template refuses the messages: {error}") from error
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def explain(self) -> str:
         """What became of every captured step: the receipts, and what runs as it is and why."""
@@ -360,16 +380,6 @@ class InferEnginePython:
         except UnicodeEncodeError as error:  # a lone surrogate: what a terminal gives for bytes that are not UTF-8
             raise CaptureError(f"the prompt is not valid text (UTF-8) at character {error.start}") from error
         return self.tokenizer(text)["input_ids"]
-
-    def _templated(self, messages: Messages) -> list[int]:
-        if self.tokenizer is None:
-            raise CaptureError("the model has no tokenizer: pass tokens, not text")
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise CaptureError("the model's tokenizer has no chat template: pass text")
-        for message in messages:
-            self._encode(message["content"])
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _end_tokens(self) -> frozenset[int]:
         found: set[int] = set()
