@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,13 @@ class Replay:
 
     def _run(self, plan: Plan, brought: Tensors) -> list[torch.Tensor]:
         function = plan.traced if torch.autograd._profiler_enabled() else plan.function
+        try:
+            return self._call(function, brought)
+        except Exception as error:
+            plan.blame(error)
+            raise
+
+    def _call(self, function: Callable[..., list[torch.Tensor]], brought: Tensors) -> list[torch.Tensor]:
         if torch._C._is_any_autocast_enabled():
             with plain_mode():
                 return function(*brought)
