@@ -20,7 +20,13 @@ from graph_capture.survey import Survey
 
 
 class Memory:
-    """Arenas that several plans share: one replay at a time has them."""
+    """Arenas that several plans share: one replay at a time has them.
+
+    Attributes:
+        captures: what captures replays as CUDA graphs, if anything does; its private pool is shared as the arenas are.
+    """
+
+    captures: Any = None
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, torch.Tensor] = {}
