@@ -46,7 +46,11 @@ class Backend(Protocol):
 
 
 class Cuda:
-    """CUDA graphs with one private pool."""
+    """CUDA graphs with one private pool.
+
+    Graphs may share it, for no two replay at once (see `graph_capture.replay.Memory`), and what a graph returns, or
+    hands on to a later piece, is held for as long as the graph is there: only memory within a replay serves again.
+    """
 
     device_type = "cuda"
 
@@ -253,7 +257,6 @@ class GraphReplay(Replay):
     ) -> None:
         super().__init__(executor, brought, memory, keep_outputs=keep_outputs, enabled=enabled)
         self._undone, self._make_backend = undone, backend
-        self._backend: Backend | None = None
         self._seen: tuple[Survey, Tensors] | None = None
         self._followed: list[int] = []
         self._left = CAPTURES
@@ -285,9 +288,9 @@ class GraphReplay(Replay):
 
     def _capture(self, survey: Survey, fixed: Tensors, brought: Tensors) -> None:
         try:
-            if self._backend is None:
-                self._backend = self._make_backend()
-            self.graphs = Graphs(self.executor, survey, brought, fixed, self._backend, self._undone)
+            if self._memory.captures is None:
+                self._memory.captures = self._make_backend()
+            self.graphs = Graphs(self.executor, survey, brought, fixed, self._memory.captures, self._undone)
             log.info(
                 "captured as %d graphs with %d pieces between them, %d bytes",
                 *self.graphs.segments,
