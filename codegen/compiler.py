@@ -256,14 +256,15 @@ class KernelCompiler:
 
         The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
         in place what is not contiguous: halves of a merged projection, transposed heads. Without a `device` it is made
-        for CUDA where there is CUDA, for the CPU elsewhere.
+        for CUDA where there is CUDA and the target is not C, for the CPU elsewhere.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
         strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cuda = self.target != "c" and torch.cuda.is_available()
+        place = torch.device(device or ("cuda" if cuda else "cpu"))
         layouts = zip(shapes, strides, dtypes, strict=True)
         metas = tuple(TensorMeta(shape, tuple(stride), dtype, place) for shape, stride, dtype in layouts)
         with self._lock:

@@ -42,7 +42,7 @@ class Backend(Protocol):
         """What `body` returns, and a function that computes it again in the same memory. Nothing is computed yet."""
 
     def allocated(self) -> int:
-        """Bytes of memory in use."""
+        """Bytes of memory in use, without what is only kept in reserve."""
 
 
 class Cuda:
@@ -79,6 +79,8 @@ class Cuda:
         return results, graph.replay
 
     def allocated(self) -> int:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
 

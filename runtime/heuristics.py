@@ -211,6 +211,7 @@ class FusionHeuristics:
             FusionError: there is no kernel.
         """
         config = self.config
+        kernel: Kernel
         if config.profile != "measure":
             kernel = library or self.kernel(graph, metas)
             if config.profile == "always":
@@ -226,7 +227,7 @@ class FusionHeuristics:
             if known:
                 return known, self.kernel(graph, metas).with_choice(known.choice)
             return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas).with_choice(known.choice)))
-        kernel: Kernel = library or self.kernel(graph, metas)
+        kernel = library or self.kernel(graph, metas)
         try:
             counters = _counters(graph, tensors)
             kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
