@@ -27,9 +27,11 @@ Launch = Callable[[], Any]
 
 
 class Target(Protocol):
-    """What makes specs run somewhere: a module with these names."""
+    """What makes specs run somewhere: a module with these names; `movable` is whether its launches are (see
+    `graph_capture.launches.Movable`)."""
 
     name: str
+    movable: bool
 
     def interpreted(self) -> bool:
         """Whether kernels give right numbers but no speed."""
@@ -103,9 +105,7 @@ class CompiledKernel:
     def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
         """A launch that reads and writes these tensors, and no others, each time it is called.
 
-        It is bound to their addresses: the caller keeps the inputs alive for as long as it is used.
-
-        It holds its outputs; the inputs must live as long as it is called, for it may have nothing but their addresses.
+        It is bound to their addresses: the caller keeps them alive for as long as it is used.
 
         Raises:
             FusionError: they do not fit the kernel, in dtype, device, shape or strides.
@@ -173,6 +173,14 @@ def target_for(chosen: str, device: torch.device) -> Target:
     if reason is not None:
         raise FusionError(reason)
     return target
+
+
+def is_native(chosen: str, device: torch.device) -> bool:
+    """Whether kernels for a device are machine code, and not interpreted or impossible."""
+    try:
+        return not target_for(chosen, device).interpreted()
+    except FusionError:
+        return False
 
 
 @functools.cache

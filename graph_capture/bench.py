@@ -258,7 +258,8 @@ def _starts(row: Row, setting: Setting) -> None:
             command = [sys.executable, "-m", "graph_capture.bench", row.way, json.dumps(asdict(setting))]
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
             if done.returncode:
-                row.note = row.note or (done.stderr.strip().splitlines() or ["it failed"])[-1]
+                lines = done.stderr.strip().splitlines() or ["it failed"]
+                row.note = row.note or next((line for line in reversed(lines) if "Error" in line), lines[-1])
                 return
             found = json.loads(done.stdout.splitlines()[-1])
             setattr(row, temperature, found["seconds"])

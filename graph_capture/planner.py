@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from graph_capture.errors import FusionError
 from graph_capture.executor import Executor, Step
 from graph_capture.forms import template
 from graph_capture.graph import Arg
-from graph_capture.launches import Launch, Prepares, Rebound, Renewed
+from graph_capture.launches import Bound, Chain, Operand, Prepares
 from graph_capture.log import log
 from graph_capture.ops import EXTERNAL, arg_indices, flatten_outputs, op
 from graph_capture.survey import Form, Survey, Value
@@ -32,6 +33,17 @@ class _Ref(str):
     """A variable of the plan."""
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel that the plan calls: its region, its operands, and the two together where these are always the same."""
+
+    label: str
+    kernel: Prepares
+    inputs: tuple[_Ref, ...]
+    outputs: tuple[_Ref, ...]
+    fixed: Bound | None
+
+
 class Builder:
     """Writes a plan line by line; what exists beforehand are the globals of its function."""
 
@@ -40,12 +52,12 @@ class Builder:
     ) -> None:
         self._executor, self._survey, self._take = executor, survey, take
         self.namespace: dict[str, Any] = {}
-        self._names = {"flat", "launches", "region", "error", "replay"}
-        self._lines: list[tuple[str, str]] = []  # region, line
+        self._names = {"flat", "region", "replay"}
+        self._lines: list[tuple[str, str] | list[_Launch]] = []  # region and line; or kernels in a row
+        self._pending: list[_Launch] = []  # kernels that the next lines may join
         self._label = ""
         self._temporary: list[str] = []
         self._functions: dict[int, _Ref] = {}
-        self._launches: list[Launch] = []
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
         self.lent: set[int] = set()
@@ -54,7 +66,6 @@ class Builder:
         self.namespace |= {self._refs[slot]: tensor for slot, tensor in fixed.items()}
         self.namespace |= {
             "flat": flatten_outputs,
-            "launches": self._launches,
             "region": torch.profiler.record_function,
         }
         self._holders: dict[str, int] = {}  # local variable -> how many living slots are in it
@@ -81,6 +92,7 @@ class Builder:
         for index, (step, form) in enumerate(zip(executor.steps, survey.forms, strict=True)):
             self._label = step.label
             self._step(index, step, form)
+        self._flush()
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
         self._results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]
         if planned:
@@ -90,13 +102,29 @@ class Builder:
         """The function as Python."""
         lines = [f"def replay({', '.join(self._brought)}):"]
         label = ""
-        for region, line in self._lines:
-            if traced and region and region != label:
-                lines.append(f"    with region({region!r}):")
-            label = region
-            indent = "        " if traced and region else "    "
-            lines += [indent + part for part in line.split("\n")]
+        for entry in self._lines:
+            if isinstance(entry, list):
+                parts = [(kernel.label, self._chained([kernel])) for kernel in entry] if traced else []
+                found = parts or [("", self._chained(entry))]
+            else:
+                found = [entry]
+            for region, line in found:
+                if traced and region and region != label:
+                    lines.append(f"    with region({region!r}):")
+                label = region
+                lines.append(("        " if traced and region else "    ") + line)
         return "\n".join([*lines, f"    return [{', '.join(self._results)}]\n"])
+
+    def _chained(self, kernels: Sequence[_Launch]) -> str:
+        """The call of kernels in a row."""
+        refs = (ref for kernel in kernels if kernel.fixed is None for ref in (*kernel.inputs, *kernel.outputs))
+        brought = {ref: number for number, ref in enumerate(dict.fromkeys(r for r in refs if r not in self.namespace))}
+
+        def operands(refs: Sequence[_Ref]) -> list[Operand]:
+            return [brought[ref] if ref in brought else self.namespace[ref] for ref in refs]
+
+        bound = [k.fixed or Bound(k.kernel, operands(k.inputs), operands(k.outputs)) for k in kernels]
+        return f"{self._static('kernels', Chain(bound))}({', '.join(brought)})"
 
     def compiled(self, source: str) -> Callable[..., list[torch.Tensor]]:
         """The function of this source."""
@@ -184,7 +212,9 @@ class Builder:
         for slot, same in zip(step.fills, form.same, strict=True):
             value = self._value(slot)
             group = self._survey.groups[value.group]
-            if same is None and (group.root != slot or value.group in self._escaping or not group.plain):
+            if same is not None:
+                continue
+            if group.root != slot or not group.plain or (value.group in self._escaping and not step.call.movable):
                 return False
         return True
 
@@ -224,8 +254,13 @@ class Builder:
                 self._holders[holder] -= 1
                 if not self._holders[holder] and holder not in self._brought:
                     self._temporary.append(holder)
+        if not self._pending:
+            self._delete()
+
+    def _delete(self) -> None:
+        """Drop the variables that nothing needs any more."""
         if self._temporary:
-            self._line(f"del {', '.join(self._temporary)}")
+            self._aside(f"del {', '.join(self._temporary)}")
             self._temporary.clear()
 
     def _resolved(self, step: Step, form: Form, given: Sequence[_Ref]) -> bool:
@@ -253,29 +288,33 @@ class Builder:
         outs: list[_Ref] = []
         for slot, same in zip(step.fills, form.same, strict=True):
             buffer = self._buffers.get(self._value(slot).group)
-            if same is None:
-                assert buffer is not None
+            if same is not None:
+                outs.append(given[same])
+            elif buffer is not None:
                 outs.append(self._static(self._executor.names[slot], buffer))
             else:
-                outs.append(given[same])
-        try:
-            if all(name in self.namespace for name in (*given, *outs)):
-                number = len(self._launches)
-                known = [[self.namespace[name] for name in names] for names in (given, outs)]
-                self._launches.append(kernel.prepare(*known))
-                renew = self._static("renew", Renewed(kernel, *known, self._launches, number))
-                self._line(f"try:\n    launches[{number}]()\nexcept Exception as error:\n    {renew}(error)")
-            else:
-                rebound = self._static("launch", Rebound(kernel))
-                self._line(f"{rebound}(({''.join(f'{n}, ' for n in given)}), ({''.join(f'{n}, ' for n in outs)}))")
-        except FusionError as error:
-            log.debug("%s is not bound to addresses: %s", step.label, error)
-            for out in outs:
-                if out not in given:
-                    del self.namespace[out]
-            return False
+                outs.append(self._allocated(slot))
+        fixed = None
+        if all(name in self.namespace for name in (*given, *outs)):
+            try:
+                fixed = Bound(kernel, [self.namespace[n] for n in given], [self.namespace[n] for n in outs])
+            except FusionError as error:
+                log.debug("%s is not bound to addresses: %s", step.label, error)
+                for out in outs:
+                    if out not in given:
+                        del self.namespace[out]
+                return False
         self._refs.update(zip(step.fills, outs, strict=True))
+        self._pending.append(_Launch(self._label, kernel, tuple(given), tuple(outs), fixed))
         return True
+
+    def _allocated(self, slot: int) -> _Ref:
+        """Memory of its own for a value, at each replay."""
+        value, name = self._value(slot), self._name(self._executor.names[slot])
+        layout = f"{value.shape}, {value.stride}, dtype={self._constant(value.dtype)}"
+        function = self._function(torch.empty_strided, "empty_strided")
+        self._aside(f"{name} = {function}({layout}, device={self._constant(value.device)})")
+        return name
 
     def _called(self, step: Step, form: Form, given: Sequence[_Ref]) -> None:
         """A call that makes its own results, if any."""
@@ -301,7 +340,7 @@ class Builder:
             out = self._refs[step.fills[0]] = self._static(self._executor.names[step.fills[0]], self._buffers[group])
             self._line(f"{self._function(torch.Tensor.copy_, 'copy_')}({out}, {text})")
         elif form.result == "tensor":
-            self._line(f"{targets[0]} = {text}")
+            (self._aside if form.is_view else self._line)(f"{targets[0]} = {text}")
         else:
             self._line(f"{', '.join(targets)}, = {text if form.result == 'flat' else f'flat({text})'}")
 
@@ -313,7 +352,7 @@ class Builder:
             return self._static(f"{of}_view", function(self.namespace[of], *arguments))
         name = self._name(f"{of}_view")
         text = ", ".join([of, *map(self._constant, arguments)])
-        self._line(f"{name} = {self._function(function, '')}({text})")
+        self._aside(f"{name} = {self._function(function, '')}({text})")
         self._temporary.append(name)
         return name
 
@@ -326,7 +365,19 @@ class Builder:
     # --- text
 
     def _line(self, text: str) -> None:
+        self._flush()
         self._lines.append((self._label, text))
+
+    def _aside(self, text: str) -> None:
+        """A line that computes nothing, and may come before kernels that are pending."""
+        self._lines.append((self._label, text))
+
+    def _flush(self) -> None:
+        """End a row of kernels."""
+        if self._pending:
+            self._lines.append(self._pending)
+            self._pending = []
+            self._delete()
 
     def _name(self, wish: str) -> _Ref:
         base = re.sub(r"\W", "_", wish) or "value"

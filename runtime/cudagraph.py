@@ -64,8 +64,14 @@ class Cuda:
 
     def capture(self, body: Body) -> tuple[list[torch.Tensor], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = body()
+        # A workspace that cuBLAS had before lies outside the pool and may be freed while the graph lives: torch.compile
+        # frees all of them. So does this, that the graph's own lies in the pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = body()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return results, graph.replay
 
     def allocated(self) -> int:

@@ -260,7 +260,9 @@ class FusionHeuristics:
 def as_it_will_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
     """A call of `kernel` on `tensors` as a plan makes it: into outputs that are there already, where it can."""
     if isinstance(kernel, CompiledKernel):
-        return kernel.prepare(tensors, kernel.spec.allocate(tensors))
+        outputs = kernel.spec.allocate(tensors)
+        launch = kernel.prepare(tensors, outputs)
+        return lambda held=outputs: launch()  # it has but their addresses
     return functools.partial(kernel.bind(tensors, share=False), tensors)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
 
 
 def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Median seconds a call of each, measured in turns after a warm-up.
+    """Seconds a call of each: the least of several samples taken in turns, for what disturbs one only adds to it.
 
     On CUDA both run inside replayed CUDA graphs, where both can be captured. A side that is slow on its own (a kernel
     in Triton's interpreter) is called only a few times.
@@ -36,7 +35,7 @@ def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch
     rounds = 0 if cost > PATIENCE else max(FEWEST, min(REPEATS, int(LIMIT / cost)))
     samples = [[side.sample() for side in sides] for _ in range(rounds)] or [[side.once for side in sides]]
     fallbacks, fuseds = zip(*samples, strict=True)
-    return statistics.median(fallbacks), statistics.median(fuseds)
+    return min(fallbacks), min(fuseds)
 
 
 class _Side:
@@ -53,7 +52,8 @@ class _Side:
         self.calls = 1
         first = self.sample()
         compiles = device.type == "cuda"  # at the first call; only an interpreted kernel is slow for good
-        self.once = max(first if first > PATIENCE and not compiles else self.sample(), 1e-7)
+        slow = first > PATIENCE and not compiles
+        self.once = max(first if slow else min(first, self.sample()), 1e-7)
         self._runs = self.calls = max(1, min(1000, int(SAMPLE / self.once)))
 
     def replays(self, graph: torch.cuda.CUDAGraph) -> None:

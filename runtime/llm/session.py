@@ -28,6 +28,20 @@ def bucket(length: int) -> int:
     return between if length <= between and size > SHORTEST else size
 
 
+class Pending:
+    """A small tensor on its way to the host: what is launched after it is not waited for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def tolist(self) -> list[int]:
+        """Its values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
 @dataclass
 class Phase:
     """One captured step.
@@ -118,8 +132,13 @@ class Session:
         self._padded = any(len(row) < longest for row in rows)
         if self._padded:
             self._offset.copy_(torch.tensor([longest - len(row) for row in rows]))
-        self.slots.position.fill_(kept)
+        self.truncate(kept)
         new = longest - kept
+        if kept and new == 1:
+            self.tokens.fill_(rows[0][-1])
+            result = self.decode(kind)
+            self.held = list(rows[0])
+            return result
         size = bucket(new)
         if kept + size > self.capacity:
             size = new
