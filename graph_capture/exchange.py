@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graph_capture import InferEngine
-from graph_capture.chat import Progress
+from graph_capture.chat import Progress, hide_progress_bars
 from graph_capture.tiny import FOLDER
 
 # Some of what it was taught (`tiny.text`), with the one right answer.
@@ -46,9 +46,7 @@ class Exchange:
 
 def run(console: Console) -> Exchange:
     """Ask, and time one answer without and with fusion."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    hide_progress_bars()
     found = Exchange()
     progress = Progress(console)
     engine = InferEngine(FOLDER, progress=progress)
