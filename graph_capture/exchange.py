@@ -65,10 +65,10 @@ def run(console: Console) -> Exchange:
     for number in range(ROUNDS + 1):
         for fusion in rates:
             engine.enable_fusion = fusion
-            answer = engine.chat([{"role": "user", "content": TIMED}])
-            tokens[fusion] = answer.tokens
+            timed = engine.chat([{"role": "user", "content": TIMED}])
+            tokens[fusion] = timed.tokens
             if number:  # the first round captures
-                rates[fusion].append(answer.tokens_per_second)
+                rates[fusion].append(timed.tokens_per_second)
     progress.done()
     found.same = tokens[False] == tokens[True]
     found.tokens_per_second = {("on" if fusion else "off"): statistics.median(r) for fusion, r in rates.items()}
