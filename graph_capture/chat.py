@@ -162,6 +162,8 @@ class Chat:
             except CaptureError as error:
                 self.messages.pop()
                 self.progress.done()
+                if said:
+                    self.out.print()
                 self.fail(error)
                 return
             finally:
@@ -235,6 +237,14 @@ def show_error(console: Console, error: CaptureError) -> None:
     console.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
 
 
+def hide_progress_bars() -> None:
+    """Those of transformers: we show our own."""
+    with suppress(ImportError):  # loading says so
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def _switch(on: bool) -> str:
     return "on" if on else "off"
 
@@ -290,9 +300,7 @@ def run(
     Raises:
         CaptureError: see `InferEngine`.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # we show our own
+    hide_progress_bars()
     out, notes = Console(), Console(stderr=True)
     progress = Progress(notes)
     try:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from graph_capture import InferEngine
-from graph_capture.chat import Progress
+from graph_capture.chat import Progress, hide_progress_bars
 from graph_capture.tiny import FOLDER
 
 # Some of what it was taught (`tiny.text`), with the one right answer.
@@ -46,9 +47,7 @@ class Exchange:
 
 def run(console: Console) -> Exchange:
     """Ask, and time one answer without and with fusion."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    hide_progress_bars()
     found = Exchange()
     progress = Progress(console)
     engine = InferEngine(FOLDER, progress=progress)
@@ -61,7 +60,7 @@ def run(console: Console) -> Exchange:
         messages.append({"role": "assistant", "content": answer})
         found.answers.append({"question": question, "answer": answer, "right": answer == right})
         mark = "" if answer == right else f"   [bold red]OFF: not {right!r}[/bold red]"
-        console.print(f"  [bold]{question}[/bold]  {answer}{mark}", highlight=False)
+        console.print(f"  [bold]{question}[/bold]  {escape(answer)}{mark}", highlight=False)
     rates: dict[bool, list[float]] = {False: [], True: []}
     tokens = {}
     for number in range(ROUNDS + 1):
@@ -77,7 +76,7 @@ def run(console: Console) -> Exchange:
     off, on = found.tokens_per_second["off"], found.tokens_per_second["on"]
     table = Table("fusion", "tokens/s", "against off", title=f"{len(tokens[True])} tokens, one by one")
     table.add_row("off", f"{off:.0f}", "")
-    table.add_row("on", f"{on:.0f}", f"{on / off:.2f} x")
+    table.add_row("on", f"{on:.0f}", f"{on / off:.2f} x" if off else "")
     console.print(table)
     if not found.same:
         console.print("[bold red]Fusion changed an answer.[/bold red]")
