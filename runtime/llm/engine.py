@@ -15,7 +15,7 @@ from graph_capture.runtime.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.llm.agreement import Agreement, agreement
 from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request
-from graph_capture.runtime.llm.session import Pending, Progress, Session
+from graph_capture.runtime.llm.session import Pending, Progress, Session, bucket
 from graph_capture.runtime.llm.text import Detokenizer
 from graph_capture.runtime.scheduler import FusionScheduler
 
@@ -188,6 +188,21 @@ class InferEnginePython:
     def encode_messages(self, messages: Messages) -> list[int]:
         """The tokens of a conversation, up to where the answer begins; see `Prompts.templated`."""
         return self.prompts.templated(messages)
+
+    def warm_up(self, lengths: Sequence[int] = (1,), batch: int = 1, **options: Any) -> None:
+        """Capture before the first prompt comes.
+
+        Args:
+            lengths: of prompts, in tokens; each stands for its bucket.
+            batch: sequences at once.
+            options: how answers will be chosen, as in `stream`.
+        """
+        for length in sorted({bucket(length) for length in lengths}):
+            rows = [[0] * max(1, min(length, self.capacity - 4))] * batch
+            for _ in range(3):  # recorded, watched, captured
+                if batch in self._sessions:
+                    self._sessions[batch].truncate(0)
+                self.generate(rows, **{**options, "max_new_tokens": 4})
 
     def explain(self) -> str:
         """What became of every captured step: the receipts, and what runs as it is and why."""
