@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from graph_capture.codegen import c_attention, c_matvec, c_rotary, c_rows
 from graph_capture.codegen import c_host as host
-from graph_capture.codegen import c_matvec, c_rotary, c_rows
+from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.c_host import Launch, Layout, chain
 from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
@@ -37,8 +38,14 @@ class Printer(Protocol):
         ...
 
 
-PRINTERS: dict[type, Any] = {KernelSpec: c_rows, RotarySpec: c_rotary, MatvecSpec: c_matvec}
+PRINTERS: dict[type, Any] = {
+    KernelSpec: c_rows,
+    RotarySpec: c_rotary,
+    MatvecSpec: c_matvec,
+    AttentionSpec: c_attention,
+}
 name = "c"
+movable = True
 
 
 def interpreted() -> bool:
@@ -91,10 +98,7 @@ def build(
         found = layouts.get(key)
         if found is None:
             found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
-        launches = [host.launch(getattr(library, symbol + layout.part), tensors, layout) for layout in found]
-        made = launches[0] if len(launches) == 1 else chain(launches)
-        made.held = (*made.held, *tensors[len(spec.inputs) :])
-        return made
+        return host.launch([getattr(library, symbol + layout.part) for layout in found], tensors, found)
 
     return bind
 

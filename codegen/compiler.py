@@ -30,9 +30,11 @@ Launch = Callable[[], Any]
 
 
 class Target(Protocol):
-    """What makes specs run somewhere: a module with these names."""
+    """What makes specs run somewhere: a module with these names; `movable` is whether its launches are (see
+    `graph_capture.launches.Movable`)."""
 
     name: str
+    movable: bool
 
     def interpreted(self) -> bool:
         """Whether kernels give right numbers but no speed."""
@@ -114,9 +116,7 @@ class CompiledKernel:
     def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launch:
         """A launch that reads and writes these tensors, and no others, each time it is called.
 
-        It is bound to their addresses: the caller keeps the inputs alive for as long as it is used.
-
-        It holds its outputs; the inputs must live as long as it is called, for it may have nothing but their addresses.
+        It is bound to their addresses: the caller keeps them alive for as long as it is used.
 
         Raises:
             FusionError: they do not fit the kernel, in dtype, device, shape or strides.
@@ -199,6 +199,14 @@ def target_for(chosen: str, device: torch.device) -> Target:
     return target
 
 
+def is_native(chosen: str, device: torch.device) -> bool:
+    """Whether kernels for a device are machine code, and not interpreted or impossible."""
+    try:
+        return not target_for(chosen, device).interpreted()
+    except FusionError:
+        return False
+
+
 @functools.cache
 def _log_once(message: str) -> None:
     log.warning("%s", message)
@@ -248,14 +256,15 @@ class KernelCompiler:
 
         The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
         in place what is not contiguous: halves of a merged projection, transposed heads. Without a `device` it is made
-        for CUDA where there is CUDA, for the CPU elsewhere.
+        for CUDA where there is CUDA and the target is not C, for the CPU elsewhere.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
         strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cuda = self.target != "c" and torch.cuda.is_available()
+        place = torch.device(device or ("cuda" if cuda else "cpu"))
         layouts = zip(shapes, strides, dtypes, strict=True)
         metas = tuple(TensorMeta(shape, tuple(stride), dtype, place) for shape, stride, dtype in layouts)
         with self._lock:

@@ -43,6 +43,7 @@ PRINTERS: dict[type, Any] = {
     AttentionSpec: ninetoothed_attention,
 }
 name = "ninetoothed"
+movable = False
 
 
 def interpreted() -> bool:

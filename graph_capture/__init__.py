@@ -27,6 +27,7 @@ from graph_capture.runtime import (
     fuse,
     load,
 )
+from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate
 
 configure()
 
@@ -43,6 +44,8 @@ __all__ = [
     "FusionError",
     "FusionHeuristics",
     "FusionScheduler",
+    "InferEngine",
+    "InferEnginePython",
     "KernelCompiler",
     "OpNode",
     "RecordedGraph",
@@ -50,6 +53,7 @@ __all__ = [
     "SubGraph",
     "TensorMeta",
     "UnrecordedWriteError",
+    "accelerate",
     "capture",
     "check_subgraph",
     "convert_recorded_graph_to_subgraph",

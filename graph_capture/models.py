@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from graph_capture.errors import CaptureError
 
@@ -31,6 +32,17 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
             "vocab_size": 1024,
+        },
+    ),
+    "llama-100m": (
+        "Llama",
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "vocab_size": 16384,
         },
     ),
     "llama-3.2-1b": (
@@ -137,6 +149,44 @@ def build_model(config: Any, *, dtype: torch.dtype, device: str, seed: int = 0) 
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     except ValueError as error:
         raise CaptureError(str(error)) from error
+
+
+def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A causal language model with its weights, in evaluation mode: from a folder of safetensors, or from the hub; with
+    random weights where the name is one of `CONFIGURATIONS`.
+
+    Args:
+        dtype: of the weights (default: as they are stored; float32 for random ones).
+
+    Raises:
+        CaptureError: there is no such model, its files are damaged, transformers does not know its architecture, it
+            does not fit into memory, or transformers is not installed.
+    """
+    transformers = _transformers()
+    config = load_config(name)
+    try:
+        if name in CONFIGURATIONS and not Path(name).exists():
+            return build_model(config, dtype=dtype or torch.float32, device=device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        )
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise CaptureError(f"{name} does not fit into the memory of {device}: {error}") from error
+    except CaptureError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CaptureError(f"{name} cannot be loaded: {error}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model; None where there is none."""
+    if name in CONFIGURATIONS and not Path(name).exists():
+        return None
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
 
 
 def _transformers() -> Any:

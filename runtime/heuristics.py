@@ -13,7 +13,7 @@ from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
-from graph_capture.runtime.measure import medians
+from graph_capture.runtime.measure import least
 from graph_capture.runtime.store import DecisionStore, Times
 from graph_capture.runtime.verify import apart
 
@@ -211,6 +211,7 @@ class FusionHeuristics:
             FusionError: there is no kernel.
         """
         config = self.config
+        kernel: Kernel
         if config.profile != "measure":
             kernel = library or self.kernel(graph, metas)
             if config.profile == "always":
@@ -226,11 +227,11 @@ class FusionHeuristics:
             if known:
                 return known, self.kernel(graph, metas).with_choice(known.choice)
             return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas).with_choice(known.choice)))
-        kernel: Kernel = library or self.kernel(graph, metas)
+        kernel = library or self.kernel(graph, metas)
         try:
             counters = _counters(graph, tensors)
             kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
-            t_fallback, *measured = medians([_reset(call, counters) for call in (fallback, *calls)], device)
+            t_fallback, *measured = least([_reset(call, counters) for call in (fallback, *calls)], device)
             best = measured.index(min(measured))
             kernel = kernels[best]
             times = Times(t_fallback, measured[best], kernel.interpreted, best)
@@ -271,7 +272,13 @@ def ways_to_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> list[tuple[K
     if not isinstance(kernel, CompiledKernel):
         return [(kernel, functools.partial(kernel.bind(tensors, share=False), tensors))]
     outputs = kernel.spec.allocate(tensors)
-    return [(each, each.prepare(tensors, outputs)) for each in kernel.candidates((*tensors, *outputs))]
+    launches = [(each, each.prepare(tensors, outputs)) for each in kernel.candidates((*tensors, *outputs))]
+    return [(each, functools.partial(_launch, launch, outputs)) for each, launch in launches]
+
+
+def _launch(launch: Callable[[], Any], held: Sequence[torch.Tensor]) -> None:
+    """Launch into `held`, of which the launch itself has but addresses."""
+    launch()
 
 
 def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:

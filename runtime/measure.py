@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,13 +19,13 @@ PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
 
 
 def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Median seconds a call of each; see `medians`."""
-    first, second = medians((fallback, fused), device)
+    """Seconds a call of each; see `least`."""
+    first, second = least((fallback, fused), device)
     return first, second
 
 
-def medians(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds a call of each, measured in turns after a warm-up.
+def least(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Seconds a call of each: the least of several samples taken in turns, for what disturbs one only adds to it.
 
     On CUDA they run inside replayed CUDA graphs, where all can be captured. One that is slow on its own (a kernel
     in Triton's interpreter) is called only a few times.
@@ -41,7 +40,7 @@ def medians(functions: Sequence[Callable[[], Any]], device: torch.device) -> lis
     cost = sum(side.once * side.calls for side in sides)
     rounds = 0 if cost > PATIENCE else max(FEWEST, min(REPEATS, int(LIMIT / cost)))
     samples = [[side.sample() for side in sides] for _ in range(rounds)] or [[side.once for side in sides]]
-    return [statistics.median(of_one) for of_one in zip(*samples, strict=True)]
+    return [min(of_one) for of_one in zip(*samples, strict=True)]
 
 
 class _Side:
@@ -58,7 +57,8 @@ class _Side:
         self.calls = 1
         first = self.sample()
         compiles = device.type == "cuda"  # at the first call; only an interpreted kernel is slow for good
-        self.once = max(first if first > PATIENCE and not compiles else self.sample(), 1e-7)
+        slow = first > PATIENCE and not compiles
+        self.once = max(first if slow else min(first, self.sample()), 1e-7)
         self._runs = self.calls = max(1, min(1000, int(SAMPLE / self.once)))
 
     def replays(self, graph: torch.cuda.CUDAGraph) -> None:

@@ -3,13 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_capture.codegen import c_attention
 from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = KernelCompiler("ninetoothed")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+COMPILERS = {
+    target: KernelCompiler(target) for target in (["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
+}
+COMPILER = COMPILERS["ninetoothed"]
+
+
+@pytest.fixture(autouse=True, params=COMPILERS)
+def target(request, monkeypatch):
+    """Every test for both targets."""
+    monkeypatch.setitem(globals(), "COMPILER", COMPILERS[request.param])
+    return request.param
 
 
 def graph_of(inputs, **options):
@@ -96,6 +107,23 @@ def test_transposed_heads_and_no_heads():
     apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
     check(*apart, enable_gqa=True)
     check(*(noise(2, n, 16, seed=n) for n in (3, 70)), noise(2, 70, 16, seed=9), noise(2, 3, 70, seed=3) > 0)
+
+
+@pytest.mark.parametrize("valid", [0, 70, 2100])
+def test_a_long_cache_in_splits(valid, target):
+    inputs = heads(2100, torch.bfloat16, batch=1)
+    kernel, _ = check(*inputs, (torch.arange(2100, device=DEVICE) < valid)[None, None, None], enable_gqa=True)
+    if target == "c":
+        assert c_attention.splits(kernel.spec) == 2
+
+
+def test_infinities_and_nans_pass_in_their_rows(target):
+    query, key, value = heads(70, batch=1, query=2, width=16)
+    query[0, 0, 0, 3], key[0, 1, 5, 2], value[0, 1, 8, 4] = float("nan"), float("inf"), -float("inf")
+    want = F.scaled_dot_product_attention(query, key, value)
+    (ours,) = compiled(graph_of((query, key, value)), (query, key, value))(query, key, value)
+    assert want.isnan().any()
+    torch.testing.assert_close(ours, want, equal_nan=True)
 
 
 REFUSED = {

@@ -1,0 +1,7 @@
+"""Language models: sessions of captured prefill and decode steps, and the engine that answers prompts with them."""
+
+from graph_capture.runtime.llm.accelerate import accelerate
+from graph_capture.runtime.llm.engine import Completion, InferEngine, InferEnginePython
+from graph_capture.runtime.llm.sampling import Sampling
+
+__all__ = ["Completion", "InferEngine", "InferEnginePython", "Sampling", "accelerate"]
