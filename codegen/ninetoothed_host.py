@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -272,7 +273,7 @@ def _alike(number: int) -> int:
 
 def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
     """Compile what is not in `cache` in other processes, and keep it there."""
-    missing = [job for job in dict.fromkeys(jobs) if not _is_stored(job, cache)]
+    missing = [job for job in dict.fromkeys(jobs) if _stored(job, cache) is None]
     missing.sort(key=lambda job: len(job.operands), reverse=True)  # the longest first, so that all end together
     target = sys.modules["triton"].runtime.driver.active.get_current_target() if missing else None
     if target is None or target.backend != "cuda":
@@ -293,18 +294,34 @@ def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
         store_source(job.program, job.kernel_name, cache, answer["source"])
         files = {suffix: base64.b64decode(data) for suffix, data in answer["files"].items()}
         store_kernel(answer["source"], answer["digest"], cache, files)
+    _make_launchers([kernel for job in missing if (kernel := _stored(job, cache)) is not None])
 
 
-def _is_stored(job: Job, cache: DiskCache) -> bool:
-    """Whether a launch will find its kernel; it has been loaded then."""
+def _stored(job: Job, cache: DiskCache) -> Any:
+    """Triton's kernel that a launch will find, loaded; None where it will have to be compiled."""
     if stored_source(job.program, job.kernel_name, cache) is None:
-        return False
+        return None
     built = build(job.program, job.kernel_name, cache)
     _only.stored = True
     try:
-        import_triton().compile_launch(built.launch, job.kernel_name, job.operands)
+        return import_triton().compile_launch(built.launch, job.kernel_name, job.operands)
     except _NotStoredError:
-        return False
+        return None
     finally:
         _only.stored = False
-    return True
+
+
+def _make_launchers(kernels: Sequence[Any]) -> None:
+    """Have Triton make its launchers side by side, before the first launches do it one by one: it calls the C compiler
+    for each signature, and keeps the results in its own cache."""
+    make = getattr(sys.modules["triton"].runtime.driver.active, "launcher_cls", None)
+    if make is None:  # no CUDA: nothing will be launched
+        return
+    distinct = {repr((kernel.src.signature, kernel.src.constants)): kernel for kernel in kernels}
+
+    def one(kernel: Any) -> None:
+        with contextlib.suppress(Exception):  # the launch says what is wrong
+            make(kernel.src, kernel.metadata)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(one, distinct.values()))
