@@ -8,7 +8,16 @@ from graph_capture.runtime.verify import distance
 from torch import nn
 from transformers import StaticCache
 
-from graph_capture import CompiledKernel, FusionConfig, InferEngine, UnrecordedWriteError, capture, fuse, record
+from graph_capture import (
+    CompiledKernel,
+    FusionConfig,
+    InferEngine,
+    UnrecordedWriteError,
+    accelerate,
+    capture,
+    fuse,
+    record,
+)
 from tests import llm
 from tests.models import forward, recorded, tiny_llama, token_ids
 
@@ -87,6 +96,19 @@ def test_the_engine_says_what_the_model_says(rows):
     assert all(phase.fused.cuda_graphs for phase in engine.session(len(rows)).phases.values() if phase.replays > 2)
     sampled = [engine.generate(rows, max_new_tokens=20, temperature=1.0, top_p=0.9, seed=1) for _ in range(2)]
     assert [c.tokens for c in sampled[0]] == [c.tokens for c in sampled[1]]
+
+
+def test_generate_over_captured_steps():
+    model = llm.endless("llama").cuda()
+    ids, mask = (tensor.cuda() for tensor in llm.padded([[5, 9, 4], [7, 3, 8, 6, 4, 4, 5]]))
+    options = {"inputs": ids, "attention_mask": mask, "max_new_tokens": 20}
+    for more in ({}, {"num_beams": 2}, {"repetition_penalty": 1.3}):
+        want = model.generate(**options, **more)
+        accelerate(model, ALWAYS, max_length=64)
+        for _ in range(3):
+            assert torch.equal(model.generate(**options, **more), want)
+        assert model.accelerated.declined is None
+        model.accelerated.undo()
 
 
 def test_graphs_outlive_the_workspaces_that_torch_compile_frees():
