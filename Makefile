@@ -37,7 +37,7 @@ test-latest:
 
 # The generated C under the address and undefined-behaviour sanitizers. Leaks are Python's own; torch is not instrumented.
 # Instrumented sums are not vectorised and add in order, which is less accurate: two bars of accuracy do not hold for them.
-SANITIZED := tests/codegen/test_c_target.py tests/codegen/test_kernels.py tests/codegen/test_rotary.py tests/codegen/test_matvec.py
+SANITIZED := tests/codegen/test_c_target.py tests/codegen/test_kernels.py tests/codegen/test_rotary.py tests/codegen/test_matvec.py tests/codegen/test_attention.py
 sanitize: $(STAMP)
 	@CC=gcc GRAPH_CAPTURE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -182,6 +182,7 @@ class Layout:
         grain: the fewest units that are worth a thread.
         operands: for each address, the tensor of the call and an offset in bytes.
         part: what the function's name ends in, where a kernel has several.
+        scratch: float32 elements that the launches share, which come after the call's tensors.
     """
 
     numbers: tuple[int, ...]
@@ -189,6 +190,7 @@ class Layout:
     grain: int
     operands: tuple[tuple[int, int], ...]
     part: str = ""
+    scratch: int = 0
 
 
 class Launch(functools.partial[None]):
@@ -196,27 +198,48 @@ class Launch(functools.partial[None]):
 
     Attributes:
         works: what it runs, in order.
-        held: what must live as long: the memory of its arguments, and its outputs.
+        held: what must live as long: the memory of its arguments, not that of the tensors.
+        places: for each tensor, the arrays of addresses that it is in: array, index, offset in bytes.
     """
 
     works: tuple[_Work, ...]
     held: tuple[Any, ...]
+    places: dict[int, list[tuple[Any, int, int]]]
+
+    def move(self, tensor: int, address: int) -> None:
+        """From now on the tensor of this number lies there."""
+        for array, index, offset in self.places.get(tensor, ()):
+            array[index] = address + offset
+
+    def join(self, others: Sequence[Launch]) -> Launch:
+        """This launch and then the others, in one foreign call, which follows when they are moved."""
+        return chain([self, *others])
 
 
-def launch(function: Any, tensors: Sequence[torch.Tensor], layout: Layout) -> Launch:
-    """A launch of a kernel's function on the memory of these tensors, which the caller keeps alive."""
-    addresses = [tensors[index].data_ptr() + offset for index, offset in layout.operands]
-    operands = (ctypes.c_void_p * len(addresses))(*addresses)
-    numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
-    work = _Work(
-        ctypes.cast(function, ctypes.c_void_p),
-        ctypes.addressof(operands),
-        ctypes.addressof(numbers),
-        layout.units,
-        layout.grain,
-    )
-    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
-    made.works, made.held = (work,), (operands, numbers, function)
+def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> Launch:
+    """A launch of a kernel's functions on the memory of these tensors, which the caller keeps alive."""
+    shared = torch.empty(sum(layout.scratch for layout in layouts))
+    base = [tensor.data_ptr() for tensor in (*tensors, shared)]
+    parts, places = [], dict[int, list[tuple[Any, int, int]]]()
+    for function, layout in zip(functions, layouts, strict=True):
+        operands = (ctypes.c_void_p * len(layout.operands))(
+            *[base[index] + offset for index, offset in layout.operands]
+        )
+        numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
+        for place, (index, offset) in enumerate(layout.operands):
+            places.setdefault(index, []).append((operands, place, offset))
+        work = _Work(
+            ctypes.cast(function, ctypes.c_void_p),
+            ctypes.addressof(operands),
+            ctypes.addressof(numbers),
+            layout.units,
+            layout.grain,
+        )
+        made = Launch(toolchain().runtime.run, ctypes.addressof(work))
+        made.works, made.held = (work,), (operands, numbers, function, shared)
+        parts.append(made)
+    made = parts[0] if len(parts) == 1 else chain(parts)
+    made.places = places
     return made
 
 
@@ -226,5 +249,5 @@ def chain(launches: Sequence[Launch]) -> Launch:
     addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
     listed = _Works(ctypes.addressof(addresses), len(works))
     made = Launch(toolchain().runtime.run_chain, ctypes.addressof(listed))
-    made.works, made.held = works, (addresses, listed, *(one.held for one in launches))
+    made.works, made.held, made.places = works, (addresses, listed, *(one.held for one in launches)), {}
     return made

@@ -122,6 +122,8 @@ class _Printer:
 
         body = [f"const lanes x{m} = lanes_float(&x[{m}][k]);" for m in range(spec.rows)]
         last = list(body)
+        # The columns after these: the hardware takes each row of the weight for a new stream.
+        body += [f"__builtin_prefetch(w{r} + {side} * s{index} + k, 0, 2);" for r in range(side)]
         for r in range(side):
             body += ["{", *(f"    {line}" for line in multiplied(r, f"w{r} + k")), "}"]
             last += ["{", f"    memcpy(tail, w{r} + k, (length - k) * sizeof *tail);"]

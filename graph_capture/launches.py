@@ -1,14 +1,16 @@
-"""Kernels bound to addresses, and what becomes of one that fails."""
+"""Kernels bound to addresses, called in a row, and what becomes of one that fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Protocol, runtime_checkable
 
 import torch
 
 Launch = Callable[[], object]
 Tensors = Sequence[torch.Tensor]
+Operand = torch.Tensor | int  # a tensor that is always the same, or the number of an argument that a call brings
 
 
 @runtime_checkable
@@ -25,43 +27,133 @@ class Prepares(Protocol):
     def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:
         """What to launch in its place after `error`, which is raised where there is nothing."""
 
-
-class Renewed:
-    """Replaces a launch that failed, for good."""
-
-    def __init__(
-        self, kernel: Prepares, inputs: Tensors, outputs: Tensors, launches: list[Launch], number: int
-    ) -> None:
-        self._kernel, self._known, self._launches, self._number = kernel, (inputs, outputs), launches, number
-
-    def __call__(self, error: Exception) -> None:
-        launch = self._launches[self._number] = self._kernel.failed(error, *self._known)
-        launch()
+    @property
+    def movable(self) -> bool:
+        """Whether its launches are `Movable`: then binding one to other addresses costs next to nothing."""
 
 
-class Rebound:
-    """Launches of one kernel for the addresses that calls have brought lately."""
+@runtime_checkable
+class Movable(Protocol):
+    """A launch that can be told where tensors lie, and be made one call with others of its kind."""
+
+    def __call__(self) -> object: ...
+
+    def move(self, tensor: int, address: int) -> None:
+        """From now on the tensor of this number (inputs first) lies there."""
+
+    def join(self, others: Sequence[Movable]) -> Launch:
+        """This launch and then the others as one, which follows when they are moved."""
+
+
+class Bound:
+    """A kernel on these tensors, some of which each call brings."""
 
     KEPT = 4  # callers that take turns, each with tensors of its own
 
-    def __init__(self, kernel: Prepares) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Prepares, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> None:
+        self._kernel, self._inputs, self._outputs = kernel, inputs, outputs
+        operands = enumerate((*inputs, *outputs))
+        self.brought = [(number, which) for number, which in operands if isinstance(which, int)]
         self._known: dict[tuple[int, ...], Launch] = {}
-        self._failure: Exception | None = None
+        self._movable: Movable | None = None
+        self.error: Exception | None = None
+        if not self.brought:
+            self.launch((), ())
 
-    def __call__(self, inputs: Tensors, outputs: Tensors) -> None:
-        if self._failure is None:
-            key = tuple([tensor.data_ptr() for tensor in inputs])
-            try:
-                launch = self._known.get(key)
-                if launch is None:
-                    launch = self._kernel.prepare(inputs, outputs)
-                    if len(self._known) == self.KEPT:
-                        del self._known[next(iter(self._known))]
-                    self._known[key] = launch
+    def launch(self, brought: Tensors, addresses: Sequence[int]) -> Launch:
+        """A launch for arguments that lie at these addresses.
+
+        Raises:
+            FusionError: the tensors do not fit the kernel.
+        """
+        if self.error is not None:
+            return self._kernel.failed(self.error, *self._tensors(brought))
+        if self._movable is not None:
+            for number, which in self.brought:
+                self._movable.move(number, addresses[which])
+            return self._movable
+        key = tuple([addresses[which] for _, which in self.brought])
+        launch = self._known.get(key)
+        if launch is None:
+            launch = self._kernel.prepare(*self._tensors(brought))
+            if isinstance(launch, Movable):
+                self._movable = launch
+                return launch
+            if len(self._known) == self.KEPT:
+                del self._known[next(iter(self._known))]
+            self._known[key] = launch
+        return launch
+
+    def _tensors(self, brought: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        inputs, outputs = (
+            [brought[t] if isinstance(t, int) else t for t in ts] for ts in (self._inputs, self._outputs)
+        )
+        return inputs, outputs
+
+
+class Chain:
+    """Kernels, one after the other, in as few calls as possible.
+
+    Calling it takes the tensors that vary, in the order of their numbers.
+    """
+
+    def __init__(self, kernels: Sequence[Bound]) -> None:
+        self._kernels = kernels
+        self._addresses: list[int] | None = None  # that the launches are for
+        self._moves: dict[int, list[tuple[Movable, int]]] | None = None  # who is to be told of an argument's address
+        self._launches: list[Launch] = []
+        self._behind: list[list[Bound]] = []  # the kernels of each launch
+
+    def __call__(self, *brought: torch.Tensor) -> None:
+        addresses = [tensor.data_ptr() for tensor in brought]
+        if addresses != self._addresses:
+            self._bind(brought, addresses)
+        number = 0
+        try:
+            for launch in self._launches:
                 launch()
-                return
+                number += 1
+        except Exception as error:
+            self._go_on(number, error, brought)
+
+    def _bind(self, brought: Tensors, addresses: list[int]) -> None:
+        before = self._addresses
+        if before is not None and self._moves is not None:
+            for which, address in enumerate(addresses):
+                if address != before[which]:
+                    for launch, number in self._moves.get(which, ()):
+                        launch.move(number, address)
+            self._addresses = addresses
+            return
+        launches = []
+        for kernel in self._kernels:
+            try:
+                launches.append(kernel.launch(brought, addresses))
             except Exception as error:
-                self._known.clear()
-                self._failure = error
-        self._kernel.failed(self._failure, inputs, outputs)()
+                if kernel.error is not None:
+                    raise
+                kernel.error = error
+                launches.append(kernel.launch(brought, addresses))
+        self._launches, self._behind, self._moves = [], [], {}
+        pairs = list(zip(launches, self._kernels, strict=True))
+        for joins, group in groupby(pairs, lambda pair: isinstance(pair[0], Movable)):
+            parts, kernels = zip(*group, strict=True)
+            self._launches += [parts[0].join(parts[1:])] if joins and len(parts) > 1 else parts
+            self._behind += [list(kernels)] if joins else [[kernel] for kernel in kernels]
+        for made, kernel in pairs:
+            for number, which in kernel.brought:
+                if not isinstance(made, Movable):
+                    self._moves = None
+                elif self._moves is not None:
+                    self._moves.setdefault(which, []).append((made, number))
+        # What stands for a kernel that failed holds the tensors that it is for.
+        self._addresses = None if any(kernel.error and kernel.brought for kernel in self._kernels) else addresses
+
+    def _go_on(self, number: int, error: Exception, brought: Tensors) -> None:
+        """The rest of a call, from the launch that raised on."""
+        if any(kernel.error is not None for kernel in self._behind[number]):
+            raise error
+        for kernel in self._behind[number]:
+            kernel.error = error
+        self._addresses = None
+        Chain([kernel for kernels in self._behind[number:] for kernel in kernels])(*brought)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from graph_capture.errors import CaptureError
 
@@ -31,6 +32,17 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
             "vocab_size": 1024,
+        },
+    ),
+    "llama-100m": (
+        "Llama",
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "vocab_size": 16384,
         },
     ),
     "llama-3.2-1b": (
@@ -161,9 +173,9 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
         return model.eval().to(device)
     except torch.OutOfMemoryError as error:
         raise CaptureError(f"{name} does not fit into the memory of {device}: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, CaptureError):
-            raise
+    except CaptureError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CaptureError(f"{name} cannot be loaded: {error}") from error
 
 

@@ -7,6 +7,7 @@ computed once, when the replay is bound (see `graph_capture.runtime.library`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from graph_capture.passes.cleanup import Memory
@@ -14,7 +15,7 @@ from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
 
 from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED
+from graph_capture.ops import FUSED, Kind, flatten_outputs, op, prepare
 
 RULE = "parallel_linear"
 
@@ -49,7 +50,26 @@ def merge_linears(graph: SubGraph, weights: Collection[str]) -> tuple[SubGraph, 
     for item in dropped:
         tally.refuse(graph, item.nodes, "would have created a cycle with other regions")
     tally.matched = len(found) - len(dropped)
-    return result, tally.receipt()
+    return _relaid(result), tally.receipt()
+
+
+def _relaid(graph: SubGraph) -> SubGraph:
+    """`graph` with the strides that parts of a merged result, and views of them, have."""
+    changed: dict[str, TensorMeta] = {}
+    for node in graph.nodes:
+        if node.op_type == FUSED + RULE:
+            total = sum(graph.values[name].shape[-1] for name in node.outputs)
+            for name in node.outputs:
+                meta = graph.values[name]
+                whole = torch.empty((*meta.shape[:-1], total), device="meta").stride()
+                if meta.numel != meta.shape[-1]:  # a single row lies as it did
+                    changed[name] = meta._replace(stride=whole)
+        elif op(node.op_type).kind is Kind.VIEW and not changed.keys().isdisjoint(node.inputs):
+            given = [changed.get(name, graph.values[name]) for name in node.inputs]
+            views = prepare(node)([torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in given])
+            for name, view in zip(node.outputs, flatten_outputs(views), strict=True):
+                changed[name] = graph.values[name]._replace(stride=view.stride())
+    return replace(graph, values={**graph.values, **changed}) if changed else graph
 
 
 def _reads(node: OpNode, value: str) -> bool:

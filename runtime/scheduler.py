@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from graph_capture.codegen import interpreted, supports
+from graph_capture.codegen import is_native, supports
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.decode import is_merged
@@ -20,7 +20,7 @@ from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.measure import example_inputs
-from graph_capture.runtime.whole import decide_whole
+from graph_capture.runtime.whole import decide_whole, device_of
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.executor import Executor
@@ -60,7 +60,7 @@ class FusionScheduler:
         if not config.enable_fusion:
             return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
-        if interpreted() and config.profile != "always":
+        if config.profile != "always" and not is_native(config.target, device_of(graph.subgraph)):
             off |= frozenset(DECODE)  # never faster, and seconds to measure at a model's sizes
         passes = Passes(
             supports,
@@ -142,10 +142,23 @@ class _Regions:
                 undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
                 alike = self._decided[key] = decide_region(self.heuristics, undecided, self._library(node))
             tried = off | {kind}
-            parts = None if alike.decision or not self._divides(alike) else self._parts(node, tried)
+            parts = self._parts(node, tried) if self._divides(alike) else None
+            place = len(self.found)
             self.found.append(replace(alike, name=name, node=node, parts=parts, parent=parent))
-            if parts is not None:
-                self._add(parts, name, tried)
+            if parts is None:
+                continue
+            counts = self._counts.copy()
+            self._add(parts, name, tried)
+            if alike.decision:
+                saved = _saved_by_parts(alike, self.found[place + 1 :])
+                if saved is None:
+                    self._counts = counts
+                    self.found[place:] = [replace(self.found[place], parts=None)]
+                else:
+                    reason = f"its parts are {saved:.2f}x faster"
+                    self.found[place] = replace(
+                        self.found[place], decision=replace(alike.decision, use=False, reason=reason)
+                    )
 
     def _library(self, node: OpNode) -> LibraryKernel | None:
         """The region as library calls, where some of these stand for several recorded ops."""
@@ -157,8 +170,12 @@ class _Regions:
         return LibraryKernel(body)
 
     def _divides(self, region: Region) -> bool:
-        """Whether a region that is not used is worth taking apart: what it is made of may be used."""
+        """Whether a region is worth taking apart: what it is made of may be used, or be faster."""
         node = region.node
+        if region.kind == PARALLEL_LINEAR:
+            return not self.passes.off.issuperset(DECODE)
+        if region.decision:
+            return False
         if region.kind in DECODE:
             return len(node.origin) > 1 or is_merged(node.origin[0])
         return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
@@ -177,6 +194,16 @@ class _Regions:
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 
 
+def _saved_by_parts(region: Region, parts: Sequence[Region]) -> float | None:
+    """How many times faster than a region its parts are, where all of it is measured and they are."""
+    times = [part.decision.t_fused for part in parts if part.decision]
+    whole = region.decision.t_fused
+    if whole is None or None in times or sum(len(part.nodes) for part in parts) < len(region.nodes):
+        return None
+    total = sum(time for time in times if time is not None)
+    return whole / total if len(times) == len(parts) and total < whole else None
+
+
 def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
     """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
     node = region.node
@@ -192,6 +219,7 @@ def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph
     """Rewrite `graph` so that fusable regions run as single kernels where that measured faster.
 
     Raises:
-        FusionError: only with ``fallback_on_error=False``: a region's kernel cannot be made.
+        FusionError: the library that `op_library` names cannot be imported; or, with ``fallback_on_error=False``, a
+            region's kernel cannot be made.
     """
     return FusionScheduler(config).analyze(graph)

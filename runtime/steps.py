@@ -93,6 +93,11 @@ class Step:
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
 
+    @property
+    def movable(self) -> bool:
+        """See `graph_capture.launches.Prepares`."""
+        return isinstance(self.region.kernel, CompiledKernel) and self.region.kernel.target.movable
+
     def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
         """See `graph_capture.launches.Prepares`."""
         if self.kernel is None or not isinstance(self.region.kernel, CompiledKernel):

@@ -230,10 +230,22 @@ INLINE wide_lanes lanes_half(const uint16_t *from) {
 INLINE lanes lanes_bfloat16(const uint16_t *from) { return (lanes)(lanes_half(from) << 16); }
 
 INLINE lanes lanes_float16(const uint16_t *from) {
+#if defined(__AVX512F__)
+    typedef short shorts __attribute__((vector_size(32)));
+    shorts halves;
+    memcpy(&halves, from, sizeof halves);
+    return (lanes)__builtin_ia32_vcvtph2ps512_mask(halves, (lanes){0}, (unsigned short)-1, 4);
+#elif defined(__AVX__) && defined(__F16C__)
+    typedef short shorts __attribute__((vector_size(16)));
+    shorts halves;
+    memcpy(&halves, from, sizeof halves);
+    return (lanes)__builtin_ia32_vcvtph2ps256(halves);
+#else
     wide_lanes bits = lanes_half(from);
     lanes magnitude = (lanes)((bits & 0x7fffu) << 13) * 0x1p112f;
     wide_lanes special = (wide_lanes)(magnitude >= 65536.0f) & 0x7f800000u;
     return (lanes)((wide_lanes)magnitude | special | (bits & 0x8000u) << 16);
+#endif
 }
 
 INLINE float lanes_sum(lanes value) {

@@ -3,7 +3,17 @@
  * Threads are those of the OpenMP runtime that torch has loaded: its symbols are found in the process, nothing is
  * linked. Where there is none, everything runs on the calling thread.
  */
+#include <sched.h>
 #include <stdint.h>
+
+#define PIECES 4   /* of a launch for each thread: one that is held up holds up little */
+#define FINER 4    /* within a team, passing work on costs a fraction of what waking a thread costs */
+#define SPINS 4096 /* until a thread that waits lets others run */
+#if defined(__x86_64__)
+#define PAUSE __builtin_ia32_pause()
+#else
+#define PAUSE (void)0
+#endif
 
 typedef void body(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end);
 
@@ -17,13 +27,9 @@ struct launch {
 
 #pragma weak GOMP_parallel
 #pragma weak omp_get_max_threads
-#pragma weak omp_get_num_threads
-#pragma weak omp_get_thread_num
 #pragma weak omp_in_parallel
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 extern int omp_get_max_threads(void);
-extern int omp_get_num_threads(void);
-extern int omp_get_thread_num(void);
 extern int omp_in_parallel(void);
 
 int alone; /* set in a forked child: its parent's threads are not there */
@@ -31,31 +37,83 @@ int alone; /* set in a forked child: its parent's threads are not there */
 /* How many threads a call can use at most. */
 int threads(void) { return !alone && GOMP_parallel && omp_get_max_threads ? omp_get_max_threads() : 1; }
 
-static void share(void *data) {
-    const struct launch *launch = data;
-    int64_t count = omp_get_num_threads(), each = (launch->units + count - 1) / count;
-    int64_t begin = each * omp_get_thread_num(), end = begin + each;
-    if (end > launch->units) end = launch->units;
-    if (begin < end) launch->body(launch->operands, launch->geometry, begin, end);
+/* Launches that one thread runs in a row, or one launch in pieces. A thread that comes late finds all of it taken and goes
+ * on; nobody waits for a thread but for one that has taken a piece. */
+struct phase {
+    int64_t first, last; /* launches */
+    int64_t pieces;
+    int64_t taken, done; /* pieces */
+};
+
+struct team {
+    const struct launch *const *launches;
+    struct phase *phases;
+    int64_t count;
+};
+
+static void run_piece(const struct team *team, const struct phase *phase, int64_t piece) {
+    const struct launch *launch = team->launches[phase->first];
+    if (phase->pieces > 1) {
+        int64_t begin = launch->units * piece / phase->pieces, end = launch->units * (piece + 1) / phase->pieces;
+        launch->body(launch->operands, launch->geometry, begin, end);
+        return;
+    }
+    for (int64_t index = phase->first; index <= phase->last; index++) {
+        launch = team->launches[index];
+        launch->body(launch->operands, launch->geometry, 0, launch->units);
+    }
 }
 
-void run(const struct launch *launch) {
-    if (launch->units >= 2 * launch->grain) {
-        int64_t most = launch->units / launch->grain, count = threads();
-        if (count > most) count = most;
-        if (count > 1 && !omp_in_parallel()) {
-            GOMP_parallel(share, (void *)launch, (unsigned)count, 0);
+static void take_part(void *data) {
+    const struct team *team = data;
+    for (struct phase *phase = team->phases; phase < team->phases + team->count; phase++) {
+        int64_t piece;
+        while ((piece = __atomic_fetch_add(&phase->taken, 1, __ATOMIC_RELAXED)) < phase->pieces) {
+            run_piece(team, phase, piece);
+            __atomic_fetch_add(&phase->done, 1, __ATOMIC_RELEASE);
+        }
+        for (int64_t spins = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->pieces; spins++) {
+            if (spins > SPINS) sched_yield();
+            PAUSE;
+        }
+    }
+}
+
+static void run_all(const struct launch *const *launches, int64_t count) {
+    int64_t most = threads(), shares = 0;
+    if (most > 1 && !omp_in_parallel()) {
+        struct phase phases[count];
+        int64_t phase = 0;
+        for (int64_t index = 0; index < count; index++) {
+            const struct launch *launch = launches[index];
+            int64_t pieces = launch->units * FINER / launch->grain, enough = pieces;
+            if (pieces > PIECES * most) pieces = PIECES * most;
+            if (pieces > launch->units) pieces = launch->units;
+            if (pieces < 2) pieces = 1;
+            if (pieces > 1) shares += enough;
+            if (pieces == 1 && phase && phases[phase - 1].pieces == 1)
+                phases[phase - 1].last = index;
+            else
+                phases[phase++] = (struct phase){index, index, pieces, 0, 0};
+        }
+        shares /= FINER;
+        if (shares > 1) {
+            struct team team = {launches, phases, phase};
+            GOMP_parallel(take_part, &team, (unsigned)(shares < most ? shares : most), 0);
             return;
         }
     }
-    launch->body(launch->operands, launch->geometry, 0, launch->units);
+    for (int64_t index = 0; index < count; index++) {
+        const struct launch *launch = launches[index];
+        launch->body(launch->operands, launch->geometry, 0, launch->units);
+    }
 }
+
+void run(const struct launch *launch) { run_all(&launch, 1); }
 
 struct chain {
     const struct launch *const *launches;
     int64_t count;
 };
 
-void run_chain(const struct chain *chain) {
-    for (int64_t index = 0; index < chain->count; index++) run(chain->launches[index]);
-}
+void run_chain(const struct chain *chain) { run_all(chain->launches, chain->count); }

@@ -15,13 +15,21 @@ class Slots:
 
     Attributes:
         position: how many slots are filled, int64 without dimensions, on the device.
+        where: the slots that the tokens of a step go to, [L] int64; the same for all layers.
         fresh: whether what comes is the beginning: it attends to itself alone, so that attention costs the length of
             the prompt, not the number of slots.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.where = torch.zeros(1, dtype=torch.int64, device=device)
         self.fresh = False
+
+    def begin(self, length: int, fresh: bool) -> None:
+        """Say where the tokens of a step go, and whether they are the beginning."""
+        self.fresh = fresh
+        steps = torch.arange(length, device=self.position.device)
+        self.where = steps if fresh else steps + self.position
 
 
 class SlotLayer(StaticLayer):
@@ -37,12 +45,8 @@ class SlotLayer(StaticLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[-2]
-        where = torch.arange(length, device=key_states.device)
-        if not self.slots.fresh:
-            where = where + self.slots.position
-        self.keys.index_copy_(2, where, key_states)
-        self.values.index_copy_(2, where, value_states)
+        self.keys.index_copy_(2, self.slots.where, key_states)
+        self.values.index_copy_(2, self.slots.where, value_states)
         return (key_states, value_states) if self.slots.fresh else (self.keys, self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -73,7 +73,8 @@ def bandwidth(nbytes: int) -> float:
     with record(rows) as recording:
         recording.output(rows.sum(-1))
     kernel = KernelCompiler("c").compile(recording.graph.subgraph, [rows.dtype], [rows.shape])
-    return rows.nbytes / min(best([kernel.prepare([rows], kernel.spec.allocate([rows])), rows.sum]))
+    outputs = kernel.spec.allocate([rows])
+    return rows.nbytes / min(best([kernel.prepare([rows], outputs), rows.sum]))
 
 
 def main() -> None:

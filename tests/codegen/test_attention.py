@@ -3,16 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import aot
-from graph_capture.codegen import ninetoothed_attention as printer
-from graph_capture.codegen import ninetoothed_host as host
+from graph_capture.codegen import c_attention
 from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = KernelCompiler("ninetoothed")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+COMPILERS = {
+    target: KernelCompiler(target) for target in (["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
+}
+COMPILER = COMPILERS["ninetoothed"]
+
+
+@pytest.fixture(autouse=True, params=COMPILERS)
+def target(request, monkeypatch):
+    """Every test for both targets."""
+    monkeypatch.setitem(globals(), "COMPILER", COMPILERS[request.param])
+    return request.param
 
 
 def graph_of(inputs, **options):
@@ -101,6 +109,23 @@ def test_transposed_heads_and_no_heads():
     check(*(noise(2, n, 16, seed=n) for n in (3, 70)), noise(2, 70, 16, seed=9), noise(2, 3, 70, seed=3) > 0)
 
 
+@pytest.mark.parametrize("valid", [0, 70, 2100])
+def test_a_long_cache_in_splits(valid, target):
+    inputs = heads(2100, torch.bfloat16, batch=1)
+    kernel, _ = check(*inputs, (torch.arange(2100, device=DEVICE) < valid)[None, None, None], enable_gqa=True)
+    if target == "c":
+        assert c_attention.splits(kernel.spec) == 2
+
+
+def test_infinities_and_nans_pass_in_their_rows(target):
+    query, key, value = heads(70, batch=1, query=2, width=16)
+    query[0, 0, 0, 3], key[0, 1, 5, 2], value[0, 1, 8, 4] = float("nan"), float("inf"), -float("inf")
+    want = F.scaled_dot_product_attention(query, key, value)
+    (ours,) = compiled(graph_of((query, key, value)), (query, key, value))(query, key, value)
+    assert want.isnan().any()
+    torch.testing.assert_close(ours, want, equal_nan=True)
+
+
 REFUSED = {
     "is_causal": (heads(16, query=2, rows=2), {"is_causal": True}),
     "9 queries": (heads(16, query=2, rows=9), {}),
@@ -123,10 +148,7 @@ def test_what_is_refused(reason):
 def test_machine_code(architecture):
     inputs = heads(2048, torch.bfloat16, batch=1, query=32, kept=8, width=128)
     mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool, device=DEVICE)
-    spec = compiled(graph_of((*inputs, mask), enable_gqa=True), (*inputs, mask)).spec
-    programs = printer.programs(spec, interpreted=False)
-    built = [host.build(program, f"attention_{number}") for number, program in enumerate(programs)]
-    attend, combine = aot.compile_ahead(built, architecture)
+    attend, combine = compiled(graph_of((*inputs, mask), enable_gqa=True), (*inputs, mask)).compile_for(architecture)
     assert attend.stack == combine.stack == 0
     assert attend.loads[128] == 33  # a block of keys and one of values by 128 threads, and the query
     assert combine.loads[128] > 0

@@ -61,6 +61,30 @@ def test_the_number_of_threads_changes_no_bit(graph, threads):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_a_chain_is_worked_on_by_one_team(threads):
+    """Whatever comes after another launch finds what that one wrote, on any number of threads."""
+    x = noise(300, 1031)
+    graphs = [one("exp"), softmax(), one("sqrt"), one("neg"), softmax()]
+    values = [x, *(torch.empty_like(x) for _ in graphs)]
+    small = [noise(3, 5), *(torch.empty(3, 5) for _ in graphs)]
+    launches = []
+    for number, graph in enumerate(graphs):
+        for tensors in (values, small):
+            launches.append(kernel_of(graph, tensors[number]).prepare([tensors[number]], [tensors[number + 1]]))
+    chained = launches[0].join(launches[1:])
+    want = x
+    for graph in graphs:
+        want = kernel_of(graph, want)(want)[0]
+    for count in (1, 2, 3):
+        threads(count)
+        for _ in range(20):
+            for tensor in (*values[1:], *small[1:]):
+                tensor.fill_(float("nan"))
+            chained()
+            assert torch.equal(values[-1], want)
+            assert not small[-1].isnan().any()
+
+
 def test_threads_are_those_of_torch():
     code = """
 import os, torch
@@ -228,9 +252,9 @@ assert len(compiled) <= 1, compiled  # the runtime, which another cache may hold
 def test_kernels_are_prepared_side_by_side():
     made = KernelCompiler("c")
     x = noise(3, 7)
-    wanted = [(one(name), [record_meta(x)]) for name in ("exp", "log", "sqrt")]
-    made.prepare([*wanted, (one("aten.cumsum.default", dim=-1), [record_meta(x)])])
-    for graph, _ in wanted:
+    wanted = [(one(name), [record_meta(x)], None) for name in ("exp", "log", "sqrt")]
+    made.prepare([*wanted, (one("aten.cumsum.default", dim=-1), [record_meta(x)], None)])
+    for graph, *_ in wanted:
         made.compile(graph, [x.dtype], [x.shape])(x)
 
 

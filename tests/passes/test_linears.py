@@ -52,6 +52,39 @@ def test_one_linear_with_the_same_numbers(dtype, bias):
     assert fused.verify(x).ok
 
 
+def test_what_reads_parts_of_the_result_is_made_for_where_they_lie():
+    """A gate behind a merged linear of many rows is one kernel in the plan, and copies nothing."""
+    model = torch.nn.Module()
+    model.gate, model.up, model.down = (torch.nn.Linear(*sizes, bias=False) for sizes in ((16, 24), (16, 24), (24, 16)))
+
+    def mlp(x):
+        return model.down(torch.nn.functional.silu(model.gate(x)) * model.up(x))
+
+    x = torch.randn(2, 9, 16)
+    fused = fuse(recorded(mlp, x), ALWAYS)
+    (gated,) = [region for region in fused.regions if region.kind == "swiglu"]
+    assert [gated.values[name].stride for name in gated.node.inputs] == [(432, 48, 1)] * 2
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), mlp(x))
+    assert fused.plan.counts["kernels"] == 1
+    assert fused.plan.counts["calls"] == 1  # the last linear, whose result is the caller's
+    heads = Heads()
+    for _ in range(3):
+        torch.testing.assert_close(fuse(recorded(heads), ALWAYS)(X), heads(X))
+
+
+class Heads(torch.nn.Module):
+    """Halves of a merged linear, as transposed heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = torch.nn.Linear(16, 12), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        query, key = self.query(x).view(2, 5, 3, 4).transpose(1, 2), self.key(x).view(2, 5, 2, 4).transpose(1, 2)
+        return torch.sin(query) * 2.0, torch.cos(key[:, :, 1:]) + 1.0
+
+
 def test_the_weights_live_on_as_views_of_the_merged_one():
     model = Attention()
     parameters, before = list(model.parameters()), {k: v.clone() for k, v in model.state_dict().items()}

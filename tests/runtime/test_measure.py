@@ -1,4 +1,4 @@
-"""Timing: medians of both sides in turns, few calls of what is slow, made-up inputs that ops can take."""
+"""Timing: the least of both sides in turns, few calls of what is slow, made-up inputs that ops can take."""
 
 import time
 
