@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +41,26 @@ class Calls:
             return known
         if _holds(self._blobs, handle):
             return self._of_blob(writer, handle)
-        tensor = writer.exposures.at(self._adapter, handle)
         owner = writer.modules.owner_of(handle)
+        wrapper = self._wrapper(handle) if owner is None else owner.value
+        made_from = None if wrapper is None else self._adapter.torch_owner(wrapper)
+        if made_from is not None:  # torch's memory, which a handle would not keep alive
+            tensor = writer.exposures.bind(self._adapter, handle, made_from)
+        else:
+            tensor = writer.exposures.at(self._adapter, handle)
         if owner is not None:
             writer.modules.owners[id(tensor)] = owner
         return tensor
+
+    def _wrapper(self, handle: Any) -> Any:
+        """A wrapper of a handle that nothing but the code's own variables hold. Slow, but few are met."""
+        kind = self._adapter.tensor.kind
+        for holder in gc.get_referrers(handle):
+            if isinstance(holder, kind):
+                return holder
+            if isinstance(holder, dict) and holder.get("_underlying") is handle:  # an instance's attributes
+                return next((wrapper for wrapper in gc.get_referrers(holder) if isinstance(wrapper, kind)), None)
+        return None
 
     def _of_blob(self, writer: Writer, handle: Any) -> torch.Tensor:
         """Memory at an address: that of a recorded tensor, or (numpy's, a list's) a literal of the code."""

@@ -48,6 +48,7 @@ class Memory:
         self._as_strided, self._narrow = kind.as_strided, kind.narrow  # as they are when nothing is recorded
         self._empty, self._strided_empty = self.extension.empty, self.extension.strided_empty
         self._blob = self.extension.strided_from_blob
+        self._sync = self.extension.sync_stream
 
     def dtype(self, handle: Any) -> torch.dtype:
         """Raises CaptureError: torch has none like it."""
@@ -92,6 +93,8 @@ class Memory:
             if start == stop:
                 return torch.empty_strided(shape, strides, dtype=self.dtype(handle), device=self.device(handle))
             owner = self._as_strided(handle, shape, strides)  # another handle on the same memory
+            if self.device(handle).type == "cuda":  # InfiniCore's stream is another one than torch's
+                self._sync()
             return self._bytes(start, stop, owner).view(self.dtype(handle)).as_strided(shape, strides)
 
     def spanning(self, start: int, stop: int, handles: Sequence[Any]) -> torch.Tensor:
@@ -137,6 +140,8 @@ class Memory:
 
     def handle(self, tensor: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """A new handle on a torch tensor's memory; where InfiniCore does not own that, also what to keep alive."""
+        if tensor.is_cuda:  # before InfiniCore's stream reads it
+            torch.cuda.current_stream(tensor.device).synchronize()
         owner = getattr(tensor.untyped_storage(), _OWNER, None) if tensor.layout == torch.strided else None
         if not tensor.numel():
             meta = TensorMeta.of(tensor)

@@ -316,6 +316,17 @@ def test_from_torch_inside_shares_the_recorded_value(ic):
     assert torch.equal(to_torch(x), plain)
 
 
+def test_torch_memory_behind_a_captured_tensor_is_kept_alive(ic):
+    held = [Y.clone()]
+    held.append(ic.from_torch(held[0]))  # InfiniCore knows the address alone
+    graph, _ = recorded(lambda a: (a + held[1], held[0] * 2), *tensors(ic, X))
+    assert len(graph.captured) == 1
+    held.clear()
+    gc.collect()
+    [torch.full((3, 8), 7.0) for _ in range(64)]
+    assert torch.equal(to_torch(graph.run(*tensors(ic, X))[0]), X + Y)
+
+
 def test_from_numpy_inside_is_a_literal(ic):
     def program(a):
         return a + ic.from_numpy(numpy.full((3, 8), 2.0, dtype=numpy.float32))
