@@ -262,7 +262,11 @@ def as_it_will_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Callable[
     if isinstance(kernel, CompiledKernel):
         outputs = kernel.spec.allocate(tensors)
         launch = kernel.prepare(tensors, outputs)
-        return lambda held=outputs: launch()  # it has but their addresses
+
+        def call(held: Sequence[torch.Tensor] = outputs) -> Any:  # the launch has but their addresses
+            return launch()
+
+        return call
     return functools.partial(kernel.bind(tensors, share=False), tensors)
 
 
