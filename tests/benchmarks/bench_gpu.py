@@ -218,7 +218,7 @@ def main() -> int:
     copy = copy_bandwidth()
     print(f"Copy bandwidth (read and written): {copy / 1e12:.2f} TB/s. Kernels in bfloat16:\n")
     columns = (
-        "kernel | shape | us | eager / ours | torch.compile / ours | by hand / ours | of copy | candidate | first / it"
+        "kernel | shape | us | eager / ours | torch.compile / ours | by hand / ours | of copy | choice | first / it"
     )
     print(f"| {columns} |")
     print("| --- " * len(columns.split(" | ")) + "|")
