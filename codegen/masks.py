@@ -98,7 +98,8 @@ class _Simplifier(ast.NodeTransformer):
 
     def _needed(self, node: ast.expr) -> list[ast.expr]:
         """The conditions of a conjunction that may fail, each once."""
-        pending, found = [node], {}
+        pending: list[ast.expr] = [node]
+        found: dict[str, ast.expr] = {}
         while pending:
             match pending.pop():
                 case ast.BinOp(left=left, op=ast.BitAnd(), right=right):

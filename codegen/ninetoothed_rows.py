@@ -98,7 +98,7 @@ def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
             return [more, replace(blocks, columns=blocks.columns // 2), replace(blocks, columns=blocks.columns * 2)]
         step = min(SWEEP, row // 2)
         sweep = Blocks(1, step, min(16, max(4, step // least)), sweeps=True)
-        return [more, fewer, *([sweep] if row >= SWEEP else [])]
+        return [more, fewer, *([sweep] if row > SWEEP else [])]
     smaller = replace(blocks, columns=blocks.columns // 2) if blocks.columns >= 2 * least else blocks
     fits = spec.columns is None or blocks.columns < spec.columns
     larger = replace(blocks, columns=blocks.columns * 2) if fits else blocks

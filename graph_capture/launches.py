@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from graph_capture.errors import FusionError
+
 Launch = Callable[[], object]
 Tensors = Sequence[torch.Tensor]
 Operand = torch.Tensor | int  # a tensor that is always the same, or the number of an argument that a call brings
@@ -106,6 +108,8 @@ class Chain:
 
     def __call__(self, *brought: torch.Tensor) -> None:
         addresses = [tensor.data_ptr() for tensor in brought]
+        if any(map(torch.Tensor.is_neg, brought)) or any(map(torch.Tensor.is_conj, brought)):
+            self._refuse(FusionError("a tensor is a view that negates or conjugates"))
         if addresses != self._addresses:
             self._bind(brought, addresses)
         number = 0
@@ -115,6 +119,13 @@ class Chain:
                 number += 1
         except Exception as error:
             self._go_on(number, error, brought)
+
+    def _refuse(self, error: Exception) -> None:
+        """Give up the kernels that read or write what a call brings."""
+        for kernel in self._kernels:
+            if kernel.brought and kernel.error is None:
+                kernel.error = error
+        self._addresses = None
 
     def _bind(self, brought: Tensors, addresses: list[int]) -> None:
         before = self._addresses

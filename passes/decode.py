@@ -18,7 +18,9 @@ from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
 RULE = "linear_epilogue"
 ALONE = "skinny_linear"  # a linear with nothing behind it that its kernel could take
 ATTENTION = "decode_attention"
-RULES = (RULE, ALONE, ATTENTION)
+SMALL = "small_op"  # a pointwise op on its own, the call of which takes longer than its work
+RULES = (RULE, ALONE, ATTENTION, SMALL)
+SMALL_BYTES = 2**14  # of its result
 Reason = Callable[[Sequence[int]], "str | None"]
 
 
@@ -57,6 +59,18 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
             if stop is not None:
                 yield RULE, (index,), stop
             yield ALONE, (index,), alone
+
+
+def small_ops(graph: SubGraph) -> Iterator[int]:
+    """The pointwise ops of a decode step, other regions of which are contracted, that are small and on their own."""
+    kinds = {FUSED + rule for rule in RULES}
+    if not any(node.op_type in kinds for node in graph.nodes):
+        return
+    for index, node in enumerate(graph.nodes):
+        if op(node.op_type).kind is Kind.POINTWISE and not written_inputs(node) and not is_random(node):
+            metas = [graph.values.get(name) for name in node.outputs]
+            if len(metas) == 1 and metas[0] is not None and metas[0].nbytes <= SMALL_BYTES:
+                yield index
 
 
 def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | None]:

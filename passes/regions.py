@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from graph_capture.passes.decode import decode_regions, is_merged
+from graph_capture.passes.decode import SMALL, decode_regions, is_merged, small_ops
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
@@ -253,6 +253,10 @@ class _Finder:
                 tally.refuse(graph, [first, second], reason)
         for group in {id(group): group for group in groups.values()}.values():
             self._take_grown(group, off)
+        for index in small_ops(graph) if SMALL not in off else ():
+            if index not in self.owner and not is_library(graph.nodes[index]) and self._no_kernel([index]) is None:
+                self.tally(SMALL).seen += 1
+                self.offer(SMALL, [index])
         for index, node in enumerate(graph.nodes):
             if index not in self.owner and is_library(node) and "library" not in off:
                 self._take("library", [index], node.op_type)

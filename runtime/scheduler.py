@@ -10,7 +10,7 @@ import torch
 from graph_capture.codegen import is_native, supports
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
-from graph_capture.passes.decode import is_merged
+from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
@@ -60,8 +60,11 @@ class FusionScheduler:
         if not config.enable_fusion:
             return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
-        if config.profile != "always" and not is_native(config.target, device_of(graph.subgraph)):
+        device = device_of(graph.subgraph)
+        if config.profile != "always" and not is_native(config.target, device):
             off |= frozenset(DECODE)  # never faster, and seconds to measure at a model's sizes
+        if device.type != "cpu":
+            off |= {SMALL}  # in a CUDA graph, the call of an op costs nothing
         passes = Passes(
             supports,
             config.patterns,
@@ -121,7 +124,7 @@ class _Regions:
         self._decided: dict[tuple[object, ...], Region] = {}
         nodes = {self._key(node): node for node in graph.nodes if node.op_type.startswith(FUSED)}
         heuristics.prepare(
-            [(n.attr("body"), [self.values[x] for x in n.inputs], len(n.recorded)) for n in nodes.values()]
+            [(n.attr("body"), [self.values[x] for x in n.inputs], _weight(n, passes.min_nodes)) for n in nodes.values()]
         )
         self._add(graph)
 
@@ -204,14 +207,18 @@ def _saved_by_parts(region: Region, parts: Sequence[Region]) -> float | None:
     return whole / total if len(times) == len(parts) and total < whole else None
 
 
+def _weight(node: OpNode, least: int) -> int:
+    """For how many recorded ops a region counts, `least` of which make one."""
+    return least if node.op_type == FUSED + SMALL else len(node.recorded)
+
+
 def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
     """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
     node = region.node
     tensors = example_inputs(node.inputs, region.values)
     executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
-    decision, kernel = heuristics.decide(
-        region.body, tensors, lambda: executor.run(tensors), len(node.recorded), library
-    )
+    ops = _weight(node, heuristics.config.min_nodes_for_fusion)
+    decision, kernel = heuristics.decide(region.body, tensors, lambda: executor.run(tensors), ops, library)
     return replace(region, decision=decision, kernel=kernel)
 
 

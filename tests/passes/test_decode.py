@@ -142,6 +142,33 @@ def test_rules_can_be_left_out():
     assert not fused_of(lambda x: F.gelu(F.linear(x, W)), X, config=config).regions
 
 
+def test_small_ops_of_a_decode_step_are_kernels():
+    """Where nothing else takes them; their call costs more than what they compute."""
+
+    def step(x, position):
+        return F.linear(x, W), position + 1, torch.arange(40) <= position
+
+    position = torch.tensor([7])
+    fused = fused_of(step, X, position)
+    assert ops_of(fused, "small_op") == [["add"], ["le"]], str(fused.explain())
+    for _ in range(3):
+        got = fused(X, position)
+        assert torch.equal(got[1], torch.tensor([8]))
+        assert torch.equal(got[2], step(X, position)[2])
+    assert fused.plan.counts["kernels"] == 3
+    assert fused.plan.counts["calls"] == 0
+
+    def without(x, position):
+        return x.cumsum(-1), position + 1
+
+    assert not fused_of(without, X, position).regions
+
+    def large(x, y):
+        return F.linear(x, W), y + 1
+
+    assert not ops_of(fused_of(large, X, torch.zeros(5000)), "small_op")
+
+
 @pytest.mark.parametrize("length", [1, 9])
 def test_attention_of_few_queries(length):
     query, key, value = torch.randn(1, 2, length, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)

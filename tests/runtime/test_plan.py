@@ -132,6 +132,15 @@ def test_kernels_in_a_row_are_one_call_wherever_the_tensors_of_a_call_lie():
     assert [ref() for ref in alive] == [None] * 4
 
 
+def test_a_view_that_negates_is_not_taken_for_its_memory():
+    fused = fuse(graph_of(side_by_side, *pairs(0)), ALWAYS)
+    for turn in range(4):
+        x, y = pairs(turn % 2)
+        torch.testing.assert_close(fused(x, y), side_by_side(x, y))
+        if turn == 2:
+            torch.testing.assert_close(fused(torch._neg_view(x), y), side_by_side(-x, y))
+
+
 def test_one_of_several_kernels_in_a_row_that_fails(monkeypatch, caplog):
     right = CompiledKernel.prepare
     broken = set()
