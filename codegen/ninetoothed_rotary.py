@@ -101,8 +101,12 @@ class _Printer:
         return "\n".join(lines) + "\n"
 
     def _arrangement(self) -> list[str]:
-        """The grid is batch x length x groups of heads; a cache's slots are a list inside."""
+        """The grid is batch x length x groups of heads; a cache's slots are a list inside.
+
+        Batch and length are those of the first operand for all, so that places in the grid are computed once.
+        """
         spec = self.spec
+        batch, length = "x0_0.shape[0]", "x0_0.shape[1]"
         lines: list[str] = []
         tiles: list[str] = []
         for operand in _operands(spec):
@@ -112,17 +116,17 @@ class _Printer:
             if kind in ("x", "out"):
                 number = int(name.removeprefix(kind).split("_")[0])
                 track, heads = spec.tracks[number], self.heads[number]
-                lines.append(f"{name}.shape = ({name}.shape[0], {name}.shape[1], {track.heads}, {size})")
+                slots = f"{name}.shape[1]" if kind == "out" and track.cached else length
+                lines.append(f"{name}.shape = ({batch}, {slots}, {track.heads}, {size})")
                 tile = f"{name}.tile((1, 1, {heads}, {block}))"
                 if kind == "out" and track.cached:
                     lines.append(f"{name}_slots = {tile}.tile((1, -1, 1, 1)).expand((-1, grid[1], -1, -1))")
                     lines += [f"{name}_slots.dtype = {name}_slots.dtype.squeeze({dim})" for dim in (0, 1, 1)]
                     tile = f"{name}_slots"
             else:
-                batch = f"{name}.shape[0]" if kind in ("cos", "sin") else "1"
-                length = f"{name}.shape[1]" if kind in ("cos", "sin", "position") else "1"
-                lines.append(f"{name}.shape = ({batch}, {length}, 1, {size})")
-                wide = ("grid[0]" if batch == "1" else "-1", "grid[1]" if length == "1" else "-1", "grid[2]", "-1")
+                table, moves = kind in ("cos", "sin"), kind in ("cos", "sin", "position")
+                lines.append(f"{name}.shape = ({batch if table else 1}, {length if moves else 1}, 1, {size})")
+                wide = ("-1" if table else "grid[0]", "-1" if moves else "grid[1]", "grid[2]", "-1")
                 tile = f"{name}.tile((1, 1, 1, {block})).expand(({', '.join(wide)}))"
             if not tiles:
                 lines.append(f"grid = {tile}.shape")

@@ -32,6 +32,9 @@ from graph_capture.ways import COMPILED, EAGER, FUSED, UNFUSED, WAYS, Ours, Sett
 Progress = Callable[[str], None]
 
 
+NONE = "not measured"
+
+
 @dataclass
 class Row:
     """One way. Seconds, tokens a second, bytes; None where it was not measured.
@@ -113,21 +116,22 @@ class Report:
         def line(name: str, value: Callable[[Row], Any], form: Callable[[Any], str], last: str = "") -> tuple[str, ...]:
             return (name, *(_cell(value(row), form) for row in self.rows), last)
 
-        return [
+        lines = [
             line("first token", lambda row: row.first_token, _ms),
-            line("decode, p50", lambda row: row.decode_p50, _ms, _ms(self.setting.batch / self.roofline)),
-            line("decode, p99", lambda row: row.decode_p99, _ms),
-            line("tokens a second", lambda row: row.tokens_per_second, "{:.1f}".format, f"{self.roofline:.1f}"),
-            line("against eager", lambda row: _div(row.tokens_per_second, base), "{:.2f} x".format),
-            line("of the roofline", lambda row: _div(row.tokens_per_second, self.roofline), "{:.2f}".format),
+            line("decode p50", lambda row: row.decode_p50, _ms, _ms(self.setting.batch / self.roofline)),
+            line("decode p99", lambda row: row.decode_p99, _ms),
+            line("tokens/s", lambda row: row.tokens_per_second, "{:.1f}".format, f"{self.roofline:.1f}"),
+            line("x eager", lambda row: _div(row.tokens_per_second, base), "{:.2f}".format),
+            line("of roofline", lambda row: _div(row.tokens_per_second, self.roofline), "{:.2f}".format),
             line("cold start", lambda row: row.cold, "{:.2f} s".format),
             line("warm start", lambda row: row.warm, "{:.2f} s".format),
             line("peak memory", lambda row: row.memory, format_bytes),
         ]
+        return [cells for cells in lines if {*cells[1:-1]} != {NONE}]
 
 
 def _cell(value: Any, form: Callable[[Any], str]) -> str:
-    return "not measured" if value is None else form(value)
+    return NONE if value is None else form(value)
 
 
 def _ms(seconds: float) -> str:
@@ -258,7 +262,8 @@ def _starts(row: Row, setting: Setting) -> None:
             command = [sys.executable, "-m", "graph_capture.bench", row.way, json.dumps(asdict(setting))]
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
             if done.returncode:
-                row.note = row.note or (done.stderr.strip().splitlines() or ["it failed"])[-1]
+                lines = done.stderr.strip().splitlines() or ["it failed"]
+                row.note = row.note or next((line for line in reversed(lines) if "Error" in line), lines[-1])
                 return
             found = json.loads(done.stdout.splitlines()[-1])
             setattr(row, temperature, found["seconds"])
@@ -300,7 +305,7 @@ def plot(report: Report, file: str) -> None:
     axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.axhline(report.roofline, color="#404040", linewidth=1, linestyle="--")
     axes.annotate(f"roofline {report.roofline:.0f}", (0, report.roofline), va="bottom", fontsize=8)
-    axes.set_ylabel("tokens a second")
+    axes.set_ylabel("tokens/s")
     s = report.setting
     axes.set_title(f"{s.model}, {s.dtype}, batch {s.batch}: decoding after {s.prompt} tokens", fontsize=10)
     figure.savefig(file, dpi=150)

@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo | bench | kernels | cache``."""
+"""The command line: ``graph-capture demo | chat | bench | kernels | cache``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ def demo(
     graph: Annotated[bool, typer.Option("--graph", help="Also print the rewritten graph.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also time torch.compile.")] = False,
     plot: Annotated[str | None, typer.Option(help="A PNG for a bar chart of the times; needs matplotlib.")] = None,
+    talk: Annotated[bool, typer.Option(help="End with a few questions to the tiny model that comes along.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON and nothing else.")] = False,
 ) -> None:
-    """Record, fuse, check and replay a Llama with random weights; exits with 1 if a number is off."""
+    """Record, fuse, check and replay a Llama, and talk to a tiny one; exits with 1 if a number or an answer is off."""
     from graph_capture import demo as implementation
 
     if hidden % heads or heads % kv_heads:
@@ -65,7 +66,9 @@ def demo(
     shape = implementation.Shape(layers, hidden, intermediate, heads, kv_heads, vocab, length, seed)
     console = Console(quiet=json)
     try:
-        report = implementation.run(shape, console, kernel=kernel, show_graph=graph, compare=compare, plot=plot)
+        report = implementation.run(
+            shape, console, kernel=kernel, show_graph=graph, compare=compare, plot=plot, talk=talk
+        )
     except ImportError as error:
         raise typer.BadParameter(f"{error}; install graph-capture[plot] for --plot") from error
     if json:
@@ -103,6 +106,48 @@ def kernels(
     console.print(found.table())
     for kind, reason in found.refused.items():
         console.print(f"no kernel for {kind}: {reason}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Option(help="A folder, llama-tiny and the like, a hub name (default: a tiny Llama of ours).")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Of the weights (default: as they are stored).")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens that are this likely together.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the random choices.")] = None,
+    fusion: Annotated[bool, typer.Option(help="Capture and fuse the model's steps.")] = True,
+    system: Annotated[str | None, typer.Option(help="A message that says how to answer.")] = None,
+) -> None:
+    """Talk to a model; answers lines from a pipe too. Exits with 1 if a line got no answer."""
+    import torch
+
+    from graph_capture.chat import run, show_error
+    from graph_capture.errors import CaptureError
+
+    try:
+        ok = run(
+            model,
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            fusion=fusion,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+    except CaptureError as error:
+        show_error(Console(stderr=True), error)
+        raise typer.Exit(1) from error
+    raise typer.Exit(0 if ok else 1)
 
 
 @app.command()

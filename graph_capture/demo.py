@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from graph_capture import CompiledKernel, FusedGraph, FusionConfig, RecordedGraph, fuse, record
+from graph_capture import CompiledKernel, FusedGraph, FusionConfig, RecordedGraph, exchange, fuse, record
 from graph_capture.graph import SubGraph
 from graph_capture.ops import FUSED
 from graph_capture.runtime.verify import distance
@@ -49,11 +49,13 @@ class Report:
     checks: list[dict[str, Any]] = field(default_factory=list)
     receipts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # dtype -> how -> a forward pass
+    exchange: exchange.Exchange | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
-        return bool(self.checks) and all(check["ok"] for check in self.checks)
+        """Whether every check passed, and every answer is right."""
+        checked = bool(self.checks) and all(check["ok"] for check in self.checks)
+        return checked and (self.exchange is None or self.exchange.ok)
 
     def to_json(self) -> str:
         """Everything as one JSON object."""
@@ -85,6 +87,7 @@ def run(
     show_graph: bool = False,
     compare: bool = False,
     plot: str | None = None,
+    talk: bool = True,
 ) -> Report:
     """Run the demo, printing to `console`.
 
@@ -93,6 +96,7 @@ def run(
         show_graph: also print the rewritten graph.
         compare: also time torch.compile.
         plot: a file for a bar chart of the times.
+        talk: end with a few questions to the tiny model that comes with the package.
 
     Raises:
         ImportError: a plot is wanted and matplotlib is not installed.
@@ -136,6 +140,8 @@ def run(
                 console.print(str(fused), highlight=False, markup=False)
     _show_checks(console, report)
     _show_times(console, report)
+    if talk:
+        report.exchange = exchange.run(console)
     _show_verdict(console, report, fused)
     if plot:
         _plot(report, plot)
@@ -299,7 +305,7 @@ def _plot(report: Report, file: str) -> None:
 
 def _show_verdict(console: Console, report: Report, fused: FusedGraph) -> None:
     if not report.ok:
-        console.print("\n[bold red]A number is off; see the table above.[/bold red]")
+        console.print("\n[bold red]Something is off; see above.[/bold red]")
         return
     used = sum(bool(region.decision) for region in fused.regions)
     kernels = sum(isinstance(region.kernel, CompiledKernel) for region in fused.regions)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from graph_capture.errors import CaptureError
 
@@ -172,9 +173,9 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
         return model.eval().to(device)
     except torch.OutOfMemoryError as error:
         raise CaptureError(f"{name} does not fit into the memory of {device}: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, CaptureError):
-            raise
+    except CaptureError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CaptureError(f"{name} cannot be loaded: {error}") from error
 
 

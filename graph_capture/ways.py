@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from graph_capture import FusionConfig, InferEngine
 from graph_capture.models import load_model
 from graph_capture.runtime.llm import Sampling
+from graph_capture.runtime.llm.session import Pending
 
 EAGER, COMPILED, UNFUSED, FUSED = WAYS = ("eager", "torch.compile", "unfused", "fused")
 GREEDY = Sampling().kind
@@ -40,7 +41,7 @@ class Setting:
     @property
     def capacity(self) -> int:
         """Slots of static caches."""
-        return self.prompt + self.tokens + 1
+        return self.prompt + self.tokens + 2
 
     def load(self) -> Any:
         """The model."""
@@ -50,82 +51,102 @@ class Setting:
         return load_model(self.model, dtype=dtype, device=self.device)
 
 
-class Way(Protocol):
-    """A model that is asked for tokens, greedily; each call ends when they are on the host."""
+class Way:
+    """A model that is asked for tokens, greedily. On a GPU a step is under way while the tokens of the one before are
+    read, as a server would do it.
+
+    Args:
+        model: of transformers.
+        setting: what is measured.
+    """
+
+    ahead: Pending | None = None
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        self.model, self.pipelined = model, setting.device == "cuda"
 
     def prefill(self, ids: torch.Tensor) -> list[int]:
         """Forget everything, read prompts [B, L], and give the next tokens."""
+        self.ahead = None
+        with torch.no_grad():
+            return Pending(self.begin(ids)).tolist()
 
     def decode(self) -> list[int]:
         """Give the tokens after those."""
+        with torch.no_grad():
+            if not self.pipelined:
+                return self.step().tolist()
+            due = self.ahead or Pending(self.step())
+            self.ahead = Pending(self.step())
+        return due.tolist()
+
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
+        """Launch the reading of prompts; [B] int64."""
+        raise NotImplementedError
+
+    def step(self) -> torch.Tensor:
+        """Launch one step; [B] int64."""
+        raise NotImplementedError
 
 
-class Eager:
+class Eager(Way):
     """transformers as it comes."""
 
-    def __init__(self, model: Any, setting: Setting) -> None:
-        self._model = model
-
-    def prefill(self, ids: torch.Tensor) -> list[int]:
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
         from transformers import DynamicCache
 
-        self._cache, self._token = DynamicCache(config=self._model.config), ids
-        return self.decode()
+        self._cache, self._token = DynamicCache(config=self.model.config), ids
+        return self.step()
 
-    def decode(self) -> list[int]:
-        with torch.no_grad():
-            result = self._model(
-                input_ids=self._token, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            ).logits
-            self._token = result[:, -1:].argmax(-1)
-        return self._token[:, 0].tolist()
+    def step(self) -> torch.Tensor:
+        result = self.model(input_ids=self._token, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._token = result.logits[:, -1:].argmax(-1)
+        return self._token[:, 0]
 
 
-class Compiled:
+class Compiled(Way):
     """torch.compile, each step with the choice of its token in it."""
 
     def __init__(self, model: Any, setting: Setting) -> None:
         from transformers import StaticCache
 
-        self._model = model
+        super().__init__(model, setting)
         self._cache = StaticCache(config=model.config, max_cache_len=setting.capacity)
-        graphs = {"mode": "reduce-overhead"} if setting.device == "cuda" else {}
-        self._step = torch.compile(self._forward, dynamic=False, **graphs)
+        mode = "reduce-overhead" if setting.device == "cuda" else "default"
+        self._compiled = torch.compile(self._forward, dynamic=False, mode=mode)
         self._token = torch.zeros(setting.batch, 1, dtype=torch.int64, device=setting.device)
         with torch.no_grad():
             self._forward(self._token, self._cache)  # makes the cache
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        result = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return result[:, -1:].argmax(-1)
+        result = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return result.logits[:, -1:].argmax(-1)
 
-    def prefill(self, ids: torch.Tensor) -> list[int]:
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
         self._cache.reset()
-        return self._run(ids)
+        self._token = ids
+        return self.step()
 
-    def decode(self) -> list[int]:
-        return self._run(self._token)
-
-    def _run(self, ids: torch.Tensor) -> list[int]:
-        with torch.no_grad():
-            torch.compiler.cudagraph_mark_step_begin()
-            self._token = self._step(ids, self._cache).clone()
-        return self._token[:, 0].tolist()
+    def step(self) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        self._token = self._compiled(self._token, self._cache).clone()
+        return self._token[:, 0]
 
 
-class Ours:
+class Ours(Way):
     """The engine's steps."""
 
-    def __init__(self, model: Any, setting: Setting, config: FusionConfig) -> None:
+    def __init__(self, model: Any, setting: Setting, config: FusionConfig | None) -> None:
+        super().__init__(model, setting)
         self.engine = InferEngine(model, max_length=setting.capacity, config=config)
         self._session = self.engine.session(setting.batch)
 
-    def prefill(self, ids: torch.Tensor) -> list[int]:
+    def begin(self, ids: torch.Tensor) -> torch.Tensor:
         self._session.truncate(0)
-        return self._session.prefill(ids.tolist(), GREEDY).tolist()
+        return self._session.prefill(ids.tolist(), GREEDY)
 
-    def decode(self) -> list[int]:
-        return self._session.decode(GREEDY).tolist()
+    def step(self) -> torch.Tensor:
+        return self._session.decode(GREEDY)
 
 
 def make(way: str, model: Any, setting: Setting) -> Way:
@@ -134,4 +155,4 @@ def make(way: str, model: Any, setting: Setting) -> Way:
         return Eager(model, setting)
     if way == COMPILED:
         return Compiled(model, setting)
-    return Ours(model, setting, FusionConfig(enable_fusion=way == FUSED))
+    return Ours(model, setting, None if way == FUSED else FusionConfig(enable_fusion=False))

@@ -67,9 +67,7 @@ class Dependencies:
         detour = self.detour(nodes)
         if detour is None:
             return None
-        node = self.graph.nodes[detour]
-        where = f" ({node.source.module})" if node.source and node.source.module else ""
-        return f"would have created a cycle through {node.op_type}{where}"
+        return f"would have created a cycle through {self.graph.nodes[detour].op_type}"
 
 
 def contract(

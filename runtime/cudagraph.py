@@ -42,7 +42,7 @@ class Backend(Protocol):
         """What `body` returns, and a function that computes it again in the same memory. Nothing is computed yet."""
 
     def allocated(self) -> int:
-        """Bytes of memory in use."""
+        """Bytes of memory in use, without what is only kept in reserve."""
 
 
 class Cuda:
@@ -68,11 +68,19 @@ class Cuda:
 
     def capture(self, body: Body) -> tuple[list[torch.Tensor], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = body()
+        # A workspace that cuBLAS had before lies outside the pool and may be freed while the graph lives: torch.compile
+        # frees all of them. So does this, that the graph's own lies in the pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = body()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return results, graph.replay
 
     def allocated(self) -> int:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
 

@@ -10,7 +10,21 @@ import graph_capture
 from graph_capture import demo
 from graph_capture.cli import app
 
-SMALL = ["--layers", "2", "--hidden", "32", "--intermediate", "48", "--heads", "4", "--vocab", "64", "--length", "5"]
+SMALL = [
+    "--layers",
+    "2",
+    "--hidden",
+    "32",
+    "--intermediate",
+    "48",
+    "--heads",
+    "4",
+    "--vocab",
+    "64",
+    "--length",
+    "5",
+    "--no-talk",
+]
 
 
 def invoke(*args):

@@ -8,7 +8,17 @@ from graph_capture.runtime.verify import distance
 from torch import nn
 from transformers import StaticCache
 
-from graph_capture import CompiledKernel, FusionConfig, UnrecordedWriteError, capture, fuse, record
+from graph_capture import (
+    CompiledKernel,
+    FusionConfig,
+    InferEngine,
+    UnrecordedWriteError,
+    accelerate,
+    capture,
+    fuse,
+    record,
+)
+from tests import llm
 from tests.models import forward, recorded, tiny_llama, token_ids
 
 pytestmark = pytest.mark.gpu
@@ -66,14 +76,52 @@ def test_random_ops_draw_eagers_stream():
     assert torch.equal(recording.graph.run(x), want)
 
 
-def test_cpu_graphs_replay_as_recorded_where_kernels_are_for_cuda():
+def test_cpu_graphs_have_kernels_for_the_cpu():
     model, ids = tiny_llama(layers=1), token_ids()
     fused = fuse(recorded(model, ids), ALWAYS)
-    assert not any(isinstance(region.kernel, CompiledKernel) for region in fused.regions)
-    reasons = [region.decision.reason for region in fused.regions if region.kind == "swiglu"]
-    assert len(reasons) == 1
-    assert "on the CPU" in reasons[0]
+    kernels = [region.kernel for region in fused.regions if isinstance(region.kernel, CompiledKernel)]
+    assert all(kernel.target.name == "c" for kernel in kernels)
     torch.testing.assert_close(fused(input_ids=ids), forward(model, ids))
+
+
+@pytest.mark.parametrize("rows", [[[5, 9, 4]], [[5, 9, 4], [7, 3, 8, 6, 4, 4, 5]]], ids=["one", "padded"])
+def test_the_engine_says_what_the_model_says(rows):
+    model = llm.endless("llama").cuda()
+    engine = InferEngine(model, max_length=64, config=ALWAYS)
+    ids, mask = llm.padded(rows)
+    want = model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=20, do_sample=False)
+    for _ in range(3):
+        assert [c.tokens for c in engine.generate(rows, max_new_tokens=20)] == want[:, ids.shape[1] :].tolist()
+    assert engine.stats()["eager"] == {}
+    assert all(phase.fused.cuda_graphs for phase in engine.session(len(rows)).phases.values() if phase.replays > 2)
+    sampled = [engine.generate(rows, max_new_tokens=20, temperature=1.0, top_p=0.9, seed=1) for _ in range(2)]
+    assert [c.tokens for c in sampled[0]] == [c.tokens for c in sampled[1]]
+
+
+def test_generate_over_captured_steps():
+    model = llm.endless("llama").cuda()
+    ids, mask = (tensor.cuda() for tensor in llm.padded([[5, 9, 4], [7, 3, 8, 6, 4, 4, 5]]))
+    options = {"inputs": ids, "attention_mask": mask, "max_new_tokens": 20}
+    for more in ({}, {"num_beams": 2}, {"repetition_penalty": 1.3}):
+        want = model.generate(**options, **more)
+        accelerate(model, ALWAYS, max_length=64)
+        for _ in range(3):
+            assert torch.equal(model.generate(**options, **more), want)
+        assert model.accelerated.declined is None
+        model.accelerated.undo()
+
+
+def test_graphs_outlive_the_workspaces_that_torch_compile_frees():
+    model = llm.endless("llama").to("cuda", torch.bfloat16)
+    engine = InferEngine(model, max_length=64)
+    want = [engine.generate([5, 9, 4], max_new_tokens=20).tokens for _ in range(3)][-1]
+    weight = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    step = torch.compile(lambda x: torch.relu(x @ weight) @ weight, mode="reduce-overhead", dynamic=False)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        step(weight)
+    torch.cuda.empty_cache()
+    assert engine.generate([5, 9, 4], max_new_tokens=20).tokens == want
 
 
 def test_a_raw_triton_launch_is_found_out():

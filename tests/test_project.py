@@ -10,7 +10,8 @@ import graph_capture
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("graph_capture", "passes", "codegen", "runtime")
-TOP = {"__init__.py", "bench.py", "cli.py", "demo.py", "kernels.py", "ways.py"}  # these stand above all layers
+# These stand above all layers.
+TOP = {"__init__.py", "bench.py", "chat.py", "cli.py", "demo.py", "exchange.py", "kernels.py", "ways.py"}
 
 
 def sources():

@@ -83,7 +83,8 @@ class Accelerated:
             return getattr(chosen, name, None) if value is None else value
 
         for name in _REFUSED:
-            if asked(name):
+            value = asked(name)
+            if isinstance(value, torch.Tensor) or value:
                 return f"{name} is asked for"
         if asked("use_cache") is False:
             return "use_cache is False"

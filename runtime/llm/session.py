@@ -28,6 +28,20 @@ def bucket(length: int) -> int:
     return between if length <= between and size > SHORTEST else size
 
 
+class Pending:
+    """A small tensor on its way to the host: what is launched after it is not waited for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def tolist(self) -> list[int]:
+        """Its values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
 @dataclass
 class Phase:
     """One captured step.
@@ -118,8 +132,13 @@ class Session:
         self._padded = any(len(row) < longest for row in rows)
         if self._padded:
             self._offset.copy_(torch.tensor([longest - len(row) for row in rows]))
-        self.slots.position.fill_(kept)
+        self.truncate(kept)
         new = longest - kept
+        if kept and new == 1:
+            self.tokens.fill_(rows[0][-1])
+            result = self.decode(kind)
+            self.held = list(rows[0])
+            return result
         size = bucket(new)
         if kept + size > self.capacity:
             size = new
@@ -129,10 +148,11 @@ class Session:
         last = torch.tensor([new - 1])
         name = "continue" if kept else "prefill"
         step = self._extend if kept else self._begin
-        result = self._run((name, size, kind, self._padded), step, ids.to(self._device), last.to(self._device))
+        logits = self._run((name, size, None, self._padded), step, ids.to(self._device), last.to(self._device))
         self.filled = longest
         self.held = list(rows[0])
-        return result
+        with torch.no_grad():  # apart, so that one recording serves every kind of sampling
+            return self._choose(logits, kind)
 
     def decode(self, kind: Kind | None) -> torch.Tensor:
         """One step with `tokens`; returns as `prefill` does.
@@ -153,15 +173,15 @@ class Session:
 
     # --- the steps
 
-    def _begin(self, ids: torch.Tensor, last: torch.Tensor, *, kind: Kind | None) -> torch.Tensor:
+    def _begin(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
         logits = self._forward(ids, True, last)
         self.slots.position.copy_(last[0] + 1)
-        return self._choose(logits, kind)
+        return logits
 
-    def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: Kind | None) -> torch.Tensor:
+    def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
         logits = self._forward(ids, False, last)
         self.slots.position.copy_(self.slots.position + last[0] + 1)
-        return self._choose(logits, kind)
+        return logits
 
     def _next(self, *, kind: Kind | None) -> torch.Tensor:
         logits = self._forward(self.tokens, False, 1)

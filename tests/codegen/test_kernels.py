@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import infer_values, ninetoothed_rows, supports
+from graph_capture.codegen import infer_values, ninetoothed_host, ninetoothed_rows, supports
 from graph_capture.codegen.geometry import Geometry
 from graph_capture.runtime.heuristics import fallback_of
 from graph_capture.runtime.verify import distance, in_float64
@@ -489,3 +489,31 @@ def test_rows_of_infinities(name):
     x = torch.tensor([[1.0, inf, 2.0], [-inf, -inf, -inf], [math.nan, 1.0, 2.0], [3.0, 3.0, -inf]]).to(DEVICE)
     graph, _ = call_of(name, torch.float32)
     torch.testing.assert_close(run(graph, x)[0], fallback_of(graph, [x])()[0], equal_nan=True)
+
+
+def test_every_candidate_computes_the_same():
+    only("ninetoothed")
+    rows = one("softmax", dim=-1), [noise(3, 5000), noise(2, 4096), noise(70, 100)]
+    flat = one("silu"), [noise(1000), noise(70, 3000)[:, ::2]]
+    for graph, examples in (rows, flat):
+        for x in examples:
+            kernel = COMPILER.compile(graph, [x.dtype], [x.shape], [x.stride()])
+            (out,) = kernel.spec.allocate([x])
+            (exact,) = in_float64(graph, [x])
+            programs = ninetoothed_rows.candidates(kernel.spec, [x, out])
+            assert 1 < len(programs) == len(set(programs)) <= 4, x.shape
+            for program in programs:
+                out.fill_(math.nan)
+                for operands in ninetoothed_rows.views(kernel.spec, [x, out]):
+                    ninetoothed_host.build(program, "candidate").launch(*operands)
+                assert distance(out, exact) <= 1e-6
+
+
+def test_choices_belong_to_a_copy_of_the_kernel():
+    kernel = COMPILER.compile(one("silu"), [torch.float32], [(7,)])
+    assert kernel.with_choice(0) is kernel
+    other = kernel.with_choice(3)
+    assert (kernel.choice, other.choice, other.key) == (0, 3, kernel.key)
+    x = noise(7)
+    assert torch.equal(other(x)[0], kernel(x)[0])  # one that there is not is the last that there is
+    assert len(kernel.candidates((x, x))) == 1 or DEVICE == "cuda"

@@ -1,0 +1,227 @@
+"""Kernels for CUDA, compiled side by side and kept on disk: everything but the launch, on a machine without a GPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from graph_capture.codegen import masks
+from graph_capture.codegen.workers import Pool
+
+from graph_capture import FusionConfig, fuse, record
+from tests.models import recorded, tiny_llama, token_ids
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Another process, in which kernels are compiled as for a GPU (a stand-in of the architecture in `argv[2]`).
+CHILD = """
+import json, sys
+import torch
+from graph_capture.codegen import KernelCompiler, aot_worker, ninetoothed_host as host, ninetoothed_target as target
+from graph_capture import OpNode, SubGraph
+from graph_capture.cachedir import DiskCache
+from graph_capture.graph import TensorMeta
+
+host.interpreted = target.interpreted = lambda: False
+host.import_triton()
+import triton
+triton.runtime.driver.set_active(aot_worker.NoDevice(int(sys.argv[2])))
+cache = DiskCache("kernels", sys.argv[1])
+jobs, compiled = [], []
+run, triton_compile = host.POOL.run, triton.compile
+host.POOL.run = lambda requests: (jobs.extend(request["name"] for request in requests), run(requests))[1]
+triton.compile = lambda *args, **kwargs: (compiled.append(args), triton_compile(*args, **kwargs))[1]
+
+silu = SubGraph((OpNode("silu", ("x",), ("a",)), OpNode("mul", ("a", "y"), ("z",))), ("x", "y"), ("z",))
+softmax = SubGraph((OpNode("softmax", ("x",), ("y",), {"dim": -1}),), ("x",), ("y",))
+broken = SubGraph((OpNode("softmax", ("x",), ("y",), {"dim": 0}),), ("x",), ("y",))
+cuda = torch.device("cuda")
+row = TensorMeta((64, 256), (256, 1), torch.bfloat16, cuda)
+empty = TensorMeta((0, 256), (256, 1), torch.bfloat16, cuda)
+wanted = [(silu, (row, row), 0), (softmax, (row,), None), (broken, (row,), 0), (softmax, (empty,), 0)]
+maker = KernelCompiler("ninetoothed", cache)
+maker.prepare(wanted)
+
+def ready(graph, *metas):
+    target_, spec, key, name = maker._described(graph, metas)
+    inputs = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in metas]
+    jobs_ = [host.Job.of(*launch) for launch in target._launches(spec, name, [*inputs, *spec.allocate(inputs)], 0)]
+    return all(host._stored(job, cache) is not None for job in jobs_)
+
+found = [ready(silu, row, row), ready(softmax, row)]
+odd = ready(softmax, TensorMeta((7, 256), (256, 1), torch.bfloat16, cuda))
+print(json.dumps({
+    "jobs": len(jobs), "here": len(compiled), "ready": found, "other": odd,
+    "imported": "ninetoothed" in sys.modules,
+}))
+"""
+
+
+def child(cache, architecture=90):
+    command = [sys.executable, "-c", CHILD, str(cache), str(architecture)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache that one process has filled, and what that found."""
+    folder = tmp_path_factory.mktemp("filled")
+    return folder, child(folder)
+
+
+def test_kernels_are_compiled_by_workers_and_found_by_the_launch(filled):
+    _, first = filled
+    assert first["jobs"] > 2  # SwiGLU, and the candidates of softmax
+    assert first["here"] == 0
+    assert first["ready"] == [True, True]
+    assert not first["other"]  # 7 rows are no multiple of 16: another kernel
+
+
+def test_another_process_compiles_and_makes_nothing(filled):
+    folder, _ = filled
+    again = child(folder)
+    assert (again["jobs"], again["here"], again["ready"]) == (0, 0, [True, True])
+    assert not again["imported"]
+
+
+def test_another_architecture_is_another_kernel(filled):
+    folder, first = filled
+    assert child(folder, 80)["jobs"] == first["jobs"]
+
+
+def test_what_is_damaged_or_a_link_is_made_again(filled, tmp_path):
+    folder, first = filled
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    files = sorted((tmp_path / "kernels").iterdir())
+    assert {path.suffix for path in files} == {".cubin", ".json", ".py"}
+    for number, path in enumerate(files):
+        if number % 2:
+            path.write_bytes(path.read_bytes()[:-20] + b"damaged")
+        else:
+            path.rename(path.with_suffix(".moved"))
+            path.symlink_to(path.with_suffix(".moved"))
+    again = child(tmp_path)
+    assert again["jobs"] == first["jobs"]
+    assert again["ready"] == [True, True]
+
+
+def test_workers_outlive_failures():
+    pool = Pool(1)
+    missing = {"file": "/nowhere/at_all.py", "kernel": "k", "capability": 90, "warps": 1, "stages": 1, "operands": []}
+    answers = pool.run([missing, missing])
+    assert all("No such file" in answer["error"] for answer in answers)
+    (worker,) = pool._idle
+    worker._process.kill()
+    worker._process.wait()
+    (third,) = pool.run([missing])  # by another process
+    assert "No such file" in third["error"]
+    pool.close()
+    assert pool.run([]) == []
+
+
+# --- masks
+
+KERNEL = """
+import triton
+import triton.language
+
+@triton.jit
+def kernel(ninetoothed_x_pointer, ninetoothed_x_size_0, ninetoothed_x_stride_0):
+    pid = triton.language.program_id(0)
+    row = pid // 4
+    column = pid % 4
+    x = triton.language.load(ninetoothed_x_pointer + row, mask={mask}, other=None)
+
+def launch_kernel(x):
+    kernel[lambda meta: (x.size(0) - 1 + 1,)](x, x.size(0), x.stride(0))
+"""
+
+
+def simplified(mask):
+    text = masks.simplify(KERNEL.format(mask=mask))
+    assert "x.size(0) - 1 + 1" in text  # the launch is left alone
+    return text.split("+ row")[1].splitlines()[0].removesuffix(")").removeprefix(", ")
+
+
+ARANGE = "triton.language.arange(0, 16)[None, ::]"
+SIZE = "ninetoothed_x_size_0"
+
+
+@pytest.mark.parametrize(
+    "always",
+    [
+        f"({ARANGE} < 16)",
+        f"({ARANGE} >= 0)",
+        "(column < 4)",
+        f"(column * 16 + {ARANGE} < 64)",
+        "(row >= 0)",
+        "(row * ninetoothed_x_stride_0 >= 0)",
+        f"({SIZE} - 1 + 1 >= 0)",
+        "(0 * row < 1)",
+        "True",
+    ],
+)
+def test_conditions_that_always_hold_go(always):
+    assert simplified(f"True & {always}") == ""
+    assert simplified(f"True & {always} & (row < {SIZE})") == f"mask=True & (row < {SIZE}), other=None"
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [
+        f"({ARANGE} < 15)",
+        "(column < 3)",
+        f"(column * 16 + {ARANGE} < 63)",
+        f"(row < {SIZE})",
+        "(x >= 0)",
+        f"({SIZE} - 1 >= 0)",
+        "(unknown >= 0)",
+        "(row - 1 >= 0)",
+        "((row - 1) // 2 >= 0)",
+    ],
+)
+def test_conditions_that_may_fail_stay(needed):
+    assert f"({needed.strip('()').replace('::', ':').rstrip(')')}" in simplified(f"True & {needed} & {needed}")
+
+
+def test_names_that_change_are_not_known():
+    source = KERNEL.format(mask="(row >= 0)").replace("    x =", "    row = row - 1\n    x =")
+    assert "row >= 0" in masks.simplify(source)
+
+
+# --- candidates
+
+
+@pytest.mark.gpu
+def test_a_warm_process_loads_what_a_cold_one_compiled(tmp_path):
+    """Also that a chosen candidate is kept with its decision."""
+    model, ids = tiny_llama(dtype=torch.bfloat16).cuda(), token_ids().cuda()
+    graph = recorded(model, ids)
+    config = FusionConfig(cache_dir=tmp_path)
+    first, second = fuse(graph, config), fuse(graph, config)
+    for cold, warm in zip(first.regions, second.regions, strict=True):
+        assert warm.decision.choice == cold.decision.choice
+        assert getattr(warm.kernel, "choice", 0) == cold.decision.choice
+    assert list((tmp_path / "kernels").glob("*.cubin"))
+    torch.testing.assert_close(second(input_ids=ids), first(input_ids=ids))
+
+
+@pytest.mark.gpu
+def test_every_candidate_computes_the_same(tmp_path):
+    x, weight = torch.randn(37, 4096, device="cuda").bfloat16(), torch.randn(4096, device="cuda").bfloat16()
+    with record(x, weight) as recording:
+        recording.output(torch.nn.functional.rms_norm(x * 2, (4096,), weight, 1e-6))
+    fused = fuse(recording.graph, FusionConfig(profile="always", cache_dir=tmp_path))
+    (region,) = [region for region in fused.regions if region.kernel]
+    outputs = region.kernel.spec.allocate([x, weight])
+    kernels = region.kernel.candidates((x, weight, *outputs))
+    assert 1 < len(kernels) <= 4
+    for kernel in kernels:
+        torch.testing.assert_close(kernel(x, weight)[0], fused(x, weight))

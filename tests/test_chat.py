@@ -1,0 +1,282 @@
+"""Talking to a model: in a terminal, through a pipe, and what can go wrong."""
+
+import fcntl
+import io
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from graph_capture.runtime.llm import Completion
+from rich.console import Console
+from typer.testing import CliRunner
+
+from graph_capture.chat import Chat, Progress
+from graph_capture.cli import app
+from graph_capture.errors import CaptureError
+
+
+class Tokenizer:
+    chat_template = "one word, one token"
+
+
+class Engine:
+    """Says `script`, and interrupts itself before the piece of a given number."""
+
+    def __init__(self, script=("All ", "is ", "well."), capacity=64, interrupt_at=None, tokenizer=Tokenizer):
+        self.script, self.capacity, self.interrupt_at = script, capacity, interrupt_at
+        self.tokenizer = tokenizer
+        self.enable_fusion = True
+        self.last = None
+        self.prompts = []
+
+    def encode_messages(self, messages):
+        return [word for message in messages for word in message["content"].split()]
+
+    def stream(self, prompt, **options):
+        self.prompts.append(prompt if isinstance(prompt, str) else [message["content"] for message in prompt])
+        if "fail" in self.prompts[-1]:
+            raise CaptureError("no answer to [that]")
+        for number, piece in enumerate(self.script):
+            if number == self.interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+        self.last = Completion("".join(self.script), list(range(len(self.script))), 3, "stop", 0.01, 0.03)
+
+    def stats(self):
+        return {"enable_fusion": self.enable_fusion, "captured": {"decode": 7}, "eager": {}, "rate": None}
+
+    def explain(self):
+        return "nothing [yet]"
+
+
+def chat(engine, **options):
+    consoles = [Console(file=io.StringIO(), width=200) for _ in range(2)]
+    return Chat(engine, Progress(consoles[1]), *consoles, **options)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+def test_an_answer_is_streamed_and_timed():
+    talk = chat(Engine())
+    talk.answer("How are things?")
+    talk.answer("Really?")
+    assert printed(talk.out) == "All is well.\n" * 2
+    assert printed(talk.notes) == "3 tokens, 100 tokens/s, first token after 10 ms, fusion on\n" * 2
+    assert talk.engine.prompts[1] == ["How are things?", "All is well.", "Really?"]
+
+
+def test_a_system_message_comes_first_and_stays():
+    talk = chat(Engine(), system="Be brief.")
+    talk.answer("a")
+    talk.command("/reset")
+    talk.answer("b")
+    assert talk.engine.prompts == [["Be brief.", "a"], ["Be brief.", "b"]]
+
+
+def test_the_oldest_turns_are_forgotten():
+    talk = chat(Engine(capacity=16), system="S", max_new_tokens=6)  # ten words are left for the prompt
+    for question in ("a", "b", "c", "d"):
+        talk.answer(question)
+    assert talk.engine.prompts[2] == ["S", "a", "All is well.", "b", "All is well.", "c"]
+    assert talk.engine.prompts[3] == ["S", "b", "All is well.", "c", "All is well.", "d"]
+    assert printed(talk.notes).count("the oldest 2 messages do not fit any more") == 1
+
+
+def test_the_first_interrupt_stops_the_answer():
+    talk = chat(Engine(interrupt_at=1))
+    before = signal.getsignal(signal.SIGINT)
+    talk.answer("a")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert printed(talk.out) == "All is \n"
+    assert printed(talk.notes) == "stopped\n"
+    assert [message["content"] for message in talk.messages] == ["a", "All is "]
+
+
+def test_the_second_interrupt_does_not_wait():
+    class Stubborn(Engine):
+        def stream(self, prompt, **options):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            yield "never said"
+
+    talk = chat(Stubborn())
+    talk.answer("a")
+    assert printed(talk.out) == ""
+    assert printed(talk.notes) == "stopped\n"
+    assert talk.messages == []
+
+
+def test_an_error_is_shown_and_the_conversation_goes_on():
+    talk = chat(Engine())
+    talk.answer("fail")
+    assert talk.failed
+    assert printed(talk.notes) == "CaptureError: no answer to [that]\n"
+    talk.answer("a")
+    assert talk.engine.prompts[-1] == ["a"]
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    talk = chat(Engine(script=("\x1b[2J", "a\n", "\x07", "[bold]", "\x9b", "é")))
+    talk.answer("a")
+    assert printed(talk.out) == "\ufffd[2Ja\n\ufffd[bold]\ufffdé\n"
+
+
+def test_without_a_template_each_line_is_continued():
+    talk = chat(Engine(tokenizer=None))
+    talk.answer("a")
+    talk.answer("b")
+    assert talk.engine.prompts == ["a", "b"]
+
+
+def test_commands():
+    talk = chat(Engine())
+    talk.command("/fusion", "off")
+    assert not talk.engine.enable_fusion
+    talk.command("/fusion")
+    talk.command("/fusion", "on")
+    assert talk.engine.enable_fusion
+    talk.command("/stats")
+    talk.command("/explain")
+    talk.command("/help")
+    assert not talk.failed
+    for part in ("decode: 7", "nothing [yet]", "/fusion on|off"):
+        assert part in printed(talk.out)
+    assert printed(talk.notes) == "fusion off\nfusion off\nfusion on\n"
+    talk.command("/fusion", "maybe")
+    assert talk.failed
+    assert "there is no command /fusion maybe" in printed(talk.notes)
+
+
+# --- the command
+
+
+def invoke(*args, lines=b""):
+    return CliRunner().invoke(app, ["chat", *args], input=lines)
+
+
+def test_through_a_pipe():
+    result = invoke("--max-new-tokens", "40", lines=b"17+25=\n\n/fusion off\nWhat is 17 plus 25?\n/quit\nHello\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "42\n42\n"
+    assert re.search(r"2 tokens, \d+ tokens/s, first token after \d+ ms, fusion on\n", result.stderr)
+    assert re.search(r"2 tokens, \d+ tokens/s, first token after \d+ ms, fusion off\n", result.stderr)
+
+
+def test_bytes_that_are_no_text():
+    result = invoke("--no-fusion", lines=b"17+25=\n\xff\xfe\n8+1=")
+    assert result.exit_code == 1
+    assert result.stdout == "42\n9\n"
+    assert "the line is not UTF-8" in result.stderr
+
+
+def test_a_prompt_that_does_not_fit():
+    result = invoke("--no-fusion", lines=b"a" * 300 + b"\n17+25=\n")
+    assert result.exit_code == 1
+    assert result.stdout == "42\n"
+    assert "256 slots" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--temperature", "-1"], "temperature"),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_cannot_be_had(args, said):
+    result = invoke(*args, "--no-fusion", lines=b"17+25=\n")
+    assert result.exit_code == 1
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert said in result.stderr
+
+
+# --- a terminal
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, *args):
+        import pty
+        import termios
+
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "graph_capture.cli", "chat", *args],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.text = ""
+
+    def send(self, text):
+        os.write(self.master, text.encode())
+
+    def expect(self, pattern, seconds=120):
+        """Read until the pattern comes up; what comes after it is left for the next."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.text!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                try:
+                    more = os.read(self.master, 4096)
+                except OSError:  # the other end is closed
+                    more = b""
+                assert more, f"no {pattern!r} in {self.text!r}"
+                self.text = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]|\r", "", self.text + more.decode(errors="replace"))
+        self.text = self.text[found.end() :]
+        return found
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal():
+    pytest.importorskip("pty")
+    opened = Terminal()
+    yield opened
+    opened.close()
+
+
+def test_in_a_terminal(terminal):
+    rate = r"\d+ tokens/s, first token after \d+ ms, fusion "
+    terminal.expect("> ")
+    terminal.send("17+25=\n")
+    terminal.expect(r"\n42\n")
+    terminal.expect(rate + "on")
+    terminal.send("/fusion off\n")
+    terminal.expect("\nfusion off")
+    terminal.send("What is 17 plus 25?\n")
+    terminal.expect(r"\n42\n")
+    terminal.expect(rate + "off")
+    terminal.send("/stats\n")
+    terminal.expect("tokens per second")
+    terminal.send("/explain\n")
+    terminal.expect(r"decode, greedy \(\d+ replays\)")
+    terminal.expect("add_rms_norm")
+    terminal.send("/help\n")
+    terminal.expect("/reset")
+    terminal.send("\x03")
+    assert terminal.process.wait(60) == 0
+
+
+def test_the_end_of_a_terminal(terminal):
+    terminal.expect("> ")
+    terminal.send("\x04")
+    assert terminal.process.wait(60) == 0
