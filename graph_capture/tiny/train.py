@@ -73,22 +73,25 @@ def batches(seed: int, length: int, tokens: int) -> Iterator[tuple[torch.Tensor,
         yield torch.tensor([row[:-1] for row, _ in batch]), torch.tensor([row[1:] for _, row in batch])
 
 
-def train(model: Any, steps: int, tokens: int, seed: int, progress: Callable[[int, float], None]) -> None:
+def train(
+    model: Any, steps: int, tokens: int, seed: int, progress: Callable[[int, float], None], rate: float = 1.0
+) -> None:
     """Train in place: Muon (Jordan et al., 2024) for the matrices, AdamW for the rest, autocast to bfloat16.
 
     Args:
         steps, tokens: optimizer steps, and tokens in each.
         seed: of the text.
         progress: is told the step and its loss.
+        rate: times the usual learning rates.
     """
     inner = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     ids_of_inner = {id(parameter) for parameter in inner}
     outer = [parameter for parameter in model.parameters() if id(parameter) not in ids_of_inner]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(inner, lr=RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outer, lr=OUTER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inner, lr=rate * RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=rate * OUTER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    rates = [
+    schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / WARM_UP, (1 - step / steps) / (1 - STEADY), 1)
         )
@@ -104,9 +107,9 @@ def train(model: Any, steps: int, tokens: int, seed: int, progress: Callable[[in
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-            rate.step()
+            schedule.step()
         progress(step, loss.item())
     model.eval()
 
@@ -116,30 +119,39 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3600,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of the weights and the text.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="A folder with a model to train on.")] = None,
+    rate: Annotated[float, typer.Option(help="Times the usual learning rates.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Of torch; its number changes the last bits.")] = 1,
 ) -> None:
     """Train, write the model in bfloat16 with its tokenizer, and print what it gets right."""
     console = Console()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    model = build()
+    model = load(start) if start else build()
     console.print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
-    start = time.perf_counter()
+    began = time.perf_counter()
 
     def progress(step: int, loss: float) -> None:
         if (step + 1) % 50 == 0:
-            took = time.perf_counter() - start
-            rate = (step + 1) * tokens / took
+            took = time.perf_counter() - began
+            speed = (step + 1) * tokens / took
             console.print(
                 f"step {step + 1} of {steps}: loss {loss:.4f}, {took:.0f} s, {time.process_time():.0f} s of processor "
-                f"time, {rate:.0f} tokens/s"
+                f"time, {speed:.0f} tokens/s"
             )
         if (step + 1) % 500 == 0:  # so that a run that is stopped leaves something
             save(model, out)
 
-    train(model, steps, tokens, seed, progress)
+    train(model, steps, tokens, seed, progress, rate)
     save(model, out)
     show(console, evaluate(out))
+
+
+def load(folder: Path) -> Any:
+    """A model that was saved, float32."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def save(model: Any, folder: Path) -> None:
