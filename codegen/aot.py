@@ -1,23 +1,19 @@
 """Compiling kernels for a GPU that is not there, and reading what the machine code is like.
 
-Triton's wheel brings ptxas and a disassembler; `aot_worker` runs them in a process of its own.
+Triton's wheel brings ptxas and a disassembler; `aot_worker` runs them in processes of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from graph_capture.codegen.ninetoothed_host import Built
+from graph_capture.codegen.workers import POOL
 
 from graph_capture.errors import FusionError
 
@@ -96,29 +92,17 @@ def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
     return compile_jobs(request, architecture)
 
 
-def compile_jobs(request: Sequence[Any], architecture: str) -> list[Binary]:
+def compile_jobs(request: Sequence[Mapping[str, Any]], architecture: str) -> list[Binary]:
     """Compile what `aot_worker` takes, in a process for each core.
 
     Raises:
         FusionError: the compiler fails.
     """
-    workers = max(1, min(len(request), os.cpu_count() or 1))
-    shares = [request[start::workers] for start in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(lambda share: _compile(share, architecture), shares))
-    return [_read(**done[index % workers][index // workers]) for index in range(len(request))]
-
-
-def _compile(request: Sequence[Any], architecture: str) -> list[Any]:
-    """What the worker makes of some jobs, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("aot_worker.py"))]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        raise FusionError(f"compiling for {architecture} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    done = POOL.run(request)
+    for answer in done:
+        if "error" in answer:
+            raise FusionError(f"compiling for {architecture} failed: {answer['error'].strip()[-2000:]}")
+    return [_read(**answer) for answer in done]
 
 
 def _read(*, sass: str, shared: int, usage: str) -> Binary:

@@ -1,36 +1,216 @@
-"""Compiles kernels with Triton alone: a list of jobs as JSON on standard input, results as JSON on the last line out.
+"""Making and compiling kernels with ninetoothed and Triton alone; as a script, a worker for another process.
 
-Run as a script by `graph_capture.codegen.aot`, in a process of its own: where Triton's interpreter has run, its
-language module stays patched and compiles no more. Imports nothing of the package, so that it starts fast.
+The worker reads jobs from standard input and writes results to standard output, each a line of JSON, in turn, until
+the input ends or nothing has come for `PATIENCE`. Being a process of its own it compiles also where Triton's
+interpreter has run, which leaves the language module patched. Imports neither the package nor torch, to start fast.
 """
 
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
 import importlib.util
+import itertools
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
+import types
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-
-def _number(argument: str) -> int:
-    match = re.search(r"_tensor_(\d+)_(?:pointer|size|stride)", argument)
-    assert match is not None, argument
-    return int(match.group(1))
+PATIENCE = 60  # seconds without a job
+_numbers = itertools.count()
 
 
-def compile_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel; `job` and the result are as `graph_capture.codegen.aot` writes and reads them."""
-    spec = importlib.util.spec_from_file_location("generated", job["file"])
+class NoDevice:
+    """What ninetoothed and Triton ask of the active driver, on a machine that has none."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
+
+    class utils:  # noqa: N801
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_num_regs": 65536, "max_shared_mem": 232448}
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_device_interface(self) -> Any:
+        import torch
+
+        return torch.cpu
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+# --- ninetoothed: from an arrangement and an application to Triton's language
+
+
+def load_source(name: str, source: str, folder: Path) -> Any:
+    """Import `source` from a file of its own in `folder`: ninetoothed and Triton read it back."""
+    path = folder / f"{name}_{next(_numbers)}.py"
+    path.write_text(source, encoding="utf-8")
+    return _load_file(f"graph_capture_generated.{name}", path)
+
+
+def _load_file(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, job["kernel"])
+    return module
+
+
+def make(
+    name: str, source: str, ranks: Sequence[int], other: float | None, warps: int, stages: int, folder: Path
+) -> tuple[Callable[..., Any], str]:
+    """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
+
+    The source depends on the arguments alone (ninetoothed numbers tensors as long as a process lives, here from 0), and
+    has the masks that it needs.
+    """
+    import ninetoothed
+    from ninetoothed import generation
+
+    module = load_source(name, source, folder)
+    before = generation.CACHE_DIR, ninetoothed.Tensor.num_instances
+    generation.CACHE_DIR, ninetoothed.Tensor.num_instances = folder, 0  # its own folder is shared, and not atomic
+    try:
+        handle = ninetoothed.make(
+            module.arrangement,
+            module.application,
+            tuple(ninetoothed.Tensor(rank, other=other) for rank in ranks),
+            kernel_name=name,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    finally:
+        generation.CACHE_DIR = before[0]
+        ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
+    text = _load_file("masks", Path(__file__).with_name("masks.py")).simplify(Path(handle._source).read_text("utf-8"))
+    simplified = load_source(name, text, folder)
+    return getattr(simplified, f"launch_{name}"), simplified.__file__
+
+
+# --- Triton: compiling for given operands without a launch
+
+
+@dataclass(frozen=True)
+class Mock:
+    """Stands for a tensor that a kernel is compiled for: ``bfloat16``, sizes, strides, whether 16-byte aligned."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    aligned: bool = True
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
+
+    def stride(self, dim: int) -> int:
+        return self.strides[dim]
+
+    def data_ptr(self) -> int:
+        return 0 if self.aligned else self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return 1 if self.dtype == "bool" else int(re.sub(r"\D", "", self.dtype)) // 8
+
+
+class _Dry:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.made = kernel, None
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            self.made = self.kernel.warmup(*args, grid=grid, **kwargs)
+
+        return call
+
+
+def compile_launch(launch: Callable[..., Any], name: str, operands: Sequence[Any]) -> Any:
+    """Have Triton compile what `launch` would launch on `operands`, tensors or mocks; its compiled kernel."""
+    dry = _Dry(launch.__globals__[name])
+    # A copy: somebody else may launch the kernel meanwhile.
+    types.FunctionType(launch.__code__, {**launch.__globals__, name: dry})(*operands)
+    return dry.made
+
+
+def compile_with(kernel: Any, function: Callable[..., Any]) -> None:
+    """Have Triton call `function(src, target, options)` when `kernel`, a JITFunction, is to be compiled."""
+
+    def create_binder() -> Any:
+        made = kernel.__class__.create_binder(kernel)  # sets `compile`
+        kernel.compile = lambda src, *, target, options, **_: function(src, target, options)
+        return made
+
+    kernel.device_caches = defaultdict(create_binder)
+
+
+def digest(src: Any, target: Any, options: Mapping[str, Any]) -> str:
+    """What Triton compiles a source for: types, constants, alignments, target, options."""
+    parts = (list(src.signature.items()), sorted(src.constants.items()), sorted(src.attrs.items()), vars(target))
+    return hashlib.sha256(repr((*parts, sorted(options.items()))).encode()).hexdigest()
+
+
+# --- jobs
+
+
+def compile_job(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Do one job, as `graph_capture.codegen` writes them; files that are made go into `folder`."""
+    return _compile_program(job, folder) if "program" in job else _compile_file(job)
+
+
+def _compile_program(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Make a program and compile it for given operands: its source, and Triton's files of the kernel."""
+    triton.runtime.driver.set_active(NoDevice(job["capability"]))
+    name = job["name"]
+    launch, file = make(name, folder=folder, **job["program"])
+    found: dict[str, Any] = {"source": Path(file).read_text(encoding="utf-8")}
+
+    def compiled(src: Any, target: Any, options: Mapping[str, Any]) -> Any:
+        result = triton.compile(src, target=target, options=options)
+        paths = map(Path, result.metadata_group.values())
+        files = {path.suffix: base64.b64encode(path.read_bytes()).decode() for path in paths}
+        found.update(digest=digest(src, target, options), files={name: files[name] for name in (".json", ".cubin")})
+        return result
+
+    compile_with(launch.__globals__[name], compiled)
+    compile_launch(launch, name, [Mock(**operand) for operand in job["operands"]])
+    return found
+
+
+def _compile_file(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile a kernel in a file; its machine code as text, and what it uses."""
+    function = getattr(_load_file("generated", Path(job["file"])), job["kernel"])
     compiled = triton.compile(
         ASTSource(function, *_arguments(function, job)),
         target=GPUTarget("cuda", job["capability"], 32),
@@ -44,7 +224,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     return {"sass": compiled.asm["sass"], "shared": compiled.metadata.shared, "usage": usage}
 
 
-def _arguments(function: Any, job: dict[str, Any]) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+def _arguments(function: Any, job: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
     """The types of a kernel's arguments, those that are constant, and what is known of the others."""
     signature: dict[str, str] = {}
     constants: dict[str, int] = {}
@@ -74,5 +254,30 @@ def _arguments(function: Any, job: dict[str, Any]) -> tuple[dict[str, str], dict
     return signature, constants, attributes
 
 
+def _number(argument: str) -> int:
+    match = re.search(r"_tensor_(\d+)_(?:pointer|size|stride)", argument)
+    assert match is not None, argument
+    return int(match.group(1))
+
+
+def _serve(folder: Path) -> None:
+    """Do jobs until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
+    triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
+    while select.select([sys.stdin], [], [], PATIENCE)[0]:
+        line = sys.stdin.readline()
+        if not line:
+            break
+        try:
+            answer = compile_job(json.loads(line), folder)
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_job(job) for job in json.load(sys.stdin)]))
+    with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as workspace:
+        _serve(Path(workspace))

@@ -121,8 +121,8 @@ def check_ops(graph: SubGraph) -> None:
             raise FusionError(f"attention with {name} has no kernel")
 
 
-def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> AttentionSpec:
-    """`graph` as one kernel, given the layout of each of its values.
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = None) -> AttentionSpec:
+    """`graph` as one kernel, given the layout of each of its values; of its ops none has a scalar expression.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.

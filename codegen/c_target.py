@@ -16,7 +16,7 @@ from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.c_host import Launch, Layout, chain
 from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
-from graph_capture.codegen.spec import KernelSpec, Spec
+from graph_capture.codegen.spec import KernelSpec, Request, Spec
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
@@ -80,7 +80,9 @@ def source(spec: Spec) -> str:
     return _printed(spec, "kernel")
 
 
-def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Callable[[Sequence[torch.Tensor]], Launch]:
+def build(
+    spec: Spec, kernel_name: str, cache: DiskCache | None = None
+) -> Callable[[Sequence[torch.Tensor], int], Launch]:
     """Compile a kernel; the result binds it to tensors.
 
     Raises:
@@ -91,7 +93,7 @@ def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Calla
     printer: Printer = PRINTERS[type(spec)]
     layouts: dict[Any, tuple[Layout, ...]] = {}
 
-    def bind(tensors: Sequence[torch.Tensor]) -> Launch:
+    def bind(tensors: Sequence[torch.Tensor], choice: int) -> Launch:
         key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
         found = layouts.get(key)
         if found is None:
@@ -101,11 +103,16 @@ def build(spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Calla
     return bind
 
 
-def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
-    """Compile kernels (their specs and names) side by side, for `build` to find them."""
-    specs = [item for item in specs if type(item[0]) in PRINTERS]
-    symbols = [re.sub(r"[^A-Za-z0-9_]", "_", kernel_name) for _, kernel_name in specs]
-    host.libraries([host.prelude() + _printed(spec, s) for (spec, _), s in zip(specs, symbols, strict=True)], cache)
+def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
+    """One: nothing is timed against itself."""
+    return 1
+
+
+def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+    """Compile kernels side by side, for `build` to find them."""
+    wanted = dict.fromkeys((request.spec, request.name) for request in requests if type(request.spec) in PRINTERS)
+    texts = [_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)) for spec, kernel_name in wanted]
+    host.libraries([host.prelude() + text for text in texts], cache)
 
 
 def _printed(spec: Spec, symbol: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import re
@@ -15,12 +16,14 @@ from graph_capture.codegen import c_target, ninetoothed_target
 from graph_capture.codegen.aot import Binary
 from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.lower import lower
-from graph_capture.codegen.spec import Operand, Spec
+from graph_capture.codegen.op_library import OpLibrary
+from graph_capture.codegen.spec import Operand, Request, Spec
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.log import log
+from graph_capture.ops import expression
 
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
@@ -47,12 +50,17 @@ class Target(Protocol):
 
     def build(
         self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
-    ) -> Callable[[Sequence[torch.Tensor]], Launch]:
-        """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first."""
+    ) -> Callable[[Sequence[torch.Tensor], int], Launch]:
+        """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first, and to one
+        of the `candidates`."""
         ...
 
-    def prepare(self, specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
-        """Compile specs (with their kernels' names) side by side, as far as that saves time in `build`."""
+    def candidates(self, spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
+        """How many ways to cut the work on a call's tensors there are, the expected fastest first; at most four."""
+        ...
+
+    def prepare(self, requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+        """Compile kernels side by side into `cache`, as far as that saves time later."""
         ...
 
 
@@ -64,7 +72,10 @@ class CompiledKernel:
         key: equal for equal kernels, in every process.
         spec: what it computes.
         source: the code that was generated for it.
+        choice: which of the target's ways to cut the work it takes; see `candidates`.
     """
+
+    choice = 0
 
     def __init__(
         self,
@@ -116,9 +127,22 @@ class CompiledKernel:
         if all(tensor.numel() == 0 for tensor in outputs):
             return _nothing
         try:
-            return self._bind((*inputs, *outputs))
+            return self._bind((*inputs, *outputs), self.choice)
         except FusionError as error:
             raise FusionError(f"{self.name}: {error}") from error
+
+    def candidates(self, tensors: Sequence[torch.Tensor]) -> list[CompiledKernel]:
+        """Equal kernels that cut the work on `tensors` (inputs, then outputs) in different ways, the expected fastest
+        first; at most four."""
+        return [self.with_choice(choice) for choice in range(self.target.candidates(self.spec, tensors))]
+
+    def with_choice(self, choice: int) -> CompiledKernel:
+        """This kernel, with another of its `candidates`."""
+        if choice == self.choice:
+            return self
+        other = copy.copy(self)
+        other.choice = choice
+        return other
 
     def bind(self, tensors: Sequence[torch.Tensor], share: bool) -> Callable[[Sequence[torch.Tensor]], Any]:
         """A call for replays; a kernel prepares nothing."""
@@ -131,8 +155,8 @@ class CompiledKernel:
             if tensor.dtype is not operand.dtype:
                 raise FusionError(f"{self.name}: {operand.name} is {tensor.dtype}, expected {operand.dtype}")
 
-    def compile_for(self, architecture: str) -> Binary:
-        """Machine code for ``sm_80``, ``sm_90``, ...; needs no GPU.
+    def compile_for(self, architecture: str) -> tuple[Binary, ...]:
+        """Machine code for ``sm_80``, ``sm_90``, ..., of each program that a call launches; needs no GPU.
 
         Raises:
             FusionError: the compiler fails.
@@ -147,7 +171,7 @@ def _nothing() -> None:
     """The launch of a kernel that has no elements to compute."""
 
 
-def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[Binary]:
+def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[tuple[Binary, ...]]:
     """Machine code of several kernels in one go; see `CompiledKernel.compile_for`."""
     return ninetoothed_target.compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
 
@@ -194,15 +218,26 @@ class KernelCompiler:
     Args:
         target: "auto", "ninetoothed" or "c".
         cache: where machine code is kept for later processes; nowhere if None.
+        op_library: what defines the ops: "builtin", or a package such as "ntops" where that has a usable definition.
+
+    Raises:
+        FusionError: there is no such target, or the package cannot be imported.
     """
 
-    def __init__(self, target: str = "auto", cache: DiskCache | None = None) -> None:
+    def __init__(self, target: str = "auto", cache: DiskCache | None = None, op_library: str = "builtin") -> None:
         if target != "auto" and target not in TARGETS:
             raise FusionError(f"there is no target {target!r}; use {', '.join(map(repr, ('auto', *TARGETS)))}")
         self.target, self.cache = target, cache
+        self.define = expression if op_library == "builtin" else OpLibrary(op_library).define
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
+
+    def fresh(self) -> KernelCompiler:
+        """A compiler like this one that knows no kernel and keeps none on disk."""
+        other = KernelCompiler(self.target)
+        other.define = self.define
+        return other
 
     @property
     def kernels(self) -> tuple[CompiledKernel, ...]:
@@ -221,36 +256,38 @@ class KernelCompiler:
 
         The kernel takes inputs of any strides; knowing them (in elements; contiguous unless given) lets it read
         in place what is not contiguous: halves of a merged projection, transposed heads. Without a `device` it is made
-        for CUDA where there is CUDA, for the CPU elsewhere.
+        for CUDA where there is CUDA and the target is not C, for the CPU elsewhere.
 
         Raises:
             FusionError: the region cannot be one kernel, or its kernel cannot be built.
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
         strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cuda = self.target != "c" and torch.cuda.is_available()
+        place = torch.device(device or ("cuda" if cuda else "cpu"))
         layouts = zip(shapes, strides, dtypes, strict=True)
         metas = tuple(TensorMeta(shape, tuple(stride), dtype, place) for shape, stride, dtype in layouts)
         with self._lock:
             return self._kernel(*self._described(graph, metas))
 
-    def prepare(self, wanted: Sequence[tuple[SubGraph, Sequence[TensorMeta]]]) -> None:
+    def prepare(self, wanted: Sequence[tuple[SubGraph, Sequence[TensorMeta], int | None]]) -> None:
         """Build the kernels of several regions on inputs of these layouts side by side, for `compile` to find.
 
-        What cannot be built is passed over; `compile` says why.
+        With each comes which of its `candidates` is going to run; None if they will be timed. What cannot be built is
+        passed over; `compile` says why.
         """
         with self._lock:
-            by_target: dict[str, dict[str, tuple[Spec, str]]] = {}
-            for graph, metas in wanted:
+            by_target: dict[str, dict[tuple[Any, ...], Request]] = {}
+            for graph, metas, choice in wanted:
                 try:
                     target, spec, key, name = self._described(graph, tuple(metas))
                 except Exception:  # whatever it is, `compile` raises it again
                     continue
-                if key not in self._kernels:
-                    by_target.setdefault(target.name, {})[key] = (spec, name)
-            for chosen, specs in by_target.items():
+                request = Request(spec, name, tuple(metas), choice)
+                by_target.setdefault(target.name, {})[key, *metas, choice] = request
+            for chosen, requests in by_target.items():
                 with contextlib.suppress(FusionError):  # `compile` raises it again
-                    TARGETS[chosen].prepare(list(specs.values()), self.cache)
+                    TARGETS[chosen].prepare(list(requests.values()), self.cache)
 
     def _described(self, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> tuple[Target, Spec, str, str]:
         """A kernel before it is built: its target, its spec, its key and its name."""
@@ -259,7 +296,7 @@ class KernelCompiler:
         known = (graph, *metas)
         spec = self._specs.get(known)
         if spec is None:
-            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)))
+            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)), self.define)
         key = hashlib.sha256(f"{target.name} {spec!r}".encode()).hexdigest()
         ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
         return target, spec, key, f"fused_{ops[:40]}_{key[:8]}"

@@ -11,7 +11,7 @@ from graph_capture.codegen.spec import Spec
 
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
-from graph_capture.ops import flatten_outputs, prepare
+from graph_capture.ops import expression, flatten_outputs, prepare
 
 # A lowering is a module: `claims` looks at a region's ops, `check_ops` says what is wrong with them, `lower` makes the
 # spec. The first that claims a region has it.
@@ -53,12 +53,12 @@ def supports(graph: SubGraph, metas: Mapping[str, TensorMeta] | None = None) -> 
     return None
 
 
-def lower(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> Spec:
-    """`graph` on inputs of these layouts as one kernel.
+def lower(graph: SubGraph, inputs: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> Spec:
+    """`graph` on inputs of these layouts as one kernel; `define` gives the scalar expressions of its ops.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.
     """
     lowering = next(module for module in LOWERINGS if module.claims(graph))
     lowering.check_ops(graph)
-    return lowering.lower(graph, infer_values(graph, inputs))
+    return lowering.lower(graph, infer_values(graph, inputs), define)

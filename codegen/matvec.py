@@ -17,7 +17,7 @@ from graph_capture.codegen.spec import Operand, Statement
 
 from graph_capture.errors import FusionError
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.ops import Kind, arguments, op
+from graph_capture.ops import Kind, arguments, expression, op
 
 MAX_ROWS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -173,8 +173,8 @@ def check_ops(graph: SubGraph) -> None:
         made.update(node.outputs)
 
 
-def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> MatvecSpec:
-    """`graph` as one kernel, given the layout of each of its values.
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> MatvecSpec:
+    """`graph` as one kernel, given the layout of each of its values, and the scalar expressions of its ops.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.
@@ -204,7 +204,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> MatvecSpec:
     nodes += [node for node in graph.nodes if op(node.op_type).kind is Kind.POINTWISE]
     made = {name for node in nodes for name in node.outputs}
     read = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
-    epilogue = rows.lower(SubGraph(tuple(nodes), tuple(read), graph.output_names), known)
+    epilogue = rows.lower(SubGraph(tuple(nodes), tuple(read), graph.output_names), known, define)
     used = {a for statement in epilogue.statements for a in statement.arguments if isinstance(a, str)}
     inputs = [
         Operand(n, values[n].dtype, _over(n, values[n], space) if n in used | set(epilogue.stores) else ())

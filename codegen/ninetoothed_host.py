@@ -7,26 +7,29 @@ interpreter.
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
-import importlib.util
-import itertools
+import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+from graph_capture.codegen.workers import POOL
 
+from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
+from graph_capture.log import log
 
-_numbers = itertools.count()
 _lock = threading.RLock()  # ninetoothed's and the interpreter's state is global
 
 
@@ -49,27 +52,20 @@ def _remove(path: Path, owner: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class _NoDevice:
-    """What ninetoothed asks of the active driver, on a machine that has none."""
+@cache
+def import_triton() -> Any:
+    """`aot_worker`, and with it Triton, imported so that it works on this machine.
 
-    class utils:  # noqa: N801
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_num_regs": 65536, "max_shared_mem": 232448}
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    Raises:
+        FusionError: it cannot be imported.
+    """
+    try:
+        from graph_capture.codegen import aot_worker
+    except ImportError as error:
+        raise FusionError(f"ninetoothed cannot be imported: {error}") from error
+    if interpreted():
+        sys.modules["triton"].runtime.driver.set_active(aot_worker.NoDevice())
+    return aot_worker
 
 
 @cache
@@ -79,11 +75,8 @@ def import_ninetoothed() -> Any:
     Raises:
         FusionError: it, or Triton, cannot be imported.
     """
+    import_triton()
     try:
-        import triton
-
-        if interpreted():
-            triton.runtime.driver.set_active(_NoDevice())
         import ninetoothed
     except ImportError as error:
         raise FusionError(f"ninetoothed cannot be imported: {error}") from error
@@ -143,6 +136,11 @@ class Program:
     stages: int = 1
     other: float | None = None
 
+    def made_of(self) -> dict[str, Any]:
+        """What `aot_worker.make` takes, but for the name."""
+        names = ("source", "ranks", "other", "warps", "stages")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Built:
@@ -154,30 +152,31 @@ class Built:
     kernel_name: str
 
 
-def build(program: Program, kernel_name: str) -> Built:
-    """Load a program.
+@functools.lru_cache(maxsize=256)
+def build(program: Program, kernel_name: str, cache: DiskCache | None = None) -> Built:
+    """Load a program, from `cache` where it is there; its kernels are compiled when they are first launched.
 
     Raises:
         FusionError: ninetoothed cannot be used here.
     """
-    ninetoothed = import_ninetoothed()  # first: Triton's own functions are to be decorated for compiling
+    worker = import_triton()  # first: Triton's own functions are to be decorated for compiling
+    cache = None if interpreted() else cache
     with _lock, triton_mode(interpreted()):
-        module = _load(kernel_name, program.source)
-        tensors = tuple(ninetoothed.Tensor(rank, other=program.other) for rank in program.ranks)
-        generation = sys.modules["ninetoothed.generation"]
-        before, generation.CACHE_DIR = generation.CACHE_DIR, workspace()  # type: ignore[attr-defined]
-        try:
-            handle = ninetoothed.make(
-                module.arrangement,
-                module.application,
-                tensors,
-                kernel_name=kernel_name,
-                num_warps=program.warps,
-                num_stages=program.stages,
-            )
-        finally:
-            generation.CACHE_DIR = before  # type: ignore[attr-defined]
-        return Built(program, _serialised(handle) if interpreted() else handle, handle._source, kernel_name)
+        text = stored_source(program, kernel_name, cache) if cache is not None else None
+        if text is not None:
+            module = worker.load_source(kernel_name, text, workspace())
+            launch, file = getattr(module, f"launch_{kernel_name}"), module.__file__
+        else:
+            import_ninetoothed()
+            launch, file = worker.make(kernel_name, folder=workspace(), **program.made_of())
+            text = Path(file).read_text(encoding="utf-8")
+            if cache is not None:
+                store_source(program, kernel_name, cache, text)
+        if interpreted():
+            return Built(program, _serialised(launch), file, kernel_name)
+        if cache is not None:
+            worker.compile_with(launch.__globals__[kernel_name], functools.partial(_compiled, cache, text, worker))
+        return Built(program, launch, file, kernel_name)
 
 
 def _serialised(handle: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,13 +189,122 @@ def _serialised(handle: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-def _load(name: str, source: str) -> Any:
-    """Import `source` from a file of its own, which ninetoothed reads back."""
-    path = workspace() / f"{name}_{next(_numbers)}.py"
-    path.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"graph_capture_generated.{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# --- what is kept on disk: the generated sources, and Triton's files of each kernel that is compiled of one
+
+
+class _NotStoredError(Exception):
+    """A kernel is not in the cache, and is not to be compiled here."""
+
+
+_only = threading.local()  # `stored`: whether this thread takes nothing but what is stored
+
+
+def stored_source(program: Program, kernel_name: str, cache: DiskCache) -> str | None:
+    """The Triton source of a program, as it was made before."""
+    data = cache.read(cache.key("source", repr(program), kernel_name), ".py")
+    return None if data is None else data.decode()
+
+
+def store_source(program: Program, kernel_name: str, cache: DiskCache, text: str) -> None:
+    """Keep the Triton source of a program."""
+    cache.put(cache.key("source", repr(program), kernel_name), {".py": text.encode()})
+
+
+def store_kernel(source: str, digest: str, cache: DiskCache, files: Mapping[str, bytes]) -> None:
+    """Keep Triton's files (``.json``, ``.cubin``) of a kernel; `digest` says what `source` was compiled for."""
+    cache.put(_kernel_key(source, digest, cache), files)
+
+
+def _kernel_key(source: str, digest: str, cache: DiskCache) -> str:
+    return cache.key("kernel", source, digest, repr(_settings()))
+
+
+def _settings() -> list[tuple[str, str]]:
+    """What the environment tells Triton, but for where its own cache is."""
+    return sorted(item for item in os.environ.items() if re.match(r"TRITON_(?!INTERPRET|CACHE)", item[0]))
+
+
+def _compiled(cache: DiskCache, source: str, worker: Any, src: Any, target: Any, options: Mapping[str, Any]) -> Any:
+    """Triton's kernel from `cache`; compiled and kept where it is not there."""
+    from triton import compile
+    from triton.compiler import CompiledKernel
+
+    digest = worker.digest(src, target, options)
+    key = _kernel_key(source, digest, cache)
+    paths = {suffix: cache.get(key, suffix) for suffix in (".json", ".cubin")}
+    if None not in paths.values():
+        with contextlib.suppress(Exception):  # what it is, whoever compiles again finds out
+            return CompiledKernel(src, {f"kernel{suffix}": str(path) for suffix, path in paths.items()}, key)
+    if getattr(_only, "stored", False):
+        raise _NotStoredError
+    made = compile(src, target=target, options=options)
+    files = {Path(path).suffix: Path(path).read_bytes() for path in made.metadata_group.values()}
+    store_kernel(source, digest, cache, {suffix: files[suffix] for suffix in paths})
+    return made
+
+
+class Job(NamedTuple):
+    """A program to be compiled for operands like these (`aot_worker.Mock`)."""
+
+    program: Program
+    kernel_name: str
+    operands: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, program: Program, kernel_name: str, tensors: Sequence[torch.Tensor]) -> Job:
+        """Of operands, as far as the machine code depends on them; their addresses are taken for aligned."""
+        mocks = []
+        for tensor in tensors:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            aligned = tensor.storage_offset() * tensor.itemsize % 16 == 0
+            sizes, strides = (tuple(map(_alike, numbers)) for numbers in (tensor.shape, tensor.stride()))
+            mocks.append(import_triton().Mock(dtype, sizes, strides, aligned))
+        return cls(program, kernel_name, tuple(mocks))
+
+
+def _alike(number: int) -> int:
+    """The least number that Triton compiles the same code for: 1, multiples of 16, and 64 bits stand apart."""
+    if number < 2:
+        return 16 * (1 - number) + number
+    small = 16 if number % 16 == 0 else 17
+    return small if number < 2**31 else small + 2**31
+
+
+def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
+    """Compile what is not in `cache` in other processes, and keep it there."""
+    missing = [job for job in dict.fromkeys(jobs) if not _is_stored(job, cache)]
+    missing.sort(key=lambda job: len(job.operands), reverse=True)  # the longest first, so that all end together
+    target = sys.modules["triton"].runtime.driver.active.get_current_target() if missing else None
+    if target is None or target.backend != "cuda":
+        return
+    requests = [
+        {
+            "program": job.program.made_of(),
+            "name": job.kernel_name,
+            "operands": [asdict(operand) for operand in job.operands],
+            "capability": target.arch,
+        }
+        for job in missing
+    ]
+    for job, answer in zip(missing, POOL.run(requests), strict=True):
+        if "error" in answer:
+            log.debug("%s was not compiled ahead: %s", job.kernel_name, answer["error"])
+            continue
+        store_source(job.program, job.kernel_name, cache, answer["source"])
+        files = {suffix: base64.b64decode(data) for suffix, data in answer["files"].items()}
+        store_kernel(answer["source"], answer["digest"], cache, files)
+
+
+def _is_stored(job: Job, cache: DiskCache) -> bool:
+    """Whether a launch will find its kernel; it has been loaded then."""
+    if stored_source(job.program, job.kernel_name, cache) is None:
+        return False
+    built = build(job.program, job.kernel_name, cache)
+    _only.stored = True
+    try:
+        import_triton().compile_launch(built.launch, job.kernel_name, job.operands)
+    except _NotStoredError:
+        return False
+    finally:
+        _only.stored = False
+    return True

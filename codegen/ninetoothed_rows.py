@@ -44,8 +44,7 @@ def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = No
 
     With few `elements` (None: many) blocks are smaller, so that there are some for every multiprocessor.
     """
-    wide = max(operand.dtype.itemsize for operand in spec.operands) > 2
-    least = 32 * (4 if wide else 8)  # what one warp moves at once
+    least = _least(spec)
     if spec.columns is None:
         most = 65536 if interpreted else 8 * least
         return Blocks(1, most if interpreted else _enough(least, most, elements), 4).with_warps(least, interpreted)
@@ -56,6 +55,11 @@ def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = No
     columns = row if spec.reduces or interpreted else min(row, most)
     rows = max(1, most // columns)
     return Blocks(rows, columns, min(16, max(4, rows * columns // 512))).with_warps(least, interpreted or spec.reduces)
+
+
+def _least(spec: KernelSpec) -> int:
+    """Elements that one warp moves at once."""
+    return 32 * (4 if max(operand.dtype.itemsize for operand in spec.operands) > 2 else 8)
 
 
 def _enough(least: int, most: int, elements: int | None) -> int:
@@ -78,9 +82,26 @@ def program(spec: KernelSpec, interpreted: bool) -> Program:
     return _program(spec, choose_blocks(spec, interpreted))
 
 
-def fitted(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> Program:
-    """The program for tensors (inputs, then outputs) of this size."""
-    return _program(spec, choose_blocks(spec, False, spec.geometry(tensors).elements))
+def candidates(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
+    """Programs for tensors (inputs, then outputs) of this size, at most four; first what `choose_blocks` takes."""
+    blocks = choose_blocks(spec, False, spec.geometry(tensors).elements)
+    return [_program(spec, each) for each in list(dict.fromkeys([blocks, *_variations(spec, blocks)]))[:4]]
+
+
+def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
+    """Other sizes that are worth a measurement, the most promising first."""
+    least = _least(spec)
+    more, fewer = (replace(blocks, warps=warps) for warps in (min(32, blocks.warps * 2), max(1, blocks.warps // 2)))
+    if spec.reduces:
+        row = max(1, 1 << ((spec.columns or 1) - 1).bit_length())
+        if blocks.sweeps:
+            return [more, replace(blocks, columns=blocks.columns // 2), replace(blocks, columns=blocks.columns * 2)]
+        step = min(SWEEP, row // 2)
+        sweep = Blocks(1, step, min(16, max(4, step // least)), sweeps=True)
+        return [more, fewer, *([sweep] if row >= SWEEP else [])]
+    smaller = replace(blocks, columns=blocks.columns // 2) if blocks.columns >= 2 * least else blocks
+    larger = replace(blocks, columns=blocks.columns * 2) if spec.columns is None else blocks
+    return [each.with_warps(least, False) for each in (smaller, more, larger)]
 
 
 def _program(spec: KernelSpec, blocks: Blocks) -> Program:

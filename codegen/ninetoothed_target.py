@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.matvec import MatvecSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
-from graph_capture.codegen.spec import KernelSpec, Spec
+from graph_capture.codegen.spec import KernelSpec, Request, Spec
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
@@ -22,8 +22,9 @@ from graph_capture.errors import FusionError
 class Printer(Protocol):
     """How specs of one kind become a program: a module with these functions.
 
-    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; ``fitted(spec, tensors)``: the
-    program for tensors of this size; and, instead of `program`, ``programs(spec, interpreted)``: one for each launch.
+    It may also have ``after(spec, tensors)``: a call that follows the launch, or None; ``candidates(spec, tensors)``:
+    programs for tensors of this size, to be timed, the expected fastest first; and, instead of `program`,
+    ``programs(spec, interpreted)``: one for each launch.
     """
 
     def program(self, spec: Any, interpreted: bool) -> host.Program:
@@ -70,32 +71,53 @@ def _programs(spec: Spec, interpreted: bool) -> Sequence[host.Program]:
     return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
 
+def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
+    """How many ways there are to cut the work on these tensors (inputs, then outputs); at most four."""
+    return len(_ways(spec, tensors))
+
+
+def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.Program]]:
+    """The ways to cut the work, the expected fastest first: of each its programs, one for all launches or for each."""
+    printer = PRINTERS[type(spec)]
+    if interpreted() or not hasattr(printer, "candidates"):
+        return [_programs(spec, interpreted())]
+    return [[program] for program in printer.candidates(spec, tensors)]
+
+
+def _named(programs: Sequence[host.Program], kernel_name: str) -> list[tuple[host.Program, str]]:
+    return [(program, f"{kernel_name}_{number}" if number else kernel_name) for number, program in enumerate(programs)]
+
+
+def _launches(
+    spec: Spec, kernel_name: str, tensors: Sequence[torch.Tensor], choice: int
+) -> Iterator[tuple[host.Program, str, Sequence[torch.Tensor]]]:
+    """The launches on these tensors: program, kernel's name, operands."""
+    launches = PRINTERS[type(spec)].views(spec, tensors)
+    ways = _ways(spec, tensors)
+    kernels = _named(ways[min(choice, len(ways) - 1)], kernel_name)
+    kernels = kernels if len(kernels) > 1 else kernels * len(launches)
+    for (program, name), operands in zip(kernels, launches, strict=True):
+        yield program, name, operands
+
+
 def build(
     spec: Spec, kernel_name: str, cache: DiskCache | None = None
-) -> Callable[[Sequence[torch.Tensor]], Callable[[], None]]:
-    """Load the kernel; the result binds it to tensors. Triton keeps a cache of its own.
+) -> Callable[[Sequence[torch.Tensor], int], Callable[[], None]]:
+    """A kernel, from `cache` where it is there; the result binds it to tensors, and one of `candidates`.
 
     Raises:
         FusionError: ninetoothed cannot be used here.
     """
     printer = PRINTERS[type(spec)]
-    known: dict[host.Program, host.Built] = {}
+    host.import_triton()
+    if interpreted():  # on a GPU the program follows the size of the tensors
+        for program, name in _named(_programs(spec, True), kernel_name):
+            host.build(program, name)
 
-    def load(programs: Sequence[host.Program]) -> list[host.Built]:
-        for program in programs:
-            if program not in known:
-                number = f"_{len(known)}" if known else ""
-                known[program] = host.build(program, kernel_name + number)
-        return [known[program] for program in programs]
-
-    load(_programs(spec, interpreted()))
-
-    def bind(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-        launches = printer.views(spec, tensors)
-        fits = not interpreted() and hasattr(printer, "fitted")
-        built = load([printer.fitted(spec, tensors)] if fits else _programs(spec, interpreted()))
-        kernels = built if len(built) > 1 else built * len(launches)
-        steps = [functools.partial(k.launch, *operands) for k, operands in zip(kernels, launches, strict=True)]
+    def bind(tensors: Sequence[torch.Tensor], choice: int) -> Callable[[], None]:
+        steps: list[Callable[[], None]] = []
+        for program, name, operands in _launches(spec, kernel_name, tensors, choice):
+            steps.append(functools.partial(host.build(program, name, cache).launch, *operands))
         last = printer.after(spec, tensors) if hasattr(printer, "after") else None
         steps += [last] if last is not None else []
         if len(steps) == 1:
@@ -110,25 +132,43 @@ def build(
     return bind
 
 
-def prepare(specs: Sequence[tuple[Spec, str]], cache: DiskCache | None = None) -> None:
-    """Nothing to do ahead: Triton compiles at the first launch."""
+def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+    """Make and compile kernels side by side in other processes, as far as they are not in `cache`, for launches to
+    find them there. What fails is left to the launch, which says why."""
+    if interpreted() or cache is None:
+        return
+    jobs = []
+    for request in requests:
+        spec = request.spec
+        inputs = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in request.inputs]
+        try:
+            tensors = [*inputs, *spec.allocate(inputs)]
+            if all(tensor.numel() == 0 for tensor in tensors[len(inputs) :]):
+                continue
+            ways = range(candidates(spec, tensors)) if request.choice is None else [request.choice]
+            for way in ways:
+                jobs += [host.Job.of(*launch) for launch in _launches(spec, request.name, tensors, way)]
+        except FusionError:
+            continue
+    host.compile_side_by_side(jobs, cache)
 
 
-def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[Binary]:
+def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tuple[Binary, ...]]:
     """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 
-    Of a spec with several programs, that of the first.
+    Of each kernel that of all its programs, in the order of their launches.
 
     Raises:
         FusionError: the compiler fails.
     """
-    programs = [(_programs(spec, False)[0], kernel_name) for spec, kernel_name in specs]
     cache = DiskCache("sass")
-    keys = [cache.key(repr(program), kernel_name, architecture) for program, kernel_name in programs]
-    found = {key: Binary.from_json(data) for key in keys if (data := cache.read(key, ".binary")) is not None}
-    missing = {key: item for key, item in zip(keys, programs, strict=True) if key not in found}
-    made = compile_ahead([host.build(*item) for item in missing.values()], architecture) if missing else []
-    for key, binary in zip(missing, made, strict=True):
-        cache.put(key, {".binary": binary.to_json().encode()})
-        found[key] = binary
-    return [found[key] for key in keys]
+    kernels = [_named(_programs(spec, False), kernel_name) for spec, kernel_name in specs]
+    keys = {item: cache.key(repr(item[0]), item[1], architecture) for kernel in kernels for item in kernel}
+    stored = {item: cache.read(key, ".binary") for item, key in keys.items()}
+    found = {item: Binary.from_json(data) for item, data in stored.items() if data is not None}
+    missing = [item for item in keys if item not in found]
+    made = compile_ahead([host.build(*item) for item in missing], architecture) if missing else []
+    for item, binary in zip(missing, made, strict=True):
+        cache.put(keys[item], {".binary": binary.to_json().encode()})
+        found[item] = binary
+    return [tuple(found[item] for item in kernel) for kernel in kernels]

@@ -43,8 +43,8 @@ def check_ops(graph: SubGraph) -> None:
             raise FusionError(f"{node.op_type} has no place beside a rotary embedding")
 
 
-def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> RotarySpec:
-    """`graph` as one kernel, given the layout of each of its values.
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = None) -> RotarySpec:
+    """`graph` as one kernel, given the layout of each of its values; of its ops none has a scalar expression.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.

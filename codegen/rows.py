@@ -8,7 +8,7 @@ rounds once where a value leaves the region.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from graph_capture.errors import FusionError
 from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
 from graph_capture.ops import Kind, arguments, expression, op
 
+Definitions = Callable[[OpNode, torch.dtype], "str | None"]  # see `graph_capture.ops.expression`
 COMPARISONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 BITWISE = {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"}
@@ -60,8 +61,8 @@ def claims(graph: SubGraph) -> bool:
     return True
 
 
-def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> KernelSpec:
-    """`graph` as one kernel, given the layout of each of its values.
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: Definitions = expression) -> KernelSpec:
+    """`graph` as one kernel, given the layout of each of its values, and the scalar expressions of its ops.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.
@@ -75,7 +76,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta]) -> KernelSpec:
     for name in (*graph.input_names, *(n for node in graph.nodes for n in node.outputs)):
         if values[name].dtype not in DTYPES:
             raise FusionError(f"{values[name].dtype} is not supported")
-    builder = _Builder(graph, values, _iteration_space(graph, values))
+    builder = _Builder(graph, values, _iteration_space(graph, values), define)
     for node in graph.nodes:
         builder.add(node)
     return builder.spec()
@@ -105,8 +106,10 @@ def _iteration_space(graph: SubGraph, values: Mapping[str, TensorMeta]) -> tuple
 
 
 class _Builder:
-    def __init__(self, graph: SubGraph, values: Mapping[str, TensorMeta], space: tuple[int, ...]) -> None:
-        self.graph, self.values, self.space = graph, values, space
+    def __init__(
+        self, graph: SubGraph, values: Mapping[str, TensorMeta], space: tuple[int, ...], define: Definitions
+    ) -> None:
+        self.graph, self.values, self.space, self.define = graph, values, space, define
         self.statements: list[Statement] = []
         self.variables: dict[str, str] = {}  # value -> variable that holds it
         self.dtypes: dict[str, torch.dtype] = {}  # variable -> dtype it is computed in
@@ -127,7 +130,7 @@ class _Builder:
         first = self.values[node.inputs[0]] if node.inputs else None
         if first is None or len(node.outputs) != 1:
             raise FusionError(f"{node.op_type} has no tensor input, or several outputs")
-        text = expression(node, first.dtype)
+        text = self.define(node, first.dtype)
         if text is None:
             raise FusionError(f"this call of {node.op_type} has no scalar expression")
         bound = arguments(node)

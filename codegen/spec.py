@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from graph_capture.codegen.geometry import Geometry, arrange, dense_strides
 
 from graph_capture.errors import FusionError
+from graph_capture.graph import TensorMeta
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 INDEX = "index"  # the function, without arguments, that gives an element's column as a float32
@@ -73,6 +74,22 @@ class Spec(Protocol):
             FusionError: the shapes do not fit the kernel.
         """
         ...
+
+
+class Request(NamedTuple):
+    """A kernel that is about to be asked for.
+
+    Attributes:
+        spec: what it computes.
+        name: of the kernel.
+        inputs: the layouts of the tensors that it will get.
+        choice: which of the target's `candidates` will run; None if they are going to be timed.
+    """
+
+    spec: Spec
+    name: str
+    inputs: tuple[TensorMeta, ...]
+    choice: int | None = 0
 
 
 @dataclass(frozen=True)

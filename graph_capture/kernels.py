@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from graph_capture.passes.regions import moved_bytes
 
 @dataclass
 class Row:
-    """One kernel.
+    """One launch: a kernel, or one of the programs that it consists of.
 
     Attributes:
-        kernel: its name.
+        kernel: its name, with a number from the second program on.
         regions: the kinds of region that it serves, with how often each occurs in one step of the model.
         steps: where: ``decode``, ``prefill 128``.
         source: bytes of generated source.
@@ -119,9 +119,15 @@ def report(
             row.steps = list(dict.fromkeys([*row.steps, step]))
             alone = SubGraph(node.recorded, node.inputs, node.outputs, graph.values)
             row.minimum = max(row.minimum, moved_bytes(alone, range(len(alone))))
-    for key, binary in zip(kernels, compile_for(list(kernels.values()), target), strict=True):
-        _fill(rows[key], kernels[key], binary)
-    return Report(name, target, list(rows.values()), refused)
+    filled = []
+    for key, binaries in zip(kernels, compile_for(list(kernels.values()), target), strict=True):
+        row = rows[key]
+        _fill(row, kernels[key], binaries[0])
+        filled.append(row)
+        for number, binary in enumerate(binaries[1:], 1):
+            filled.append(replace(row, kernel=f"{row.kernel}_{number}", source=0, moved=0, minimum=0))
+            _measure(filled[-1], binary)
+    return Report(name, target, filled, refused)
 
 
 def _compiled(compiler: KernelCompiler, graph: SubGraph, node: OpNode) -> CompiledKernel:
@@ -130,9 +136,13 @@ def _compiled(compiler: KernelCompiler, graph: SubGraph, node: OpNode) -> Compil
     return compiler.compile(node.attr("body"), dtypes, shapes, strides)
 
 
-def _fill(row: Row, kernel: CompiledKernel, binary: Binary) -> None:
+def _measure(row: Row, binary: Binary) -> None:
     row.registers, row.spilled, row.shared = binary.registers, binary.stack, binary.shared
     row.instructions, row.loads, row.stores = binary.instructions, dict(binary.loads), dict(binary.stores)
+
+
+def _fill(row: Row, kernel: CompiledKernel, binary: Binary) -> None:
+    _measure(row, binary)
     spec = kernel.spec
     row.moved = row.minimum
     if isinstance(spec, KernelSpec) and choose_blocks(spec, interpreted=False).sweeps:

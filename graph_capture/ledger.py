@@ -104,7 +104,7 @@ class Ledger:
             all(map(operator.is_, map(_get, seen.tables, seen.keys), seen.values))
             and all(map(operator.eq, map(torch.Tensor.data_ptr, seen.tensors), seen.pointers))
             and all(map(operator.eq, map(len, seen.entries), seen.counts))
-            and all(map(_untouched, seen.held, seen.items))
+            and seen.held.untouched()
         )
 
     @cached_property
@@ -120,8 +120,7 @@ class Ledger:
             [pointer for _, pointer in strided],
             [entries for entries, _, _ in self._sizes],
             [count for _, count, _ in self._sizes],
-            [value for value, _ in held.values()],
-            [items for _, items in held.values()],
+            _Held(list(held.values())),
         )
 
     def _follow(self) -> None:
@@ -160,8 +159,57 @@ class _Columns(NamedTuple):
     pointers: Sequence[int]
     entries: Sequence[Mapping[Any, Any]]
     counts: Sequence[int]
-    held: Sequence[Any]
-    items: Sequence[tuple[Any, ...]]
+    held: _Held
+
+
+class _Held:
+    """What containers and instances hold, side by side, so that a few sweeps in C find it untouched."""
+
+    def __init__(self, held: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+        self._all, self._others = held, list[tuple[Any, tuple[Any, ...]]]()
+        self._instances: list[Any] = []
+        self._own: list[dict[str, Any]] = []  # their attributes
+        self._iterables: list[Any] = []
+        self._lengths: list[int] = []
+        self._elements: list[Any] = []
+        self._tables: list[dict[Any, Any]] = []
+        self._values: list[Any] = []
+        for value, items in held:
+            kind: Any = type(value)
+            plain = kind in (list, tuple, set)
+            table = value if kind is dict else None
+            if table is None and not plain and not isinstance(value, (dict, list, tuple, set)):
+                table = _attributes(value)
+                if table is not None:
+                    self._instances.append(value)
+                    self._own.append(table)
+            if table is None and not plain:
+                self._others.append((value, items))
+                continue
+            self._iterables.append(value if table is None else table)
+            count = len(items) if table is None else len(items) // 2
+            self._lengths.append(count)
+            self._elements += items[:count]
+            if table is not None:
+                self._tables.append(table)
+                self._values += items[count:]
+
+    def untouched(self) -> bool:
+        """Whether all of it is as it was; what is unsure is compared in full."""
+        chain = itertools.chain.from_iterable
+        same = (
+            all(map(operator.is_, map(_attributes, self._instances), self._own))
+            and all(map(operator.eq, map(len, self._iterables), self._lengths))
+            and all(map(operator.is_, chain(self._iterables), self._elements))
+            and all(map(operator.is_, chain(map(dict.values, self._tables)), self._values))
+        )
+        return all(itertools.starmap(_untouched, self._others if same else self._all))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """Where an instance holds its attributes, if that is one dict."""
+    kind: Any = type(value)
+    return object.__getattribute__(value, "__dict__") if kind.__dictoffset__ and not slots_of(kind) else None
 
 
 def _untouched(value: Any, items: tuple[Any, ...]) -> bool:
@@ -169,10 +217,7 @@ def _untouched(value: Any, items: tuple[Any, ...]) -> bool:
     if type(value) is list or type(value) is tuple:
         same = len(value) == len(items) and all(map(operator.is_, value, items))
     else:
-        kind: Any = type(value)
-        table = value if isinstance(value, dict) else None
-        if table is None and kind.__dictoffset__ and not slots_of(kind):
-            table = object.__getattribute__(value, "__dict__")
+        table = value if isinstance(value, dict) else _attributes(value)
         same = (
             table is not None
             and 2 * len(table) == len(items)

@@ -32,7 +32,7 @@ class Plan:
         peak_bytes: what intermediate values take of the arena, by device.
         eager_bytes: what the same values take at most, where each is allocated for as long as it lives.
         counts: what became of how many steps.
-        cuda: the CUDA devices among those of the arenas.
+        cuda: the CUDA devices that it uses.
         lent: the storages of results that the next replay overwrites.
         written: the positions of those of the function's arguments that it writes.
     """
@@ -43,11 +43,12 @@ class Plan:
         with torch.inference_mode(False), torch.no_grad():
             self._builder = Builder(executor, survey, fixed, take, keep_outputs)
         self.counts, self.lent = self._builder.counts, self._builder.lent
-        self.cuda = [device for device in self._builder.peak_bytes if device.type == "cuda"]
+        self.cuda = sorted({v.device for v in survey.values if v is not None and v.device.type == "cuda"}, key=str)
         brought = [survey.values[slot] for slot in executor.inputs if slot not in fixed]
         self.written = frozenset(i for i, v in enumerate(brought) if v is not None and survey.groups[v.group].written)
         self.peak_bytes, self.eager_bytes = self._builder.peak_bytes, self._builder.eager_bytes
         self.source = self._builder.text(traced=False)
+        self._doing = self._builder.places
         self.function = self._builder.compiled(self.source)
         self._traced: Callable[..., list[torch.Tensor]] | None = None
 
@@ -57,6 +58,14 @@ class Plan:
         if self._traced is None:
             self._traced = self._builder.compiled(self._builder.text(traced=True))
         return self._traced
+
+    def blame(self, error: Exception) -> None:
+        """Note on an error of `function` which op raised it."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not self.function.__code__:
+            trace = trace.tb_next
+        if trace is not None and (doing := self._doing[trace.tb_lineno - 1]):
+            error.add_note(f"raised in a replay by {doing}")
 
     def __str__(self) -> str:
         sizes = [f"{d}: {size:,} bytes (eager: {self.eager_bytes[d]:,})" for d, size in self.peak_bytes.items()]

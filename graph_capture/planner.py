@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import keyword
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +12,10 @@ from graph_capture.arena import Lifetime, live_peak, place
 from graph_capture.errors import FusionError
 from graph_capture.executor import Executor, Step
 from graph_capture.forms import template
-from graph_capture.graph import Arg
-from graph_capture.launches import Bound, Chain, Operand, Prepares
+from graph_capture.launches import Prepares
 from graph_capture.log import log
-from graph_capture.ops import EXTERNAL, arg_indices, flatten_outputs, op
+from graph_capture.ops import EXTERNAL, flatten_outputs, op
+from graph_capture.script import Ref, Script
 from graph_capture.survey import Form, Survey, Value
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
@@ -29,45 +25,21 @@ BINDING = 8  # and how many views the binding of a kernel to new addresses costs
 Take = Callable[[torch.device, int], torch.Tensor]
 
 
-class _Ref(str):
-    """A variable of the plan."""
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A kernel that the plan calls: its region, its operands, and the two together where these are always the same."""
-
-    label: str
-    kernel: Prepares
-    inputs: tuple[_Ref, ...]
-    outputs: tuple[_Ref, ...]
-    fixed: Bound | None
-
-
-class Builder:
+class Builder(Script):
     """Writes a plan line by line; what exists beforehand are the globals of its function."""
 
     def __init__(
         self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], take: Take, keep_outputs: bool
     ) -> None:
+        super().__init__()
         self._executor, self._survey, self._take = executor, survey, take
-        self.namespace: dict[str, Any] = {}
-        self._names = {"flat", "region", "replay"}
-        self._lines: list[tuple[str, str] | list[_Launch]] = []  # region and line; or kernels in a row
-        self._pending: list[_Launch] = []  # kernels that the next lines may join
-        self._label = ""
-        self._temporary: list[str] = []
-        self._functions: dict[int, _Ref] = {}
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
         self.lent: set[int] = set()
-        self._refs = {slot: self._name(executor.names[slot]) for slot in executor.inputs}
-        self._brought = [self._refs[slot] for slot in executor.inputs if slot not in fixed]
+        self._refs = {slot: self.name(executor.names[slot]) for slot in executor.inputs}
+        self.arguments = [self._refs[slot] for slot in executor.inputs if slot not in fixed]
         self.namespace |= {self._refs[slot]: tensor for slot, tensor in fixed.items()}
-        self.namespace |= {
-            "flat": flatten_outputs,
-            "region": torch.profiler.record_function,
-        }
+        self._views: list[Ref] = []  # that the current step alone reads
         self._holders: dict[str, int] = {}  # local variable -> how many living slots are in it
         returned = {self._value(slot).group for slot in executor.outputs}
         self._returned = returned
@@ -85,51 +57,17 @@ class Builder:
                 self._saved[self._value(step.fills[0]).group] += 1
             elif isinstance(step.call, Prepares):
                 self._saved.update({self._value(slot).group: BINDING for slot in step.reads})
-        self._copies: dict[int, _Ref] = {}  # slot of an argument -> the buffer that kernels read it from
+        self._copies: dict[int, Ref] = {}  # slot of an argument -> the buffer that kernels read it from
         self._once = self._constant_steps()
         self._buffers = self._place()
         self._copy_arguments()
         for index, (step, form) in enumerate(zip(executor.steps, survey.forms, strict=True)):
-            self._label = step.label
+            self.label, self.doing = step.label, _described(step)
             self._step(index, step, form)
-        self._flush()
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
-        self._results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]
+        self.results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]
         if planned:
             self.namespace["lend"] = lend
-
-    def text(self, traced: bool) -> str:
-        """The function as Python."""
-        lines = [f"def replay({', '.join(self._brought)}):"]
-        label = ""
-        for entry in self._lines:
-            if isinstance(entry, list):
-                parts = [(kernel.label, self._chained([kernel])) for kernel in entry] if traced else []
-                found = parts or [("", self._chained(entry))]
-            else:
-                found = [entry]
-            for region, line in found:
-                if traced and region and region != label:
-                    lines.append(f"    with region({region!r}):")
-                label = region
-                lines.append(("        " if traced and region else "    ") + line)
-        return "\n".join([*lines, f"    return [{', '.join(self._results)}]\n"])
-
-    def _chained(self, kernels: Sequence[_Launch]) -> str:
-        """The call of kernels in a row."""
-        refs = (ref for kernel in kernels if kernel.fixed is None for ref in (*kernel.inputs, *kernel.outputs))
-        brought = {ref: number for number, ref in enumerate(dict.fromkeys(r for r in refs if r not in self.namespace))}
-
-        def operands(refs: Sequence[_Ref]) -> list[Operand]:
-            return [brought[ref] if ref in brought else self.namespace[ref] for ref in refs]
-
-        bound = [k.fixed or Bound(k.kernel, operands(k.inputs), operands(k.outputs)) for k in kernels]
-        return f"{self._static('kernels', Chain(bound))}({', '.join(brought)})"
-
-    def compiled(self, source: str) -> Callable[..., list[torch.Tensor]]:
-        """The function of this source."""
-        exec(compile(source, "<plan>", "exec"), self.namespace)
-        return self.namespace.pop("replay")
 
     # --- memory
 
@@ -181,12 +119,12 @@ class Builder:
         for slot in dict.fromkeys(slot for step in kernels for slot in step.reads):
             value, ref = self._value(slot), self._refs.get(slot)
             group = self._survey.groups[value.group]
-            if ref not in self._brought or not group.plain or group.written or value.device.type not in ALIGNMENT:
+            if ref not in self.arguments or not group.plain or group.written or value.device.type not in ALIGNMENT:
                 continue
             if 0 < value.nbytes <= COPIED * self._saved[value.group]:
                 memory = torch.empty(value.nbytes, dtype=torch.uint8, device=value.device)
-                self._copies[slot] = self._static(f"{ref}_copy", strided(value, memory, 0))
-                self._line(f"{self._function(torch.Tensor.copy_, 'copy_')}({self._copies[slot]}, {ref})")
+                self._copies[slot] = self.static(f"{ref}_copy", strided(value, memory, 0))
+                self.line(f"{self.function(torch.Tensor.copy_, 'copy_')}({self._copies[slot]}, {ref})")
 
     def _constant_steps(self) -> set[int]:
         """The steps that depend on nothing which could change: they run once."""
@@ -233,10 +171,10 @@ class Builder:
         elif index in self._once:
             found = flatten_outputs(step.call([self.namespace[name] for name in given]))
             for slot, tensor in zip(step.fills, found, strict=True):
-                self._refs[slot] = self._static(self._executor.names[slot], tensor)
+                self._refs[slot] = self.static(self._executor.names[slot], tensor)
             self.counts["constants"] += 1
         elif form.writer is not None and planned[0] is not None:
-            out = self._static(self._executor.names[step.fills[0]], planned[0])
+            out = self.static(self._executor.names[step.fills[0]], planned[0])
             self._refs[step.fills[0]] = out
             form.writer(self, given, out)
             self.counts["into the arena"] += 1
@@ -248,22 +186,17 @@ class Builder:
             holder = self._refs[slot]
             if holder not in self.namespace:
                 self._holders[holder] = self._holders.get(holder, 0) + (1 if slot in step.fills else 0)
+        dead = []
         for slot in step.frees:
             holder = self._refs[slot]
             if holder in self._holders:
                 self._holders[holder] -= 1
-                if not self._holders[holder] and holder not in self._brought:
-                    self._temporary.append(holder)
-        if not self._pending:
-            self._delete()
+                if not self._holders[holder] and holder not in self.arguments:
+                    dead.append(holder)
+        self.drop([*self._views, *dead])
+        self._views.clear()
 
-    def _delete(self) -> None:
-        """Drop the variables that nothing needs any more."""
-        if self._temporary:
-            self._aside(f"del {', '.join(self._temporary)}")
-            self._temporary.clear()
-
-    def _resolved(self, step: Step, form: Form, given: Sequence[_Ref]) -> bool:
+    def _resolved(self, step: Step, form: Form, given: Sequence[Ref]) -> bool:
         """Make a view of what exists beforehand, once and for all."""
         value = self._value(step.fills[0])
         if not all(name in self.namespace for name in given) or value.group in self._escaping:
@@ -275,152 +208,96 @@ class Builder:
             value = self._value(slot)
             if (tuple(tensor.shape), tensor.stride(), tensor.dtype) != (value.shape, value.stride, value.dtype):
                 raise FusionError(f"{self._executor.names[slot]} is another view over planned memory")
-            self._refs[slot] = self._static(self._executor.names[slot], tensor)
+            self._refs[slot] = self.static(self._executor.names[slot], tensor)
         return True
 
-    def _at_fixed_addresses(self, step: Step) -> list[_Ref]:
+    def _at_fixed_addresses(self, step: Step) -> list[Ref]:
         return [self._copies.get(slot, self._refs[slot]) for slot in step.reads]
 
-    def _launched(self, step: Step, form: Form, given: Sequence[_Ref]) -> bool:
+    def _launched(self, step: Step, form: Form, given: Sequence[Ref]) -> bool:
         """A kernel, bound to addresses; beforehand where they are known, by the addresses of each call elsewhere."""
         kernel = step.call
         assert isinstance(kernel, Prepares)
-        outs: list[_Ref] = []
+        outs: list[Ref] = []
         for slot, same in zip(step.fills, form.same, strict=True):
             buffer = self._buffers.get(self._value(slot).group)
             if same is not None:
                 outs.append(given[same])
             elif buffer is not None:
-                outs.append(self._static(self._executor.names[slot], buffer))
+                outs.append(self.static(self._executor.names[slot], buffer))
             else:
                 outs.append(self._allocated(slot))
-        fixed = None
-        if all(name in self.namespace for name in (*given, *outs)):
-            try:
-                fixed = Bound(kernel, [self.namespace[n] for n in given], [self.namespace[n] for n in outs])
-            except FusionError as error:
-                log.debug("%s is not bound to addresses: %s", step.label, error)
-                for out in outs:
-                    if out not in given:
-                        del self.namespace[out]
-                return False
+        try:
+            self.launch(kernel, given, outs)
+        except FusionError as error:
+            log.debug("%s is not bound to addresses: %s", step.label, error)
+            for out in outs:
+                if out not in given:
+                    del self.namespace[out]
+            return False
         self._refs.update(zip(step.fills, outs, strict=True))
-        self._pending.append(_Launch(self._label, kernel, tuple(given), tuple(outs), fixed))
         return True
 
-    def _allocated(self, slot: int) -> _Ref:
+    def _allocated(self, slot: int) -> Ref:
         """Memory of its own for a value, at each replay."""
-        value, name = self._value(slot), self._name(self._executor.names[slot])
-        layout = f"{value.shape}, {value.stride}, dtype={self._constant(value.dtype)}"
-        function = self._function(torch.empty_strided, "empty_strided")
-        self._aside(f"{name} = {function}({layout}, device={self._constant(value.device)})")
+        value, name = self._value(slot), self.name(self._executor.names[slot])
+        layout = f"{value.shape}, {value.stride}, dtype={self.constant(value.dtype)}"
+        function = self.function(torch.empty_strided, "empty_strided")
+        self.aside(f"{name} = {function}({layout}, device={self.constant(value.device)})")
         return name
 
-    def _called(self, step: Step, form: Form, given: Sequence[_Ref]) -> None:
+    def _called(self, step: Step, form: Form, given: Sequence[Ref]) -> None:
         """A call that makes its own results, if any."""
         node = step.node
         if step.own or node.op_type == EXTERNAL:
-            text = f"{self._function(step.call, step.label or node.op_type)}([{', '.join(given)}])"
+            text = f"{self.function(step.call, step.label or node.op_type)}([{', '.join(given)}])"
         else:
             positional, keywords = template(node)
-            parts = [self._written(value, given) for value in positional]
-            parts += [f"{name}={self._written(value, given)}" for name, value in keywords.items()]
-            text = f"{self._function(form.function or op(node.op_type).function, node.op_type)}({', '.join(parts)})"
+            parts = [self.written(value, given) for value in positional]
+            parts += [f"{name}={self.written(value, given)}" for name, value in keywords.items()]
+            text = f"{self.function(form.function or op(node.op_type).function, node.op_type)}({', '.join(parts)})"
         targets = []
         for slot, same in zip(step.fills, form.same, strict=True):
-            self._refs[slot] = self._name(self._executor.names[slot]) if same is None else given[same]
+            self._refs[slot] = self.name(self._executor.names[slot]) if same is None else given[same]
             targets.append(self._refs[slot] if same is None else "_")
         if all(same is not None for same in form.same):
-            self._line(text)
+            self.line(text)
             self.counts["in place" if step.fills else "calls"] += 1
             return
         self.counts["calls"] += 1
         group = self._value(step.fills[0]).group
         if group in self._copied:
-            out = self._refs[step.fills[0]] = self._static(self._executor.names[step.fills[0]], self._buffers[group])
-            self._line(f"{self._function(torch.Tensor.copy_, 'copy_')}({out}, {text})")
+            out = self._refs[step.fills[0]] = self.static(self._executor.names[step.fills[0]], self._buffers[group])
+            self.line(f"{self.function(torch.Tensor.copy_, 'copy_')}({out}, {text})")
         elif form.result == "tensor":
-            (self._aside if form.is_view else self._line)(f"{targets[0]} = {text}")
+            (self.aside if form.is_view else self.line)(f"{targets[0]} = {text}")
         else:
-            self._line(f"{', '.join(targets)}, = {text if form.result == 'flat' else f'flat({text})'}")
+            self.line(f"{', '.join(targets)}, = {text if form.result == 'flat' else f'flat({text})'}")
 
     # --- what forms emit
 
-    def view(self, function: Callable[..., Any], of: _Ref, *arguments: Any) -> _Ref:
+    def view(self, function: Callable[..., Any], of: Ref, *arguments: Any) -> Ref:
         """A view: made now where what it views exists, at each replay elsewhere."""
         if of in self.namespace:
-            return self._static(f"{of}_view", function(self.namespace[of], *arguments))
-        name = self._name(f"{of}_view")
-        text = ", ".join([of, *map(self._constant, arguments)])
-        self._aside(f"{name} = {self._function(function, '')}({text})")
-        self._temporary.append(name)
+            return self.static(f"{of}_view", function(self.namespace[of], *arguments))
+        name = self.name(f"{of}_view")
+        text = ", ".join([of, *map(self.constant, arguments)])
+        self.aside(f"{name} = {self.function(function, '')}({text})")
+        self._views.append(name)
         return name
 
     def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """A call for its effect, of variables and constants."""
-        parts = [self._operand(value) for value in arguments]
-        parts += [f"{name}={self._operand(value)}" for name, value in keywords.items()]
-        self._line(f"{self._function(function, '')}({', '.join(parts)})")
+        parts = [self.operand(value) for value in arguments]
+        parts += [f"{name}={self.operand(value)}" for name, value in keywords.items()]
+        self.line(f"{self.function(function, '')}({', '.join(parts)})")
 
-    # --- text
 
-    def _line(self, text: str) -> None:
-        self._flush()
-        self._lines.append((self._label, text))
-
-    def _aside(self, text: str) -> None:
-        """A line that computes nothing, and may come before kernels that are pending."""
-        self._lines.append((self._label, text))
-
-    def _flush(self) -> None:
-        """End a row of kernels."""
-        if self._pending:
-            self._lines.append(self._pending)
-            self._pending = []
-            self._delete()
-
-    def _name(self, wish: str) -> _Ref:
-        base = re.sub(r"\W", "_", wish) or "value"
-        if base[0].isdigit() or keyword.iskeyword(base):
-            base = f"v{base}"
-        name, number = base, 1
-        while name in self._names:
-            name, number = f"{base}_{number}", number + 1
-        self._names.add(name)
-        return _Ref(name)
-
-    def _static(self, wish: str, value: Any) -> _Ref:
-        name = self._name(wish)
-        self.namespace[name] = value
-        return name
-
-    def _function(self, function: Callable[..., Any], wish: str) -> _Ref:
-        if id(function) not in self._functions:
-            name = getattr(function, "__name__", wish) if "<" not in getattr(function, "__name__", "<") else wish
-            self._functions[id(function)] = self._static(f"op_{name}", function)
-        return self._functions[id(function)]
-
-    def _written(self, value: Any, given: Sequence[_Ref]) -> str:
-        """An argument as text."""
-        if isinstance(value, Arg):
-            return given[value.index]
-        if isinstance(value, tuple) and arg_indices(value):
-            return f"[{', '.join(self._written(item, given) for item in value)}]"
-        return self._constant(list(value) if isinstance(value, tuple) else value)
-
-    def _operand(self, value: Any) -> str:
-        if isinstance(value, _Ref):
-            return value
-        if isinstance(value, list) and any(isinstance(item, _Ref) for item in value):
-            return f"[{', '.join(map(self._operand, value))}]"
-        return self._constant(value)
-
-    def _constant(self, value: Any) -> str:
-        if type(value) in (bool, int, type(None)) or (type(value) is float and math.isfinite(value)):
-            return repr(value)
-        if isinstance(value, (tuple, list)) and all(type(item) in (bool, int) for item in value):
-            return repr(value)
-        return self._static(str(value) if isinstance(value, (torch.dtype, str)) else "constant", value)
+def _described(step: Step) -> str:
+    """A step for people: its op, where it is, and the region that it is a part of."""
+    node = step.node
+    where = f" ({node.source.module})" if node.source is not None and node.source.module else ""
+    return node.op_type + where + (f", as a part of {step.label}" if step.label else "")
 
 
 def strided(value: Value, memory: torch.Tensor, offset: int) -> torch.Tensor:

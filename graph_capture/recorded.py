@@ -93,7 +93,7 @@ class RecordedGraph:
                 weight, a submodule or a plain attribute of a module that ran was replaced since.
             DataDependentError: a value that Python read while recording is another one now; nothing has been changed.
         """
-        return self.replay(self.bind(args, kwargs), self._replay)
+        return self.replay(self.bind(args, kwargs))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
         """A call that fits, with the modules as they were.
@@ -110,9 +110,12 @@ class RecordedGraph:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
 
-    def replay(self, call: Bound, replay: Replay, constants: Sequence[torch.Tensor] = (), version: int = 0) -> Any:
-        """Run `replay` (of this graph, or of one made from it that also takes `constants`) on a call that fits, and
-        make the result. `version` changes whenever `constants` are other tensors."""
+    def replay(
+        self, call: Bound, replay: Replay | None = None, constants: Sequence[torch.Tensor] = (), version: int = 0
+    ) -> Any:
+        """Run `replay` (of a graph made from this one that also takes `constants`; default: of this one) on a call that
+        fits, and make the result. `version` changes whenever `constants` are other tensors."""
+        replay = replay or self._replay
         fixed = [*self._weights, *constants]
         stamp = (self.ledger.moves, version)
         if self.guarded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,13 @@ from graph_capture.survey import Survey
 
 
 class Memory:
-    """Arenas that several plans share: one replay at a time has them."""
+    """Arenas that several plans share: one replay at a time has them.
+
+    Attributes:
+        captures: what captures replays as CUDA graphs, if anything does; its private pool is shared as the arenas are.
+    """
+
+    captures: Any = None
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, torch.Tensor] = {}
@@ -139,6 +145,13 @@ class Replay:
 
     def _run(self, plan: Plan, brought: Tensors) -> list[torch.Tensor]:
         function = plan.traced if torch.autograd._profiler_enabled() else plan.function
+        try:
+            return self._call(function, brought)
+        except Exception as error:
+            plan.blame(error)
+            raise
+
+    def _call(self, function: Callable[..., list[torch.Tensor]], brought: Tensors) -> list[torch.Tensor]:
         if torch._C._is_any_autocast_enabled():
             with plain_mode():
                 return function(*brought)

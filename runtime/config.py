@@ -10,6 +10,7 @@ from graph_capture.passes import DEFAULT, Pattern, pass_names
 
 Profile = Literal["measure", "always", "static"]
 Target = Literal["auto", "ninetoothed", "c"]
+OpLibrary = Literal["builtin", "ntops"]
 CudaGraph = Literal["auto", "off"]
 MergeLinears = Literal["views", "copy", "off"]
 
@@ -33,6 +34,8 @@ class FusionConfig:
             kernel that is compiled to machine code, untimed.
         target: what makes kernels: "ninetoothed" (Triton), "c" (the system's C compiler, for the CPU), or "auto": the
             first on CUDA, the second on the CPU.
+        op_library: whose definitions of ops kernels are made of: "builtin", or "ntops", which has to be installed; an
+            op for which it has none that computes what torch does keeps ours.
         verify_every: check the kernels in use at every so many replays against float64, on copies, and log what is off
             (`FusedGraph.samples` keeps the latest outcomes); 0 checks none.
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,
@@ -60,6 +63,7 @@ class FusionConfig:
     fusion_ratio: float = 0.8
     profile: Profile = "measure"
     target: Target = "auto"
+    op_library: OpLibrary = "builtin"
     verify_every: int = 0
     merge_linears: MergeLinears = "views"
     fold_weights: bool = False
@@ -73,6 +77,7 @@ class FusionConfig:
         _one_of("profile", self.profile, get_args(Profile))
         _one_of("cuda_graph", self.cuda_graph, get_args(CudaGraph))
         _one_of("target", self.target, get_args(Target))
+        _one_of("op_library", self.op_library, get_args(OpLibrary))
         _one_of("merge_linears", self.merge_linears, get_args(MergeLinears))
         if self.patterns is not None:
             object.__setattr__(self, "patterns", tuple(self.patterns))

@@ -42,11 +42,15 @@ class Backend(Protocol):
         """What `body` returns, and a function that computes it again in the same memory. Nothing is computed yet."""
 
     def allocated(self) -> int:
-        """Bytes of memory in use."""
+        """Bytes of memory in use, without what is only kept in reserve."""
 
 
 class Cuda:
-    """CUDA graphs with one private pool."""
+    """CUDA graphs with one private pool.
+
+    Graphs may share it, for no two replay at once (see `graph_capture.replay.Memory`), and what a graph returns, or
+    hands on to a later piece, is held for as long as the graph is there: only memory within a replay serves again.
+    """
 
     device_type = "cuda"
 
@@ -75,6 +79,8 @@ class Cuda:
         return results, graph.replay
 
     def allocated(self) -> int:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
 
@@ -253,7 +259,6 @@ class GraphReplay(Replay):
     ) -> None:
         super().__init__(executor, brought, memory, keep_outputs=keep_outputs, enabled=enabled)
         self._undone, self._make_backend = undone, backend
-        self._backend: Backend | None = None
         self._seen: tuple[Survey, Tensors] | None = None
         self._followed: list[int] = []
         self._left = CAPTURES
@@ -285,9 +290,9 @@ class GraphReplay(Replay):
 
     def _capture(self, survey: Survey, fixed: Tensors, brought: Tensors) -> None:
         try:
-            if self._backend is None:
-                self._backend = self._make_backend()
-            self.graphs = Graphs(self.executor, survey, brought, fixed, self._backend, self._undone)
+            if self._memory.captures is None:
+                self._memory.captures = self._make_backend()
+            self.graphs = Graphs(self.executor, survey, brought, fixed, self._memory.captures, self._undone)
             log.info(
                 "captured as %d graphs with %d pieces between them, %d bytes",
                 *self.graphs.segments,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,16 @@ class Explanation:
             (reason -> module path), ``removed`` (recorded ops that a clean-up pass removed).
         constant_bytes: memory of what is computed once.
         whole: ``t_fallback``, ``t_fused``, ``cached``, ``used``, ``reason`` of the whole graph; None: not measured.
+        memory: bytes; ``planned`` and ``eager``: device -> what intermediate values take at most, in the plan's arena
+            and one by one; ``graphs_before``, ``graphs_after``: reserved around the capture of CUDA graphs, or None.
+            Empty before there is a plan.
     """
 
     rows: list[dict[str, Any]]
     rules: list[dict[str, Any]]
     constant_bytes: int = 0
     whole: dict[str, Any] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """All of it as one JSON object."""
@@ -47,6 +51,7 @@ class Explanation:
                 "rules": self.rules,
                 "constant_bytes": self.constant_bytes,
                 "whole": self.whole,
+                "memory": self.memory,
             },
             indent=2,
         )
@@ -84,6 +89,8 @@ class Explanation:
             times = [format_seconds(self.whole[name]) for name in ("t_fallback", "t_fused")]
             text = f"as a whole: {times[0]} without kernels, {times[1]} with; {_verdict(self.whole)}"
             console.print(text, highlight=False, markup=False)
+        for text in self._memory_lines():
+            console.print(text, highlight=False, markup=False)
         for rule in self.rules:
             if rule["removed"]:
                 kept = f", {format_bytes(self.constant_bytes)} kept" if rule["rule"] == "constants" else ""
@@ -100,6 +107,16 @@ class Explanation:
                 console.print(f"    {count} x {reason} ({place})", highlight=False, markup=False)
         assert isinstance(console.file, StringIO)
         return console.file.getvalue().rstrip()
+
+    def _memory_lines(self) -> list[str]:
+        lines = []
+        for device, planned in self.memory.get("planned", {}).items():
+            eager = format_bytes(self.memory["eager"][device])
+            lines.append(f"intermediate values on {device}: {format_bytes(planned)} planned, {eager} one by one")
+        if self.memory.get("graphs_after") is not None:
+            before, after = (format_bytes(self.memory[f"graphs_{when}"]) for when in ("before", "after"))
+            lines.append(f"CUDA graphs: {before} of device memory reserved before their capture, {after} after it")
+        return lines
 
 
 def explain(fused: FusedGraph) -> Explanation:
@@ -125,7 +142,20 @@ def explain(fused: FusedGraph) -> Explanation:
             }
         )
     whole = None if fused.whole is None else _decided(fused.whole)
-    return Explanation(rows, [_rule(receipt) for receipt in fused.receipts], fused.constant_bytes, whole)
+    rules = [_rule(receipt) for receipt in fused.receipts]
+    return Explanation(rows, rules, fused.constant_bytes, whole, _memory(fused))
+
+
+def _memory(fused: FusedGraph) -> dict[str, Any]:
+    plan, graphs = fused.plan, fused.cuda_graphs
+    if plan is None:
+        return {}
+    return {
+        "planned": {str(device): size for device, size in plan.peak_bytes.items()},
+        "eager": {str(device): size for device, size in plan.eager_bytes.items()},
+        "graphs_before": None if graphs is None else graphs.bytes_before,
+        "graphs_after": None if graphs is None else graphs.bytes_after,
+    }
 
 
 def _decided(decision: Decision) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from graph_capture.runtime.sample import check_sample
 from graph_capture.runtime.steps import Inlined, Step, relaid_outputs
 from graph_capture.runtime.verify import Verification, verify
 
-from graph_capture.errors import FusionError
+from graph_capture.errors import CaptureError, FusionError
 from graph_capture.executor import Call, Executor
 from graph_capture.graph import OpNode, SubGraph
+from graph_capture.log import log
 from graph_capture.matcher import Match
 from graph_capture.plan import Plan
 from graph_capture.recorded import RecordedGraph
@@ -67,6 +68,7 @@ class FusedGraph:
         self.config = config
         self.samples: deque[Verification] = deque(maxlen=16)
         self._replays = itertools.count(1)
+        self._inlines = self._given_up = False  # library calls that were not recorded are steps; one has failed
         self._regions = {id(region.node): region for region in regions}
         self._bound: list[Constants] = []  # whose results the replay takes as further inputs
         self._more: list[Constants] = []  # that regions hold themselves
@@ -97,6 +99,7 @@ class FusedGraph:
             region = self._regions.get(id(node))
             step = self._step(region, graph) if region is not None and region.decision else None
             if region is not None and isinstance(step, Inlined):
+                self._inlines = True
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, None, region.name) for inner in step.nodes)
@@ -136,8 +139,22 @@ class FusedGraph:
         every = self.config.verify_every
         if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
             self.samples.append(sample)
+        if self._given_up:
+            return self.recorded.replay(call)
         constants = [tensor for bound in self._bound for tensor in bound()]
-        return self.recorded.replay(call, self._replay, constants, sum([bound.version for bound in self._bound]))
+        version = sum([bound.version for bound in self._bound])
+        try:
+            return self.recorded.replay(call, self._replay, constants, version)
+        except (CaptureError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if not self.config.fallback_on_error or self.recorded.writes or not self._inlines:
+                raise
+            result = self.recorded.replay(call)  # which raises what the ops themselves do
+            self._given_up = True
+            notes = "; ".join([str(error), *getattr(error, "__notes__", ())])
+            log.warning("a replay failed, and the ops run as recorded from now on: %s: %s", type(error).__name__, notes)
+            return result
 
     @property
     def cuda_graphs(self) -> Graphs | None:

@@ -13,7 +13,7 @@ from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
-from graph_capture.runtime.measure import compare
+from graph_capture.runtime.measure import least
 from graph_capture.runtime.store import DecisionStore, Times
 from graph_capture.runtime.verify import apart
 
@@ -33,6 +33,7 @@ class Decision:
 
     Attributes:
         cached: whether the times were measured by an earlier process.
+        choice: which of the kernel's `candidates` was the fastest.
     """
 
     use: bool
@@ -40,6 +41,7 @@ class Decision:
     t_fallback: float | None = None
     t_fused: float | None = None
     cached: bool = False
+    choice: int = 0
 
     def __bool__(self) -> bool:
         return self.use
@@ -63,7 +65,7 @@ class FusionHeuristics:
     def __init__(self, config: FusionConfig | None = None, compiler: KernelCompiler | None = None) -> None:
         self.config = config or FusionConfig()
         cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
-        self.compiler = compiler or KernelCompiler(self.config.target, cache)
+        self.compiler = compiler or KernelCompiler(self.config.target, cache, self.config.op_library)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
         self._measured: dict[str, Decision] = {}
 
@@ -155,7 +157,8 @@ class FusionHeuristics:
         """Build side by side the kernels that deciding these regions (body, inputs, recorded ops) will ask for."""
         if not self.config.enable_cache:
             return
-        wanted = []
+        timed = self.config.profile == "measure"
+        wanted: list[tuple[SubGraph, tuple[TensorMeta, ...], int | None]] = []
         for graph, inputs, ops in regions:
             metas = {
                 name: TensorMeta(meta.shape, meta.stride, meta.dtype, meta.device)
@@ -165,7 +168,8 @@ class FusionHeuristics:
                 continue
             known = self._known(self._key(graph, self.config.target, metas))
             if known is None or known:
-                wanted.append((graph, tuple(metas.values())))
+                choice = known.choice if known is not None else None if timed else 0
+                wanted.append((graph, tuple(metas.values()), choice))
         self.compiler.prepare(wanted)
 
     def _known(self, key: str) -> Decision | None:
@@ -181,7 +185,7 @@ class FusionHeuristics:
         Raises:
             FusionError: it cannot be made, for whatever reason.
         """
-        compiler = self.compiler if self.config.enable_cache else KernelCompiler(self.config.target)
+        compiler = self.compiler if self.config.enable_cache else self.compiler.fresh()
         dtypes = {name: meta.dtype for name, meta in metas.items()}
         shapes = {name: meta.shape for name, meta in metas.items()}
         strides = {name: meta.stride for name, meta in metas.items()}
@@ -207,6 +211,7 @@ class FusionHeuristics:
             FusionError: there is no kernel.
         """
         config = self.config
+        kernel: Kernel
         if config.profile != "measure":
             kernel = library or self.kernel(graph, metas)
             if config.profile == "always":
@@ -217,15 +222,19 @@ class FusionHeuristics:
         key = self._key(graph, "library" if library is not None else config.target, metas)
         known = self._known(key)
         if known is not None:
-            if library is not None or known:
-                return known, library or self.kernel(graph, metas)
-            return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas)))
+            if library is not None:
+                return known, library
+            if known:
+                return known, self.kernel(graph, metas).with_choice(known.choice)
+            return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas).with_choice(known.choice)))
         kernel = library or self.kernel(graph, metas)
         try:
             counters = _counters(graph, tensors)
-            fused = as_it_will_run(kernel, tensors)
-            measured = compare(_reset(fallback, counters), _reset(fused, counters), device)
-            times = Times(*measured, kernel.interpreted)
+            kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
+            t_fallback, *measured = least([_reset(call, counters) for call in (fallback, *calls)], device)
+            best = measured.index(min(measured))
+            kernel = kernels[best]
+            times = Times(t_fallback, measured[best], kernel.interpreted, best)
         except Exception as error:
             if not config.fallback_on_error:
                 raise
@@ -242,28 +251,34 @@ class FusionHeuristics:
         device = next(iter(metas.values())).device
         dtypes, shapes = {n: m.dtype for n, m in metas.items()}, {n: m.shape for n, m in metas.items()}
         layouts = [(m.stride, str(m.device)) for m in metas.values()]
-        how = f"{kind}, {torch.get_num_threads()} threads"
+        how = f"{kind}, {self.config.op_library}, {torch.get_num_threads()} threads"
         return DiskCache.key(graph.cache_key(dtypes, shapes), repr(layouts), how, device=device)
 
     def judge(self, times: Times) -> Decision:
         """What `FusionConfig.fusion_ratio` makes of what was measured."""
-        t_fallback, t_fused, interpreted = times
+        t_fallback, t_fused, interpreted, choice = times
         ratio = t_fused / t_fallback
         if ratio < self.config.fusion_ratio:
-            return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused)
+            return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused, choice=choice)
         if ratio < 1:
-            return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused)
+            return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused, choice=choice)
         how = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
-        return Decision(False, how + (", interpreted" if interpreted else ""), t_fallback, t_fused)
+        return Decision(False, how + (", interpreted" if interpreted else ""), t_fallback, t_fused, choice=choice)
 
 
-def as_it_will_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
-    """A call of `kernel` on `tensors` as a plan makes it: into outputs that are there already, where it can."""
-    if isinstance(kernel, CompiledKernel):
-        outputs = kernel.spec.allocate(tensors)
-        launch = kernel.prepare(tensors, outputs)
-        return lambda held=outputs: launch()  # it has but their addresses
-    return functools.partial(kernel.bind(tensors, share=False), tensors)
+def ways_to_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> list[tuple[Kernel, Callable[[], Any]]]:
+    """The candidates of `kernel` with calls on `tensors` as a plan makes them: into outputs that are there already,
+    where that can be."""
+    if not isinstance(kernel, CompiledKernel):
+        return [(kernel, functools.partial(kernel.bind(tensors, share=False), tensors))]
+    outputs = kernel.spec.allocate(tensors)
+    launches = [(each, each.prepare(tensors, outputs)) for each in kernel.candidates((*tensors, *outputs))]
+    return [(each, functools.partial(_launch, launch, outputs)) for each, launch in launches]
+
+
+def _launch(launch: Callable[[], Any], held: Sequence[torch.Tensor]) -> None:
+    """Launch into `held`, of which the launch itself has but addresses."""
+    launch()
 
 
 def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:

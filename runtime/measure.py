@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same thing, side by side, as they will run in a replay."""
+"""Timing several ways of doing the same thing, side by side, as they will run in a replay."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from graph_capture.log import log
 
 SAMPLE = 0.001  # seconds of one sample: many calls of a short function
 REPEATS = 5  # samples of each side
-LIMIT = 0.05  # seconds for all samples of both sides: slower functions get fewer,
+LIMIT = 0.05  # seconds for all samples of all sides: slower functions get fewer,
 FEWEST = 3  # but not fewer than these,
 PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
 
 
 def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds a call of each; see `least`."""
+    first, second = least((fallback, fused), device)
+    return first, second
+
+
+def least(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """Seconds a call of each: the least of several samples taken in turns, for what disturbs one only adds to it.
 
-    On CUDA both run inside replayed CUDA graphs, where both can be captured. A side that is slow on its own (a kernel
+    On CUDA they run inside replayed CUDA graphs, where all can be captured. One that is slow on its own (a kernel
     in Triton's interpreter) is called only a few times.
     """
-    sides = _Side(fallback, device), _Side(fused, device)
+    sides = [_Side(function, device) for function in functions]
     if device.type == "cuda":
         graphs = [_captured(side, device) for side in sides]
         if None not in graphs:
@@ -34,12 +40,11 @@ def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch
     cost = sum(side.once * side.calls for side in sides)
     rounds = 0 if cost > PATIENCE else max(FEWEST, min(REPEATS, int(LIMIT / cost)))
     samples = [[side.sample() for side in sides] for _ in range(rounds)] or [[side.once for side in sides]]
-    fallbacks, fuseds = zip(*samples, strict=True)
-    return min(fallbacks), min(fuseds)
+    return [min(of_one) for of_one in zip(*samples, strict=True)]
 
 
 class _Side:
-    """One of two functions.
+    """One of the functions.
 
     Attributes:
         once: seconds of one call, roughly.

@@ -182,6 +182,7 @@ def _encode_decision(decision: Decision) -> dict[str, Any]:
         "reason": decision.reason,
         "t_fallback": decision.t_fallback,
         "t_fused": decision.t_fused,
+        "choice": decision.choice,
     }
 
 
@@ -189,7 +190,9 @@ def _decode_decision(value: Any) -> Decision:
     table = as_dict(value)
     before, after = table.get("t_fallback"), table.get("t_fused")
     _check(all(time is None or isinstance(time, float) for time in (before, after)), "a decision's times are damaged")
-    return Decision(bool(table.get("use")), text(table.get("reason")), before, after, cached=True)
+    choice = table.get("choice", 0)
+    _check(isinstance(choice, int) and choice >= 0, "a decision's choice is damaged")
+    return Decision(bool(table.get("use")), text(table.get("reason")), before, after, cached=True, choice=choice)
 
 
 def _encode_region(region: Region, encoder: Encoder) -> dict[str, Any]:
@@ -239,6 +242,7 @@ class _Regions:
         body, node = region.body, region.node
         metas = {name: self.values[given] for name, given in zip(body.input_names, node.inputs, strict=True)}
         try:
-            return replace(region, kernel=self.heuristics.kernel(body, metas))
+            kernel = self.heuristics.kernel(body, metas).with_choice(region.decision.choice)
+            return replace(region, kernel=kernel)
         except FusionError as error:
             return replace(region, decision=Decision(False, f"no kernel: {error}"))

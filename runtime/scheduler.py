@@ -219,6 +219,7 @@ def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph
     """Rewrite `graph` so that fusable regions run as single kernels where that measured faster.
 
     Raises:
-        FusionError: only with ``fallback_on_error=False``: a region's kernel cannot be made.
+        FusionError: the library that `op_library` names cannot be imported; or, with ``fallback_on_error=False``, a
+            region's kernel cannot be made.
     """
     return FusionScheduler(config).analyze(graph)

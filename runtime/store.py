@@ -17,17 +17,19 @@ from typing import NamedTuple, TypeVar
 
 from graph_capture.cachedir import cache_folder, warn_once
 
-FILE = "decisions-1.sqlite"  # the number is that of the table's form
+FILE = "decisions-2.sqlite"  # the number is that of the table's form
 _WAIT = 1.0  # seconds that another process may keep the file locked
 _T = TypeVar("_T")
 
 
 class Times(NamedTuple):
-    """What was measured of a region: seconds a call; and whether the kernel ran in an interpreter."""
+    """What was measured of a region: seconds a call; whether the kernel ran in an interpreter; and which of its
+    `candidates` was the fastest."""
 
     fallback: float
     fused: float
     interpreted: bool = False
+    choice: int = 0
 
 
 class DecisionStore:
@@ -46,7 +48,7 @@ class DecisionStore:
         """The times under `key`; None where there are none."""
 
         def ask(connection: sqlite3.Connection) -> Times | None:
-            query = "SELECT t_fallback, t_fused, interpreted FROM decisions WHERE key = ?"
+            query = "SELECT t_fallback, t_fused, interpreted, choice FROM decisions WHERE key = ?"
             return _times(connection.execute(query, (key,)).fetchone())
 
         return self._with(ask) if self.path.exists() else None
@@ -56,7 +58,7 @@ class DecisionStore:
         row = (key, *times, time.time())
 
         def tell(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?)", row)
+            connection.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", row)
 
         self._with(tell)
 
@@ -90,7 +92,7 @@ class DecisionStore:
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS decisions"
-                " (key TEXT PRIMARY KEY, t_fallback REAL, t_fused REAL, interpreted INTEGER, made REAL)"
+                " (key TEXT PRIMARY KEY, t_fallback REAL, t_fused REAL, interpreted INTEGER, choice INTEGER, made REAL)"
             )
         except BaseException:
             connection.close()
@@ -118,8 +120,10 @@ def _count(connection: sqlite3.Connection) -> int:
 def _times(row: object) -> Times | None:
     """A row's times, if they can be what was measured."""
     match row:
-        case (float(fallback), float(fused), int(interpreted)) if 0 < fallback < math.inf and 0 < fused < math.inf:
-            return Times(fallback, fused, bool(interpreted))
+        case (float(fallback), float(fused), int(interpreted), int(choice)) if (
+            0 < fallback < math.inf and 0 < fused < math.inf and choice >= 0
+        ):
+            return Times(fallback, fused, bool(interpreted), choice)
     return None
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from graph_capture.runtime.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.llm.agreement import Agreement, agreement
-from graph_capture.runtime.llm.sampling import Sampling
-from graph_capture.runtime.llm.session import Pending, Progress, Session
+from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request
+from graph_capture.runtime.llm.session import Pending, Progress, Session, bucket
 from graph_capture.runtime.llm.text import Detokenizer
 from graph_capture.runtime.scheduler import FusionScheduler
 
@@ -24,8 +24,6 @@ from graph_capture.models import load_model, load_tokenizer
 
 SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 SESSIONS = 2  # batch sizes whose caches are kept
-Messages = Sequence[Mapping[str, str]]
-Prompt = str | Sequence[int] | Messages
 
 
 @dataclass
@@ -55,15 +53,6 @@ class Completion:
         return (len(self.tokens) - 1) / rest if len(self.tokens) > 1 and rest > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class _Request:
-    rows: list[list[int]]
-    limit: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-    seed: int | None
-
-
 class InferEnginePython:
     """A causal language model of transformers that answers prompts, its steps captured and fused.
 
@@ -86,6 +75,7 @@ class InferEnginePython:
 
     Attributes:
         model, tokenizer: transformers' own; no tokenizer where the model has none.
+        prompts: makes tokens of what callers pass.
         capacity: slots of the cache.
         last: the latest answer.
 
@@ -125,6 +115,7 @@ class InferEnginePython:
         self._captured: Captured | None = None
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self.prompts = Prompts(self.tokenizer, self.model.get_input_embeddings().weight.shape[0])
         self._ends = self._end_tokens()
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -163,8 +154,8 @@ class InferEnginePython:
         Raises:
             CaptureError: see `stream`.
         """
-        rows, batched = self._rows(prompts)
-        request = self._request(rows, **options)
+        rows, batched = self.prompts.rows(prompts)
+        request = self.prompts.request(rows, **options)
         found = [Completion(prompt_tokens=len(row)) for row in rows]
         for _ in self._answer(request, found):
             pass
@@ -184,10 +175,10 @@ class InferEnginePython:
             CaptureError: the prompt is empty or longer than the cache, an option is out of its range, there is no
                 tokenizer or no chat template, or this thread has a stream under way.
         """
-        rows, _ = self._rows(self.encode_messages(cast(Messages, prompt)) if _is_messages(prompt) else prompt)
+        rows, _ = self.prompts.rows(prompt)
         if len(rows) != 1:
             raise CaptureError("stream() answers one prompt; generate() takes several")
-        request = self._request(rows, **options)
+        request = self.prompts.request(rows, **options)
         return (piece for pieces in self._answer(request, [Completion(prompt_tokens=len(rows[0]))]) for piece in pieces)
 
     def chat(self, messages: Messages, **options: Any) -> Completion:
@@ -195,24 +186,23 @@ class InferEnginePython:
         return self.generate(self.encode_messages(messages), **options)
 
     def encode_messages(self, messages: Messages) -> list[int]:
-        """The tokens of a conversation, up to where the answer begins.
+        """The tokens of a conversation, up to where the answer begins; see `Prompts.templated`."""
+        return self.prompts.templated(messages)
 
-        Raises:
-            CaptureError: there is no tokenizer or no chat template, or the template refuses the messages.
+    def warm_up(self, lengths: Sequence[int] = (1,), batch: int = 1, **options: Any) -> None:
+        """Capture before the first prompt comes.
+
+        Args:
+            lengths: of prompts, in tokens; each stands for its bucket.
+            batch: sequences at once.
+            options: how answers will be chosen, as in `stream`.
         """
-        from jinja2 import TemplateError  # comes with chat templates
-
-        if self.tokenizer is None:
-            raise CaptureError("the model has no tokenizer: pass tokens, not text")
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise CaptureError("the model's tokenizer has no chat template: pass text")
-        for message in messages:
-            self._encode(message["content"])
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # no system messages, say
-            raise CaptureError(f"the model's chat template refuses the messages: {error}") from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for length in sorted({bucket(length) for length in lengths}):
+            rows = [[0] * max(1, min(length, self.capacity - 4))] * batch
+            for _ in range(3):  # recorded, watched, captured
+                if batch in self._sessions:
+                    self._sessions[batch].truncate(0)
+                self.generate(rows, **{**options, "max_new_tokens": 4})
 
     def explain(self) -> str:
         """What became of every captured step: the receipts, and what runs as it is and why."""
@@ -241,7 +231,7 @@ class InferEnginePython:
 
     def agreement(self, prompt: str | Sequence[int], max_new_tokens: int = 64) -> Agreement:
         """Whether greedy answers with fusion on and off are the same, and if not, by how little they part."""
-        return agreement(self, self._rows(prompt)[0][0], max_new_tokens)
+        return agreement(self, self.prompts.rows(prompt)[0][0], max_new_tokens)
 
     def session(self, batch: int) -> Session:
         """The cache and the captured steps for so many sequences; made at the first use, the latest two are kept."""
@@ -258,7 +248,7 @@ class InferEnginePython:
 
     # --- answers
 
-    def _answer(self, request: _Request, found: list[Completion]) -> Iterator[list[str]]:
+    def _answer(self, request: Request, found: list[Completion]) -> Iterator[list[str]]:
         """Fill `found`, yielding the pieces of text that each step adds."""
         start = time.perf_counter()
         texts = [Detokenizer(self.tokenizer, request.stop) if self.tokenizer else None for _ in found]
@@ -290,7 +280,7 @@ class InferEnginePython:
             self.last = found[-1]
         yield rest
 
-    def _steps(self, request: _Request) -> Iterator[list[int]]:
+    def _steps(self, request: Request) -> Iterator[list[int]]:
         """The next token of every row, step by step, until the cache is full. On a GPU a step is under way while the
         tokens of the one before are looked at."""
         session = self.session(len(request.rows))
@@ -328,59 +318,6 @@ class InferEnginePython:
             finally:
                 self._owner = None
 
-    # --- arguments
-
-    def _request(
-        self,
-        rows: list[list[int]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] = (),
-        seed: int | None = None,
-    ) -> _Request:
-        if max_new_tokens < 1:
-            raise CaptureError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        words = (stop,) if isinstance(stop, str) else tuple(stop)
-        if words and self.tokenizer is None:
-            raise CaptureError("stop strings need a tokenizer, and the model has none")
-        if not all(words):
-            raise CaptureError("a stop string is empty")
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-        return _Request(rows, max_new_tokens, sampling, words, seed)
-
-    def _rows(self, prompts: Any) -> tuple[list[list[int]], bool]:
-        """Tokens of each prompt, and whether there is a batch of them."""
-        if isinstance(prompts, torch.Tensor):
-            prompts = prompts.tolist()
-        if isinstance(prompts, str):
-            return [self._encode(prompts)], False
-        prompts = list(prompts)
-        if not prompts:
-            raise CaptureError("there is no prompt")
-        if isinstance(prompts[0], int):
-            return [self._checked(prompts)], False
-        return [self._encode(p) if isinstance(p, str) else self._checked(list(p)) for p in prompts], True
-
-    def _checked(self, tokens: list[int]) -> list[int]:
-        size = self.model.get_input_embeddings().weight.shape[0]
-        strange = next((token for token in tokens if not 0 <= token < size), None)
-        if strange is not None:
-            raise CaptureError(f"token {strange} is not one of the model's {size}")
-        return tokens
-
-    def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise CaptureError("the model has no tokenizer: pass tokens, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: what a terminal gives for bytes that are not UTF-8
-            raise CaptureError(f"the prompt is not valid text (UTF-8) at character {error.start}") from error
-        return self.tokenizer(text)["input_ids"]
-
     def _end_tokens(self) -> frozenset[int]:
         found: set[int] = set()
         for owner in (getattr(self.model, "generation_config", None), self.model.config, self.tokenizer):
@@ -390,10 +327,6 @@ class InferEnginePython:
 
 
 InferEngine = InferEnginePython
-
-
-def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _rectangle(rows: Sequence[Sequence[int]]) -> torch.Tensor:

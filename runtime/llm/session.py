@@ -148,10 +148,11 @@ class Session:
         last = torch.tensor([new - 1])
         name = "continue" if kept else "prefill"
         step = self._extend if kept else self._begin
-        result = self._run((name, size, kind, self._padded), step, ids.to(self._device), last.to(self._device))
+        logits = self._run((name, size, None, self._padded), step, ids.to(self._device), last.to(self._device))
         self.filled = longest
         self.held = list(rows[0])
-        return result
+        with torch.no_grad():  # apart, so that one recording serves every kind of sampling
+            return self._choose(logits, kind)
 
     def decode(self, kind: Kind | None) -> torch.Tensor:
         """One step with `tokens`; returns as `prefill` does.
@@ -172,15 +173,15 @@ class Session:
 
     # --- the steps
 
-    def _begin(self, ids: torch.Tensor, last: torch.Tensor, *, kind: Kind | None) -> torch.Tensor:
+    def _begin(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
         logits = self._forward(ids, True, last)
         self.slots.position.copy_(last[0] + 1)
-        return self._choose(logits, kind)
+        return logits
 
-    def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: Kind | None) -> torch.Tensor:
+    def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
         logits = self._forward(ids, False, last)
         self.slots.position.copy_(self.slots.position + last[0] + 1)
-        return self._choose(logits, kind)
+        return logits
 
     def _next(self, *, kind: Kind | None) -> torch.Tensor:
         logits = self._forward(self.tokens, False, 1)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import aot, c_attention
-from graph_capture.codegen import ninetoothed_attention as printer
-from graph_capture.codegen import ninetoothed_host as host
+from graph_capture.codegen import c_attention
 from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, record
@@ -150,10 +148,7 @@ def test_what_is_refused(reason):
 def test_machine_code(architecture):
     inputs = heads(2048, torch.bfloat16, batch=1, query=32, kept=8, width=128)
     mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool, device=DEVICE)
-    spec = compiled(graph_of((*inputs, mask), enable_gqa=True), (*inputs, mask)).spec
-    programs = printer.programs(spec, interpreted=False)
-    built = [host.build(program, f"attention_{number}") for number, program in enumerate(programs)]
-    attend, combine = aot.compile_ahead(built, architecture)
+    attend, combine = compiled(graph_of((*inputs, mask), enable_gqa=True), (*inputs, mask)).compile_for(architecture)
     assert attend.stack == combine.stack == 0
     assert attend.loads[128] == 33  # a block of keys and one of values by 128 threads, and the query
     assert combine.loads[128] > 0

@@ -252,9 +252,9 @@ assert len(compiled) <= 1, compiled  # the runtime, which another cache may hold
 def test_kernels_are_prepared_side_by_side():
     made = KernelCompiler("c")
     x = noise(3, 7)
-    wanted = [(one(name), [record_meta(x)]) for name in ("exp", "log", "sqrt")]
-    made.prepare([*wanted, (one("aten.cumsum.default", dim=-1), [record_meta(x)])])
-    for graph, _ in wanted:
+    wanted = [(one(name), [record_meta(x)], None) for name in ("exp", "log", "sqrt")]
+    made.prepare([*wanted, (one("aten.cumsum.default", dim=-1), [record_meta(x)], None)])
+    for graph, *_ in wanted:
         made.compile(graph, [x.dtype], [x.shape])(x)
 
 

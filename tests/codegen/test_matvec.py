@@ -200,7 +200,7 @@ def test_machine_code_at_llama_sizes(architecture, tmp_path):
         compiler.compile(SubGraph(gated, ("x", "w", "v"), ("y",)), [bf16] * 3, [(1, 4096)] + [(14336, 4096)] * 2),
         compiler.compile(linear, [bf16] * 2, [(8, 4096), (4096, 4096)]),
     ]
-    binaries = compile_for(kernels, architecture)
+    binaries = [binary for (binary,) in compile_for(kernels, architecture)]
     for binary in binaries:
         assert binary.stack == 0
         assert set(binary.loads) == {128}

@@ -224,7 +224,7 @@ def test_machine_code_at_llama_sizes(architecture):
     keys, values = caches(1, 8, 128, 16, torch.bfloat16)
     region = one_kernel(with_cache, query, key, value, cos, sin, keys, values, position)
     assert ".tile((1, 1, 16, 64))" in region.source  # two groups of heads
-    binary = region.kernel.compile_for(architecture)
+    (binary,) = region.kernel.compile_for(architecture)
     assert binary.stack == 0
     assert set(binary.stores) == {128}, binary.stores
     # A row of a table is too short for 16 bytes a thread.

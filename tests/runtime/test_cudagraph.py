@@ -8,8 +8,9 @@ import torch
 from graph_capture.runtime import cudagraph
 from graph_capture.runtime.cudagraph import GraphReplay
 
-from graph_capture import FusionConfig, fuse, record
+from graph_capture import FusionConfig, capture, fuse, record
 from graph_capture.executor import Executor
+from graph_capture.replay import Memory
 from tests.replaying import graph_of, noise
 
 
@@ -63,6 +64,16 @@ def test_the_third_replay_is_a_graph():
     assert all(torch.equal(got, want) for got, want in kept)
     assert backend.captures == 1
     assert replay.graphs.segments == (1, 0)
+
+
+def test_graphs_that_share_arenas_share_what_captures():
+    memory, backends = Memory(), [StandIn(), StandIn()]
+    graphs = [graph_of(lambda x: torch.tanh(x) * 2, noise(size)) for size in (8, 9)]
+    replays = [captured(*pair, memory=memory) for pair in zip(graphs, backends, strict=True)]
+    for seed in range(6):
+        for size, graph, replay in zip((8, 9), graphs, replays, strict=True):
+            assert torch.equal(run(graph, replay, noise(size, seed=seed)), torch.tanh(noise(size, seed=seed)) * 2)
+    assert [backend.captures for backend in backends] == [2, 0]
 
 
 def test_capturing_leaves_the_callers_state_alone():
@@ -167,6 +178,21 @@ def test_on_a_device(clone_outputs):
     for left, right in zip((*got, *ours), (*want, *theirs), strict=True):
         torch.testing.assert_close(left, right)
     assert fused.cuda_graphs.bytes_after >= fused.cuda_graphs.bytes_before
+
+
+@pytest.mark.gpu
+def test_signatures_share_the_private_pool():
+    """In turns, in any order, with results that live on."""
+    fast = capture(lambda x: torch.tanh(x @ x.T).cumsum(0) @ x)
+    kept = []
+    for turn in range(12):
+        x = noise((64, 96, 32)[turn * 5 % 3], 48, seed=turn).cuda()
+        kept.append((fast(x), torch.tanh(x @ x.T).cumsum(0) @ x))
+    for got, want in kept:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    graphs = [fused.cuda_graphs for fused in fast.graphs]
+    assert all(graphs)
+    assert len({id(graph._backend) for graph in graphs}) == 1
 
 
 @pytest.mark.gpu

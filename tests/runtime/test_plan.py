@@ -157,6 +157,42 @@ def test_one_of_several_kernels_in_a_row_that_fails(monkeypatch, caplog):
     assert len([record for record in caplog.records if "no memory" in record.message]) == 2
 
 
+def broken_matmul(*args, **kwargs):
+    raise RuntimeError("no such primitive")
+
+
+def test_an_op_that_raises_is_named():
+    fused = fuse(graph_of(lambda x, w: torch.tanh(F.linear(x, w)) @ w, noise(9, 8), noise(8, 8)), UNFUSED)
+    fused(noise(9, 8), noise(8, 8))
+    name = next(name for name in fused.plan.function.__globals__ if name.startswith("op_mm"))
+    fused.plan.function.__globals__[name] = broken_matmul
+    with pytest.raises(RuntimeError, match="no such primitive") as caught:
+        fused(noise(9, 8), noise(8, 8))
+    assert caught.value.__notes__ == ["raised in a replay by linear"]
+
+
+def test_a_library_region_that_raises_is_replaced_by_what_was_recorded(llama, caplog):
+    config = FusionConfig(profile="always", passes_off=frozenset({"swiglu", "add_rms_norm", "rms_norm", "row"}))
+    fused = fuse(recorded(llama, token_ids()), config)
+    for seed in range(2):
+        fused(input_ids=token_ids(seed=seed))
+    fused.plan.function.__globals__["op_mm"] = broken_matmul
+    with caplog.at_level(logging.WARNING, "graph_capture"):
+        for seed in range(3):
+            want = forward(llama, token_ids(seed=seed))
+            torch.testing.assert_close(fused(input_ids=token_ids(seed=seed)), want)
+    (message,) = [record.message for record in caplog.records]
+    assert "no such primitive; raised in a replay by linear, as a part of parallel_linear_0" in message
+    with pytest.raises(IndexError):  # the caller's own mistake is no reason
+        again = fuse(recorded(llama, token_ids()), config)
+        for _ in range(2):
+            again(input_ids=token_ids())
+        again(input_ids=token_ids() + 100_000)
+    torch.testing.assert_close(again(input_ids=token_ids()), forward(llama, token_ids()))
+    assert again.plan is not None
+    assert not again._given_up
+
+
 def test_library_regions_are_steps_of_the_plan(llama):
     config = FusionConfig(profile="always", passes_off=frozenset({"swiglu", "add_rms_norm", "rms_norm", "row"}))
     fused = fuse(recorded(llama, token_ids()), config)

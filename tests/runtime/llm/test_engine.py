@@ -230,6 +230,17 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_reported(caplog):
     assert "uncaptured" in caplog.text
 
 
+def test_warming_up_leaves_nothing_to_record():
+    ours = engine()
+    ours.warm_up([5, 20], temperature=1.0)
+    before = set(ours.stats()["captured"])
+    assert before == {"prefill of 16 tokens", "prefill of 24 tokens", "decode, sampled"}
+    ours.generate(PROMPTS[1], max_new_tokens=5, temperature=0.7, seed=3)
+    assert set(ours.stats()["captured"]) == before
+    with pytest.raises(CaptureError, match="top_p must be"):
+        ours.warm_up(top_p=2.0)
+
+
 def test_two_threads_take_turns():
     ours = engine()
     want = {seed: ours.generate(zoo.ids(5, seed=seed)[0].tolist(), max_new_tokens=10).tokens for seed in range(4)}
