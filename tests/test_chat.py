@@ -224,7 +224,7 @@ class Terminal:
     def send(self, text):
         os.write(self.master, text.encode())
 
-    def expect(self, pattern, seconds=120):
+    def expect(self, pattern, seconds=300):
         """Read until the pattern comes up; what comes after it is left for the next."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
