@@ -44,12 +44,20 @@ def caller() -> Source:
 
 
 class Owner(NamedTuple):
-    """Where a module holds a tensor: the table, the key in it, the path, and what lies there (maybe a wrapper)."""
+    """Where a module holds a tensor: the table, the key in it, the path; and the wrapper, where one lies there.
+
+    It holds no tensor of torch's: whether anybody else does tells whether the code has replaced it.
+    """
 
     table: dict[str, Any]
     key: str
     path: str
-    value: Any
+    wrapper: Any = None
+
+    @property
+    def value(self) -> Any:
+        """What lies there now."""
+        return self.table.get(self.key)
 
 
 class ModulePaths:
@@ -114,7 +122,7 @@ class ModulePaths:
             self.attributes[id(module)], self.containers[id(module)] = {}, {}
             kept = dict([*module.named_parameters(), *module.named_buffers()])
             for name, tensor in kept.items():
-                self.owners.setdefault(id(tensor), Owner(kept, name, f"{path}.{name}" if path else name, tensor))
+                self.owners.setdefault(id(tensor), Owner(kept, name, f"{path}.{name}" if path else name))
             return
         held = vars(module)
         own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
@@ -127,7 +135,8 @@ class ModulePaths:
                 foreign = self._foreign and not isinstance(value, torch.Tensor)
                 held_as = handle_of(value) if foreign else value
                 if (foreign and held_as is not None) or isinstance(held_as, torch.Tensor):
-                    self.owners.setdefault(id(held_as), Owner(table, name, f"{path}.{name}" if path else name, value))
+                    owner = Owner(table, name, f"{path}.{name}" if path else name, value if foreign else None)
+                    self.owners.setdefault(id(held_as), owner)
         for name, child in module._modules.items():
             if child is not None:
                 self.parents.setdefault(id(child), (module, name))
@@ -145,7 +154,9 @@ class ModulePaths:
     def owner_of(self, tensor: Any) -> Owner | None:
         """Where a module holds `tensor` (or a handle of another library's), if one does."""
         owner = self.owners.get(id(tensor))
-        return owner if owner is not None and owner.table.get(owner.key) is owner.value else None
+        if owner is None or owner.value is not (tensor if owner.wrapper is None else owner.wrapper):
+            return None
+        return owner
 
     def enter(self, module: Any) -> None:
         """`module`, of another library, is about to run."""
