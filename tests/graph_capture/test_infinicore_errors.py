@@ -69,6 +69,20 @@ def test_a_tensor_that_was_freed_meanwhile(ic):
         recording.output(tensors(ic, X)[0] + held.pop())
 
 
+def test_a_module_that_replaces_what_it_holds(ic):
+    class Counting(ic.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.state = zeros(ic, (3, 8), **options(ic))
+
+        def forward(self, x):
+            self.state = self.state + x
+            return self.state * x
+
+    with pytest.raises(CaptureError, match="'state' .* was replaced by the code"), record(*tensors(ic, X)) as recording:
+        recording.output(Counting()(*tensors(ic, X)))
+
+
 def test_memory_given_by_address_is_not_written(ic):
     numbers = numpy.zeros((3, 8), dtype=numpy.float32)
 
