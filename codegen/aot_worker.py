@@ -205,6 +205,8 @@ def _compile_program(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     compile_with(launch.__globals__[name], compiled)
     compile_launch(launch, name, [Mock(**operand) for operand in job["operands"]])
+    if "digest" not in found:
+        raise RuntimeError(f"Triton {triton.__version__} compiles in another way")
     return found
 
 

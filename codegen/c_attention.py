@@ -129,28 +129,41 @@ class _Printer:
         ]
 
     def _scores(self) -> list[str]:
-        """The products of a key with the queries, key by key."""
+        """The products of keys with the queries: as many keys as there are lanes, and then all their sums."""
         spec, rows = self.spec, range(self.spec.rows)
-        lines = ["for (int64_t j = 0; j < count; j++) {", f"    const {self.kind} *const from = keys + j * numbers[5];"]
-        lines += [f"    lanes a{r} = {{0}};" for r in rows]
-        lines += self._along(spec.width, [f"a{r} += from_lanes * lanes_float(&q[{r}][e]);" for r in rows])
-        lines += [f"    weights[{r}][j] = lanes_sum(a{r});" for r in rows]
-        return [*lines, "}"]
+        key = [f"const {self.kind} *const from = keys + j * numbers[5];", *(f"lanes a{r} = {{0}};" for r in rows)]
+        key += self._along(spec.width, [f"a{r} += from_lanes * lanes_float(&q[{r}][e]);" for r in rows])
+        key += [f"products[{r}][j - group] = a{r};" for r in rows]
+        return [
+            "for (int64_t group = 0; group < count; group += LANES) {",
+            f"    lanes products[{spec.rows}][LANES];",
+            "    const int64_t end = group + LANES < count ? group + LANES : count;",
+            "    for (int64_t j = group; j < end; j++) {",
+            *(f"        {line}" for line in key),
+            "    }",
+            "    for (int64_t j = end; j < group + LANES; j++)",
+            f"        for (int64_t r = 0; r < {spec.rows}; r++) products[r][j - group] = (lanes){{0}};",
+            f"    for (int64_t r = 0; r < {spec.rows}; r++) {{",
+            "        const lanes sums = lanes_sums(products[r]);",
+            "        memcpy(&weights[r][group], &sums, sizeof sums);",
+            "    }",
+            "}",
+        ]
 
     def _along(self, width: int, body: Sequence[str]) -> list[str]:
         """A loop over the elements of a head in memory, some lanes at a time; `body` reads them as `from_lanes`."""
         return [
-            "    int64_t e = 0;",
-            f"    for (; e + LANES <= {width}; e += LANES) {{",
-            f"        const lanes from_lanes = {self.load}(from + e);",
-            *(f"        {line}" for line in body),
-            "    }",
-            f"    if (e < {width}) {{",
-            f"        {self.kind} tail[LANES] = {{0}};",
-            f"        memcpy(tail, from + e, ({width} - e) * sizeof *tail);",
-            f"        const lanes from_lanes = {self.load}(tail);",
-            *(f"        {line}" for line in body),
-            "    }",
+            "int64_t e = 0;",
+            f"for (; e + LANES <= {width}; e += LANES) {{",
+            f"    const lanes from_lanes = {self.load}(from + e);",
+            *(f"    {line}" for line in body),
+            "}",
+            f"if (e < {width}) {{",
+            f"    {self.kind} tail[LANES] = {{0}};",
+            f"    memcpy(tail, from + e, ({width} - e) * sizeof *tail);",
+            f"    const lanes from_lanes = {self.load}(tail);",
+            *(f"    {line}" for line in body),
+            "}",
         ]
 
     def _softmax(self, masked: bool) -> list[str]:

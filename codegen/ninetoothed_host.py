@@ -239,8 +239,9 @@ def _compiled(cache: DiskCache, source: str, worker: Any, src: Any, target: Any,
     if getattr(_only, "stored", False):
         raise _NotStoredError
     made = compile(src, target=target, options=options)
-    files = {Path(path).suffix: Path(path).read_bytes() for path in made.metadata_group.values()}
-    store_kernel(source, digest, cache, {suffix: files[suffix] for suffix in paths})
+    with contextlib.suppress(OSError, KeyError):  # somebody else's cache manager has no such files
+        files = {Path(path).suffix: Path(path).read_bytes() for path in made.metadata_group.values()}
+        store_kernel(source, digest, cache, {suffix: files[suffix] for suffix in paths})
     return made
 
 

@@ -70,7 +70,7 @@ class Pool:
     """Workers, as many as there are cores, started when there is work for them."""
 
     def __init__(self, size: int | None = None) -> None:
-        self.size = size or os.cpu_count() or 1
+        self.size = size or _cores()
         self._idle: list[Worker] = []
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -108,6 +108,11 @@ class Pool:
         if self._owner == os.getpid():
             for worker in workers:
                 worker.close()
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 POOL = Pool()

@@ -27,14 +27,19 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("
 
 
 class Progress:
-    """Shows what an engine is doing, while it does not answer; nothing where `console` is no terminal."""
+    """Shows what an engine is doing; nothing where `console` is no terminal.
+
+    Attributes:
+        quiet: shows nothing for now: the line belongs to an answer.
+    """
 
     def __init__(self, console: Console) -> None:
+        self.quiet = False
         self._console = console
         self._status: Status | None = None
 
     def __call__(self, text: str) -> None:
-        if not self._console.is_terminal:
+        if self.quiet or not self._console.is_terminal:
             return
         if self._status is None:
             self._status = self._console.status(text)
@@ -152,6 +157,7 @@ class Chat:
                 pieces = self.engine.stream(self._prompt(), **self.options)
                 for piece in pieces:
                     self.progress.done()
+                    self.progress.quiet = True
                     said.append(piece)
                     self.out.out(piece.translate(_CONTROLS), end="", highlight=False)
                     if interrupted():
@@ -168,6 +174,7 @@ class Chat:
                 return
             finally:
                 self.progress.done()
+                self.progress.quiet = False
         if said:
             self.out.print()
             self.messages.append({"role": "assistant", "content": "".join(said)})
@@ -305,6 +312,8 @@ def run(
     progress = Progress(notes)
     try:
         engine = InferEngine(model or FOLDER, device, fusion, dtype, progress=progress)
+        if engine.enable_fusion:
+            engine.warm_up(**options)
     finally:
         progress.done()
     chat = Chat(engine, progress, out, notes, system=system, **options)

@@ -175,8 +175,9 @@ class _Regions:
     def _divides(self, region: Region) -> bool:
         """Whether a region is worth taking apart: what it is made of may be used, or be faster."""
         node = region.node
-        if region.kind == PARALLEL_LINEAR:
-            return not self.passes.off.issuperset(DECODE)
+        if region.kind == PARALLEL_LINEAR:  # with few rows, kernels in a row may be faster on a CPU than one call
+            known = not region.decision or region.decision.t_fused is not None
+            return known and self.values[node.outputs[0]].device.type == "cpu"
         if region.decision:
             return False
         if region.kind in DECODE:

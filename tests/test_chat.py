@@ -128,6 +128,22 @@ def test_an_answer_cannot_steer_the_terminal():
     assert printed(talk.out) == "\ufffd[2Ja\n\ufffd[bold]\ufffdé\n"
 
 
+def test_progress_keeps_off_the_line_of_an_answer():
+    class Busy(Engine):
+        def stream(self, prompt, **options):
+            talk.progress("recording the prefill")
+            yield "4"
+            talk.progress("recording the decode")
+            yield "2"
+
+    out, notes = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True, width=80)
+    talk = Chat(Busy(), Progress(notes), out, notes)
+    talk.answer("17+25=")
+    assert printed(out) == "42\n"
+    assert "recording the prefill" in printed(notes)
+    assert "recording the decode" not in printed(notes)
+
+
 def test_without_a_template_each_line_is_continued():
     talk = chat(Engine(tokenizer=None))
     talk.answer("a")
@@ -224,7 +240,7 @@ class Terminal:
     def send(self, text):
         os.write(self.master, text.encode())
 
-    def expect(self, pattern, seconds=120):
+    def expect(self, pattern, seconds=300):
         """Read until the pattern comes up; what comes after it is left for the next."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):

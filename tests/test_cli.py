@@ -22,7 +22,7 @@ SMALL = [
     "--vocab",
     "64",
     "--length",
-    "5",
+    "12",
     "--no-talk",
 ]
 

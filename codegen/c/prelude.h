@@ -255,3 +255,51 @@ INLINE float lanes_sum(lanes value) {
         for (int lane = 0; lane < width; lane++) parts[lane] += parts[lane + width];
     return parts[0];
 }
+
+/* The sum of each of LANES vectors, which are not kept: halves of pairs are added up until one vector is left. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+#if defined(SHUFFLES) && LANES == 16
+#define BOTH_8(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +                            \
+        __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+#define BOTH_4(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +                          \
+        __builtin_shufflevector(x, y, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27)
+#define BOTH_2(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +                          \
+        __builtin_shufflevector(x, y, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29)
+#define BOTH_1(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +                         \
+        __builtin_shufflevector(x, y, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30)
+#elif defined(SHUFFLES) && LANES == 8
+#define BOTH_4(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 2, 3, 12, 13, 14, 15) + __builtin_shufflevector(x, y, 4, 5, 6, 7, 8, 9, 10, 11)
+#define BOTH_2(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 1, 10, 11, 4, 5, 14, 15) + __builtin_shufflevector(x, y, 2, 3, 8, 9, 6, 7, 12, 13)
+#define BOTH_1(x, y)                                                                                                   \
+    __builtin_shufflevector(x, y, 0, 9, 2, 11, 4, 13, 6, 15) + __builtin_shufflevector(x, y, 1, 8, 3, 10, 5, 12, 7, 14)
+#elif defined(SHUFFLES)
+#define BOTH_2(x, y) __builtin_shufflevector(x, y, 0, 1, 6, 7) + __builtin_shufflevector(x, y, 2, 3, 4, 5)
+#define BOTH_1(x, y) __builtin_shufflevector(x, y, 0, 5, 2, 7) + __builtin_shufflevector(x, y, 1, 4, 3, 6)
+#endif
+
+INLINE lanes lanes_sums(lanes *of) {
+#if defined(SHUFFLES)
+#if LANES >= 16
+    for (int i = 0; i < 8; i++) of[i] = BOTH_8(of[i], of[i + 8]);
+#endif
+#if LANES >= 8
+    for (int i = 0; i < 4; i++) of[i] = BOTH_4(of[i], of[i + 4]);
+#endif
+    for (int i = 0; i < 2; i++) of[i] = BOTH_2(of[i], of[i + 2]);
+    return BOTH_1(of[0], of[1]);
+#else
+    lanes sums;
+    for (int i = 0; i < LANES; i++) sums[i] = lanes_sum(of[i]);
+    return sums;
+#endif
+}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_capture.runtime import heuristics
 
 from graph_capture import FusionConfig, fuse, record
 
@@ -125,6 +126,32 @@ def test_what_is_not_used_falls_apart_into_what_may_be(monkeypatch):
     whole, parent = ("linear_epilogue", "", False), "linear_epilogue_0"
     assert found == [whole, ("parallel_linear", parent, True), ("swiglu", parent, False)]
     check(fused, gated, X)
+
+
+@pytest.mark.parametrize(("each", "apart"), [(0.1, True), (0.4, False)])
+def test_merged_linears_are_apart_where_that_is_faster(each, apart, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("on a CPU")
+
+    def least(functions, device):
+        return [1.0, *(each if call.func is heuristics._launch else 0.5 for call in functions[1:])]
+
+    monkeypatch.setattr(heuristics, "least", least)
+    monkeypatch.setattr("graph_capture.runtime.whole.compare", lambda *_: (1.0, 0.1))
+    weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(16, 64)])
+
+    def both(x):
+        return [F.linear(x, weight).cumsum(-1) for weight in weights]
+
+    fused = fused_of(both, X, config=FusionConfig(target="c"))
+    found = [(region.kind, region.parent, region.decision.use, region.decision.reason) for region in fused.regions]
+    if apart:
+        part = ("skinny_linear", "parallel_linear_0", True, "10.00x faster")
+        assert found == [("parallel_linear", "", False, "its parts are 2.50x faster"), part, part]
+    else:
+        assert found == [("parallel_linear", "", True, "2.00x faster")]
+    for got, want in zip(fused(X), both(X), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_linears_that_were_not_merged_meet_in_what_follows():
