@@ -178,6 +178,8 @@ def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, 
     for number in range(setting.rounds):
         progress(f"round {number + 1} of {setting.rounds}")
         for way, runner in made.items():
+            if setting.device == "cuda":
+                torch.cuda.synchronize()  # the step that the way before has under way is none of this one's
             first[way].append(_seconds(lambda: runner.prefill(ids)))  # noqa: B023
             steps[way] += [_seconds(runner.decode) for _ in range(setting.tokens)]
     for way in made:

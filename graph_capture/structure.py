@@ -129,6 +129,8 @@ class Walk:
 
     def unify(self) -> None:
         """Let other libraries' tensors that overlap share a storage, as torch's do."""
+        if not self.exposures.adapters:
+            return
         before = list(self.tensors)
         self.exposures.unify(self.tensors)
         if any(old is not new for old, new in zip(before, self.tensors, strict=True)):

@@ -13,7 +13,7 @@ from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
-from graph_capture.runtime.measure import least
+from graph_capture.runtime.measure import compare
 from graph_capture.runtime.store import DecisionStore, Times
 from graph_capture.runtime.verify import apart
 
@@ -231,7 +231,7 @@ class FusionHeuristics:
         try:
             counters = _counters(graph, tensors)
             kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
-            t_fallback, *measured = least([_reset(call, counters) for call in (fallback, *calls)], device)
+            t_fallback, *measured = compare([_reset(call, counters) for call in (fallback, *calls)], device)
             best = measured.index(min(measured))
             kernel = kernels[best]
             times = Times(t_fallback, measured[best], kernel.interpreted, best)

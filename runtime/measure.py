@@ -18,13 +18,7 @@ FEWEST = 3  # but not fewer than these,
 PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
 
 
-def compare(fallback: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds a call of each; see `least`."""
-    first, second = least((fallback, fused), device)
-    return first, second
-
-
-def least(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+def compare(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """Seconds a call of each: the least of several samples taken in turns, for what disturbs one only adds to it.
 
     On CUDA they run inside replayed CUDA graphs, where all can be captured. One that is slow on its own (a kernel

@@ -65,7 +65,8 @@ def _measure(fused: FusedGraph, unfused: Callable[[], FusedGraph]) -> Times:
     runs = [functools.partial(replay, graph) for graph in (unfused(), fused)]
     for run in runs:
         run()  # a plan is made at the first replay
-    return Times(*compare(runs[0], runs[1], device_of(fused.subgraph)))
+    before, after = compare(runs, device_of(fused.subgraph))
+    return Times(before, after)
 
 
 def made_up_call(recorded: RecordedGraph) -> Call:

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def test_the_slower_side_takes_longer():
     x = torch.randn(64, 64)
-    fallback, fused = compare(lambda: [x @ x for _ in range(20)], lambda: x @ x, CPU)
+    fallback, fused = compare([lambda: [x @ x for _ in range(20)], lambda: x @ x], CPU)
     assert 0 < fused < fallback
 
 
@@ -26,7 +26,7 @@ def test_a_slow_function_is_called_a_few_times_only(monkeypatch):
         calls.append(None)
         time.sleep(0.002)
 
-    fallback, fused = compare(slow, slow, CPU)
+    fallback, fused = compare([slow, slow], CPU)
     assert len(calls) == 2
     assert min(fallback, fused) >= 0.002
 
@@ -34,7 +34,7 @@ def test_a_slow_function_is_called_a_few_times_only(monkeypatch):
 def test_both_sides_are_sampled_in_turns(monkeypatch):
     monkeypatch.setattr(measure, "SAMPLE", 0.0)
     order = []
-    compare(lambda: order.append("a"), lambda: order.append("b"), CPU)
+    compare([lambda: order.append("a"), lambda: order.append("b")], CPU)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * measure.REPEATS
 
 
@@ -62,7 +62,7 @@ def test_on_cuda_both_sides_run_in_graphs():
     sides = [measure._Side(lambda: x * 2, device), measure._Side(lambda: x.sum().item(), device)]
     assert measure._captured(sides[0], device) is not None
     assert measure._captured(sides[1], device) is None  # reading a value cannot be captured
-    fallback, fused = compare(lambda: (x * 2) * 3, lambda: x * 2, device)
+    fallback, fused = compare([lambda: (x * 2) * 3, lambda: x * 2], device)
     assert 0 < fused < fallback
-    fallback, fused = compare(lambda: x.sum().item(), lambda: x * 2, device)
+    fallback, fused = compare([lambda: x.sum().item(), lambda: x * 2], device)
     assert 0 < fused < fallback

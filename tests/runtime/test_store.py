@@ -210,8 +210,8 @@ def test_a_database_damaged_in_its_middle_is_made_anew(tmp_path):
     store = DecisionStore(tmp_path)
     store.put("0", Times(1.0, 2.0))
     with sqlite3.connect(store.path) as connection:
-        rows = [(str(number) * 20, 1.0, 2.0, 0, 0.0) for number in range(2000)]
-        connection.executemany("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?)", rows)
+        rows = [(str(number) * 20, 1.0, 2.0, 0, 0, 0.0) for number in range(2000)]
+        connection.executemany("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", rows)
     connection.close()
     data = bytearray(store.path.read_bytes())
     data[4096:-4096] = b"\xa5" * (len(data) - 8192)
@@ -227,7 +227,7 @@ def test_rows_that_nobody_measured_do_not_count(tmp_path, row):
     store = DecisionStore(tmp_path)
     store.put("b", Times(1.0, 2.0))
     with sqlite3.connect(store.path) as connection:
-        connection.execute("INSERT INTO decisions VALUES (?, ?, ?, 0, 0)", row)
+        connection.execute("INSERT INTO decisions VALUES (?, ?, ?, 0, 0, 0)", row)
     connection.close()
     assert store.get("a") is None
 
@@ -470,10 +470,10 @@ def test_the_whole_is_measured_on_made_up_objects(monkeypatch):
         cache.seen.append(x)
         return F.silu(cache.keys) * (cache.keys + cache.seen[0][0])
 
-    def often(fallback, fused, device):
+    def often(functions, device):
         for _ in range(20):  # more than the cache has places
-            fallback()
-            fused()
+            for function in functions:
+                function()
         return 1.0, 0.5
 
     monkeypatch.setattr(heuristics, "compare", lambda *_: (1.0, 0.5))
