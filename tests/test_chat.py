@@ -263,14 +263,21 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal():
+def open_terminal():
     pytest.importorskip("pty")
-    opened = Terminal()
-    yield opened
-    opened.close()
+    opened = []
+
+    def open_one(*args):
+        opened.append(Terminal(*args))
+        return opened[-1]
+
+    yield open_one
+    for terminal in opened:
+        terminal.close()
 
 
-def test_in_a_terminal(terminal):
+def test_in_a_terminal(open_terminal):
+    terminal = open_terminal()
     rate = r"\d+ tokens/s, first token after \d+ ms, fusion "
     terminal.expect("> ")
     terminal.send("17+25=\n")
@@ -292,7 +299,8 @@ def test_in_a_terminal(terminal):
     assert terminal.process.wait(60) == 0
 
 
-def test_the_end_of_a_terminal(terminal):
+def test_the_end_of_a_terminal(open_terminal):
+    terminal = open_terminal("--no-fusion")
     terminal.expect("> ")
     terminal.send("\x04")
     assert terminal.process.wait(60) == 0
