@@ -133,10 +133,10 @@ def test_merged_linears_are_apart_where_that_is_faster(each, apart, monkeypatch)
     if torch.cuda.is_available():
         pytest.skip("on a CPU")
 
-    def least(functions, device):
+    def compare(functions, device):
         return [1.0, *(each if call.func is heuristics._launch else 0.5 for call in functions[1:])]
 
-    monkeypatch.setattr(heuristics, "least", least)
+    monkeypatch.setattr(heuristics, "compare", compare)
     monkeypatch.setattr("graph_capture.runtime.whole.compare", lambda *_: (1.0, 0.1))
     weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(16, 64)])
 
