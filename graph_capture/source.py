@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import threading
+import weakref
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -49,7 +50,12 @@ class Owner(NamedTuple):
     table: dict[str, Any]
     key: str
     path: str
-    value: Any
+    held: weakref.ref[Any]  # what the code replaces must not be kept alive
+
+    @property
+    def value(self) -> Any:
+        """What lies there, while it does."""
+        return self.held() if self.table.get(self.key) is self.held() else None
 
 
 class ModulePaths:
@@ -114,7 +120,9 @@ class ModulePaths:
             self.attributes[id(module)], self.containers[id(module)] = {}, {}
             kept = dict([*module.named_parameters(), *module.named_buffers()])
             for name, tensor in kept.items():
-                self.owners.setdefault(id(tensor), Owner(kept, name, f"{path}.{name}" if path else name, tensor))
+                self.owners.setdefault(
+                    id(tensor), Owner(kept, name, f"{path}.{name}" if path else name, weakref.ref(tensor))
+                )
             return
         held = vars(module)
         own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
@@ -127,7 +135,8 @@ class ModulePaths:
                 foreign = self._foreign and not isinstance(value, torch.Tensor)
                 held_as = handle_of(value) if foreign else value
                 if (foreign and held_as is not None) or isinstance(held_as, torch.Tensor):
-                    self.owners.setdefault(id(held_as), Owner(table, name, f"{path}.{name}" if path else name, value))
+                    where = f"{path}.{name}" if path else name
+                    self.owners.setdefault(id(held_as), Owner(table, name, where, weakref.ref(value)))
         for name, child in module._modules.items():
             if child is not None:
                 self.parents.setdefault(id(child), (module, name))
@@ -145,7 +154,7 @@ class ModulePaths:
     def owner_of(self, tensor: Any) -> Owner | None:
         """Where a module holds `tensor` (or a handle of another library's), if one does."""
         owner = self.owners.get(id(tensor))
-        return owner if owner is not None and owner.table.get(owner.key) is owner.value else None
+        return owner if owner is not None and owner.value is not None else None
 
     def enter(self, module: Any) -> None:
         """`module`, of another library, is about to run."""

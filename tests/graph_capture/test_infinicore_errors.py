@@ -8,7 +8,7 @@ import torch
 
 from graph_capture import CaptureError, FusionConfig, SignatureMismatchError, fuse, record
 from graph_capture.frontends.infinicore import to_torch
-from tests.infinicore_models import ops, recorded, tensors
+from tests.infinicore_models import ops, options, recorded, tensors, zeros
 from tests.replaying import noise
 
 ALWAYS = FusionConfig(profile="always")
@@ -67,6 +67,24 @@ def test_a_tensor_that_was_freed_meanwhile(ic):
     held[0] = ic.from_list(Y.tolist(), dtype=ic.float32)  # of InfiniCore's own memory
     with pytest.raises(CaptureError, match="replaced"), record(*tensors(ic, X)) as recording:
         recording.output(tensors(ic, X)[0] + held.pop())
+
+
+def test_a_module_that_replaces_what_it_holds(ic):
+    class Counting(ic.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.state = zeros(ic, (3, 8), **options(ic))
+
+        def forward(self, x):
+            self.state = self.state + x
+            return self.state * x
+
+    module = Counting()
+    with (
+        pytest.raises(CaptureError, match=r"'state' .* was replaced by the code"),
+        record(*tensors(ic, X)) as recording,
+    ):
+        recording.output(module(*tensors(ic, X)))
 
 
 def test_memory_given_by_address_is_not_written(ic):
