@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graph_capture import InferEngine
+from graph_capture.cli import show_error
 from graph_capture.errors import CaptureError
 from graph_capture.runtime.llm import Completion
 from graph_capture.tiny import FOLDER
@@ -237,11 +238,6 @@ def summary(answer: Completion) -> str:
     if answer.finish_reason == "length":
         parts.append("cut off at the limit")
     return ", ".join(parts)
-
-
-def show_error(console: Console, error: CaptureError) -> None:
-    """Print an error's kind and message."""
-    console.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
 
 
 def hide_progress_bars() -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -22,6 +23,11 @@ class DType(StrEnum):
 class CacheAction(StrEnum):
     INFO = "info"
     CLEAR = "clear"
+
+
+def show_error(console: Console, error: Exception) -> None:
+    """Print an error's kind and message."""
+    console.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
 
 
 def _version(asked: bool) -> None:
@@ -97,7 +103,7 @@ def kernels(
     try:
         found = report(model, target, dtype=getattr(torch, dtype), prompt=prompt, slots=slots, layers=layers)
     except CaptureError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", soft_wrap=True, highlight=False)
+        show_error(Console(stderr=True), error)
         raise typer.Exit(1) from error
     if json:
         print(text.dumps(found.to_dict(), indent=2))
@@ -127,7 +133,7 @@ def chat(
     """Talk to a model; answers lines from a pipe too. Exits with 1 if a line got no answer."""
     import torch
 
-    from graph_capture.chat import run, show_error
+    from graph_capture.chat import run
     from graph_capture.errors import CaptureError
 
     try:
@@ -198,7 +204,7 @@ def bench(
     except ImportError as error:
         raise typer.BadParameter(f"{error}; install graph-capture[plot] for --plot") from error
     except CaptureError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", soft_wrap=True, highlight=False)
+        show_error(console, error)
         raise typer.Exit(1) from error
     if plot:
         implementation.plot(report, plot)
