@@ -121,22 +121,27 @@ class Chat:
             self.note("/help lists the commands; Ctrl-C stops an answer")
         if not self._templated:
             self.note("the model has no chat template: it continues each line by itself")
-        while True:
-            try:
-                line = lines.read().strip()
-            except UnicodeError:
-                self.fail(CaptureError("the line is not UTF-8; it was left out"))
-                continue
-            except (EOFError, KeyboardInterrupt):
-                if lines.terminal:
-                    self.out.print()
-                return
-            if line == "/quit":
-                return
-            if line.startswith("/"):
-                self.command(*line.split())
-            elif line:
-                self.answer(line)
+        with suppress(EOFError, KeyboardInterrupt):  # Ctrl-C at the prompt, or while a command prints
+            while self._take(lines):
+                pass
+            return
+        if lines.terminal:
+            self.out.print()
+
+    def _take(self, lines: Lines) -> bool:
+        """Read a line and do what it asks; whether to go on."""
+        try:
+            line = lines.read().strip()
+        except UnicodeError:
+            self.fail(CaptureError("the line is not UTF-8; it was left out"))
+            return True
+        if line == "/quit":
+            return False
+        if line.startswith("/"):
+            self.command(*line.split())
+        elif line:
+            self.answer(line)
+        return True
 
     def note(self, text: str) -> None:
         """Say something that is no answer."""
