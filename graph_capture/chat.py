@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from rich import progress as bars
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -28,7 +28,7 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("
 
 
 class Progress:
-    """Shows what an engine is doing; nothing where `console` is no terminal.
+    """Shows what an engine is doing, and for how long; nothing where `console` is no terminal.
 
     Attributes:
         quiet: shows nothing for now: the line belongs to an answer.
@@ -37,21 +37,24 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.quiet = False
         self._console = console
-        self._status: Status | None = None
+        self._bar: bars.Progress | None = None
 
     def __call__(self, text: str) -> None:
         if self.quiet or not self._console.is_terminal:
             return
-        if self._status is None:
-            self._status = self._console.status(text)
-            self._status.start()
-        self._status.update(f"{text} ...")
+        if self._bar is None:
+            columns = (bars.TextColumn("{task.description}"), bars.BarColumn(16), bars.TimeElapsedColumn())
+            self._bar = bars.Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(text, total=None)
 
     def done(self) -> None:
         """Take the line away."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class Lines:
