@@ -3,13 +3,14 @@
     python -m tests.benchmarks.bench_replay [--quick] [--plot FILE.png]
 
 Prints markdown. Steady state: medians, all sides in turns. Cold start: from the plain model to the first result; ours
-records, fuses, compiles and decides, with no caches on disk. Memory: of intermediate values, as planned and as eager
-holds them; on CUDA the peak over a call that the allocator reports. `bench_start` measures warm starts.
+records, fuses, compiles and decides; neither has caches on disk. Memory: of intermediate values, as planned and as
+eager holds them; on CUDA the peak over a call that the allocator reports. `bench_start` measures warm starts.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -86,7 +87,13 @@ def build(size: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
 
 
 def bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int) -> Row:
-    """Measure one row."""
+    """Measure one row, with no cache of torch.compile's on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        return _bench(size, dtype, phase, device, repeats)
+
+
+def _bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int) -> Row:
     model = build(size, dtype, device)
     length = LENGTH if phase == "prefill" else 1
     ids = torch.randint(0, SIZES[size][2], (1, length), device=device)
