@@ -103,7 +103,9 @@ class Session:
             self._padded = False
             with torch.no_grad():  # makes the cache, and whatever the model makes at its first call
                 self._forward(self.tokens, False, 1)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # on the CPU it has no class of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             raise CaptureError(
                 f"{capacity} slots for {batch} sequences do not fit into memory: take a smaller max_length"
             ) from error

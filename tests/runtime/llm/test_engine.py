@@ -313,11 +313,23 @@ def test_a_damaged_file_is_an_error(tmp_path):
         InferEngine(tmp_path, device="cpu")
 
 
-def test_a_cache_without_memory_names_a_way_out(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+def test_a_cache_without_memory_names_a_way_out(monkeypatch, error):
     def exhausted(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     ours = engine()
     monkeypatch.setattr(torch, "zeros", exhausted)
     with pytest.raises(CaptureError, match="smaller max_length"):
+        ours.session(1)
+
+
+def test_other_errors_of_a_model_stay_what_they_are(monkeypatch):
+    ours = engine()
+    monkeypatch.setattr(ours.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError("odd")))
+    with pytest.raises(RuntimeError, match="odd"):
         ours.session(1)
