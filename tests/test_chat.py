@@ -294,7 +294,7 @@ def test_in_a_terminal(open_terminal):
     terminal.expect(r"decode, greedy \(\d+ replays\)")
     terminal.expect("add_rms_norm")
     terminal.send("/help\n")
-    terminal.expect("/quit")
+    terminal.expect(r"at the prompt\n> ")
     terminal.send("\x03")
     assert terminal.process.wait(60) == 0
 
