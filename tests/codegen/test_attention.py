@@ -6,21 +6,11 @@ import torch.nn.functional as F
 from graph_capture.codegen import c_attention
 from graph_capture.runtime.verify import distance, in_float64
 
-from graph_capture import FusionError, KernelCompiler, record
+from graph_capture import FusionError, record
+from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-COMPILERS = {
-    target: KernelCompiler(target) for target in (["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
-}
 COMPILER = COMPILERS["ninetoothed"]
-
-
-@pytest.fixture(autouse=True, params=COMPILERS)
-def target(request, monkeypatch):
-    """Every test for both targets."""
-    monkeypatch.setitem(globals(), "COMPILER", COMPILERS[request.param])
-    return request.param
 
 
 def graph_of(inputs, **options):

@@ -14,20 +14,10 @@ from graph_capture import FusionError, KernelCompiler, OpNode, SubGraph
 from graph_capture.graph import Arg, TensorMeta
 from graph_capture.ops import Kind, op
 from graph_capture.optable import TABLE
+from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILERS = {
-    target: KernelCompiler(target) for target in (["ninetoothed"] if DEVICE == "cuda" else ["c", "ninetoothed"])
-}
 COMPILER = COMPILERS["ninetoothed"]
-
-
-@pytest.fixture(autouse=True, params=COMPILERS)
-def target(request, monkeypatch):
-    """Every test for both targets."""
-    monkeypatch.setitem(globals(), "COMPILER", COMPILERS[request.param])
-    return request.param
 
 
 def only(target):
