@@ -33,7 +33,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 CFLAGS = "GRAPH_CAPTURE_CFLAGS"
 _lock = threading.Lock()
-_loaded: dict[tuple[Any, ...], ctypes.CDLL] = {}
+_loaded: dict[tuple[str, Toolchain], ctypes.CDLL] = {}  # kernels' texts
 _toolchains: dict[tuple[str, str, str], Toolchain] = {}
 
 
@@ -99,6 +99,18 @@ def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence
     key = DiskCache.key(source, *command, version, *flags)
     if cache is not None and (known := cache.get(key, ".so")) is not None:
         return known
+    path = _built(source, command, flags)
+    if cache is not None:
+        cache.put(key, {".so": path.read_bytes()})
+    return path
+
+
+def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
+    """`source` as a shared library in this process's folder.
+
+    Raises:
+        FusionError: the compiler fails; the message is its own.
+    """
     descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
     os.close(descriptor)
     line = [*command, *flags, "-x", "c", "-", "-o", name, "-lm"]
@@ -108,41 +120,59 @@ def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence
         raise FusionError(f"the C compiler cannot be run: {error}") from error
     if done.returncode:
         raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
-    if cache is not None:
-        cache.put(key, {".so": Path(name).read_bytes()})
     return Path(name)
 
 
-def library(source: str, cache: DiskCache | None = None) -> ctypes.CDLL:
-    """`source`, compiled and loaded; equal sources once a process.
+def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:
+    """A kernel's `text`, which follows the prelude, compiled and loaded; equal ones once a process.
 
     Raises:
         FusionError: there is no compiler, or it fails.
     """
     chosen = toolchain(cache)
-    key = (source, chosen.command, chosen.version, chosen.flags)
     with _lock:
-        if key in _loaded:
-            return _loaded[key]
+        if (known := _loaded.get((text, chosen))) is not None:
+            return known
     try:
-        found = ctypes.CDLL(str(_compiled(source, chosen.command, chosen.version, chosen.flags, cache)))
+        path = _compiled(prelude() + text, chosen.command, chosen.version, chosen.flags, cache)
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
     with _lock:
-        return _loaded.setdefault(key, found)
+        return _loaded.setdefault((text, chosen), found)
 
 
-def libraries(sources: Sequence[str], cache: DiskCache | None = None) -> list[ctypes.CDLL | FusionError]:
-    """`library` of several sources, compiled side by side; what failed is its error."""
+def compile_ahead(texts: Sequence[str], cache: DiskCache | None = None) -> None:
+    """Compile several kernels for `library` to find: on each core one compiler, which starts once.
 
-    def attempt(source: str) -> ctypes.CDLL | FusionError:
+    What cannot be compiled is passed over, with what was to be compiled along with it; `library` says why.
+
+    Raises:
+        FusionError: there is no compiler.
+    """
+    chosen = toolchain(cache)
+    keys = {t: DiskCache.key(prelude() + t, *chosen.command, chosen.version, *chosen.flags) for t in texts}
+    missing = [t for t, key in keys.items() if (t, chosen) not in _loaded and not (cache and cache.get(key, ".so"))]
+    if not missing:
+        return
+    groups: list[list[str]] = [[] for _ in range(min(len(missing), os.cpu_count() or 1))]
+    for text in sorted(missing, key=len, reverse=True):
+        min(groups, key=lambda group: sum(map(len, group))).append(text)
+
+    def build(group: Sequence[str]) -> None:
         try:
-            return library(source, cache)
-        except FusionError as error:
-            return error
+            path = _built(prelude() + "".join(group), chosen.command, chosen.flags)
+            found = ctypes.CDLL(str(path))
+        except (FusionError, OSError):
+            return
+        for text in group:
+            if cache is not None:
+                cache.put(keys[text], {".so": path.read_bytes()})
+            with _lock:
+                _loaded.setdefault((text, chosen), found)
 
-    with ThreadPoolExecutor(max(1, min(len(sources), os.cpu_count() or 1))) as pool:
-        return list(pool.map(attempt, sources))
+    with ThreadPoolExecutor(len(groups)) as pool:
+        list(pool.map(build, groups))
 
 
 @functools.cache

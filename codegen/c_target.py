@@ -89,7 +89,7 @@ def build(
         FusionError: there is no compiler, or it fails.
     """
     symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
-    library = host.library(host.prelude() + _printed(spec, symbol), cache)
+    library = host.library(_printed(spec, symbol), cache)
     printer: Printer = PRINTERS[type(spec)]
     layouts: dict[Any, tuple[Layout, ...]] = {}
 
@@ -112,7 +112,7 @@ def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None
     """Compile kernels side by side, for `build` to find them."""
     wanted = dict.fromkeys((request.spec, request.name) for request in requests if type(request.spec) in PRINTERS)
     texts = [_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)) for spec, kernel_name in wanted]
-    host.libraries([host.prelude() + text for text in texts], cache)
+    host.compile_ahead(texts, cache)
 
 
 def _printed(spec: Spec, symbol: str) -> str:

@@ -16,13 +16,14 @@ from graph_capture.launches import Tensors
 from graph_capture.layouts import copy_into, like
 from graph_capture.log import log
 from graph_capture.plan import Plan
-from graph_capture.survey import Survey
+from graph_capture.survey import Forms, Survey
 
 
 class Memory:
     """Arenas that several plans share: one replay at a time has them.
 
     Attributes:
+        forms: how ops can be called, as far as a replay has tried it.
         captures: what captures replays as CUDA graphs, if anything does; its private pool is shared as the arenas are.
     """
 
@@ -30,6 +31,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, torch.Tensor] = {}
+        self.forms: Forms = {}
         self._busy = threading.Lock()
         self._holder = 0  # the thread whose replay is under way
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # where the latest replay ran
@@ -201,7 +203,7 @@ class Replay:
         if self._survey is not None:
             self._make()
             return self.executor.run(tensors) if self._plan is None else self.run(brought, fixed, stamp)
-        survey = Survey(self.executor)
+        survey = Survey(self.executor, self._memory.forms)
         results = self.executor.run(tensors, survey.watching(tensors))
         self._survey, self._fixed = survey, fixed
         return results

@@ -82,8 +82,15 @@ class Form:
     result: str = "tensor"
 
 
+Forms = dict[Any, tuple[Callable[..., Any] | None, Writer | None]]
+
+
 class Survey:
     """Watches one run of an executor.
+
+    Args:
+        executor: what runs.
+        forms: what is known of how ops are called, by op and layouts; it grows.
 
     Attributes:
         values: what is known of each slot.
@@ -92,7 +99,7 @@ class Survey:
         failure: what went wrong while watching.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, forms: Forms | None = None) -> None:
         self._steps, self._inputs = executor.steps, executor.inputs
         self.values: list[Value | None] = [None] * len(executor.names)
         self.groups: list[Group] = []
@@ -101,7 +108,7 @@ class Survey:
         self._living: dict[int, int] = {}  # address of a storage's implementation -> group
         self._addresses: list[int] = []  # of each group
         self._uses: list[int] = []  # how many slots of each group are alive
-        self._found: dict[Any, tuple[Callable[..., Any] | None, Writer | None]] = {}
+        self._found: Forms = {} if forms is None else forms
 
     def watching(self, tensors: Sequence[torch.Tensor]) -> Watch:
         """What `Executor.run` on these inputs is to call; it never raises."""
@@ -150,7 +157,7 @@ class Survey:
         layouts = [
             (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in given if t.layout is torch.strided
         ]
-        key = (node.op_type, node.attrs, len(given), *layouts, wanted and results[0].stride())
+        key = (node.op_type, repr(node.attrs), len(given), *layouts, wanted and results[0].stride())
         found = self._found.get(key)
         if found is None:
             form_of = writer(node, given, results[0]) if wanted else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from graph_capture.graph import TensorMeta
 from graph_capture.log import log
 
 SAMPLE = 0.001  # seconds of one sample: many calls of a short function
-REPEATS = 5  # samples of each side
+REPEATS = 5  # samples of each side, at most:
+PLAIN = 1.05  # what is so many times faster, and by more than samples differ, needs no more
 LIMIT = 0.05  # seconds for all samples of all sides: slower functions get fewer,
 FEWEST = 3  # but not fewer than these,
-PATIENCE = 0.2  # unless one call of each takes so many seconds: then one sample
+PATIENCE = 0.2  # unless one call of each takes so many seconds: then two; one, if a single call does
 
 
 def compare(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
@@ -32,9 +34,21 @@ def compare(functions: Sequence[Callable[[], Any]], device: torch.device) -> lis
                 assert graph is not None
                 side.replays(graph)
     cost = sum(side.once * side.calls for side in sides)
-    rounds = 0 if cost > PATIENCE else max(FEWEST, min(REPEATS, int(LIMIT / cost)))
-    samples = [[side.sample() for side in sides] for _ in range(rounds)] or [[side.once for side in sides]]
-    return [min(of_one) for of_one in zip(*samples, strict=True)]
+    rounds = max(FEWEST, min(REPEATS, int(LIMIT / cost)))
+    if cost > PATIENCE:
+        rounds = int(all(side.once <= PATIENCE for side in sides))
+    for _ in range(rounds):
+        for side in sides:
+            side.samples.append(side.sample())
+        if _is_plain(sides):
+            break
+    return [min(side.samples, default=side.once) for side in sides]
+
+
+def _is_plain(sides: Sequence[_Side]) -> bool:
+    """Whether it is clear which of the sides is the fastest."""
+    least = sorted(min(side.samples) for side in sides)
+    return least[1] > least[0] * max(PLAIN, *(side.spread**2 for side in sides))
 
 
 class _Side:
@@ -43,6 +57,7 @@ class _Side:
     Attributes:
         once: seconds of one call, roughly.
         calls: how many calls make a sample.
+        samples: seconds a call.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
@@ -51,13 +66,21 @@ class _Side:
         self.calls = 1
         first = self.sample()
         compiles = device.type == "cuda"  # at the first call; only an interpreted kernel is slow for good
-        slow = first > PATIENCE and not compiles
-        self.once = max(first if slow else min(first, self.sample()), 1e-7)
+        slow = first > min(LIMIT, PATIENCE) and not compiles
+        calls = [first] if slow else [first, self.sample()]
+        self.once = max(min(calls), 1e-7)
         self._runs = self.calls = max(1, min(1000, int(SAMPLE / self.once)))
+        self.samples: list[float] = calls if self.calls == 1 else []
+
+    @property
+    def spread(self) -> float:
+        """How many times longer than the shortest sample the next one is."""
+        least = sorted(self.samples)[:2]
+        return least[1] / least[0] if len(least) == 2 else math.inf
 
     def replays(self, graph: torch.cuda.CUDAGraph) -> None:
         """From now on a sample is one replay of `graph`, which holds `calls` calls."""
-        self.function, self._runs = graph.replay, 1
+        self.function, self._runs, self.samples = graph.replay, 1, []
         self.sample()
 
     def sample(self) -> float:

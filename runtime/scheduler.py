@@ -123,6 +123,10 @@ class _Regions:
         self._counts: Counter[str] = Counter()
         self._decided: dict[tuple[object, ...], Region] = {}
         nodes = {self._key(node): node for node in graph.nodes if node.op_type.startswith(FUSED)}
+        for node in [*nodes.values()]:
+            parts = self._parts(node, frozenset({PARALLEL_LINEAR})) if self._is_apart(node) else None
+            found = [] if parts is None else parts.nodes
+            nodes |= {self._key(part): part for part in found if part.op_type.startswith(FUSED)}
         heuristics.prepare(
             [(n.attr("body"), [self.values[x] for x in n.inputs], _weight(n, passes.min_nodes)) for n in nodes.values()]
         )
@@ -175,14 +179,18 @@ class _Regions:
     def _divides(self, region: Region) -> bool:
         """Whether a region is worth taking apart: what it is made of may be used, or be faster."""
         node = region.node
-        if region.kind == PARALLEL_LINEAR:  # with few rows, kernels in a row may be faster on a CPU than one call
-            known = not region.decision or region.decision.t_fused is not None
-            return known and self.values[node.outputs[0]].device.type == "cpu"
-        if region.decision:
+        if self._is_apart(node):
+            return not region.decision or region.decision.t_fused is not None
+        if region.kind == PARALLEL_LINEAR or region.decision:
             return False
         if region.kind in DECODE:
             return len(node.origin) > 1 or is_merged(node.origin[0])
         return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
+
+    def _is_apart(self, node: OpNode) -> bool:
+        """Whether its parts are tried whatever is decided: with few rows, kernels in a row may be faster on a CPU than
+        one call."""
+        return node.op_type == FUSED + PARALLEL_LINEAR and self.values[node.outputs[0]].device.type == "cpu"
 
     def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
         """What a region that is not used is made of, with regions of its own; None where it has none."""

@@ -248,12 +248,23 @@ INLINE lanes lanes_float16(const uint16_t *from) {
 #endif
 }
 
+#define HALVED(sum, of, count)                                                                                         \
+    float sum __attribute__((vector_size(4 * (count)))), sum##_high __attribute__((vector_size(4 * (count))));         \
+    memcpy(&sum, &of, sizeof sum);                                                                                     \
+    memcpy(&sum##_high, (const char *)&of + sizeof sum, sizeof sum);                                                   \
+    sum += sum##_high
+
 INLINE float lanes_sum(lanes value) {
-    float parts[LANES];
-    memcpy(parts, &value, sizeof parts);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int lane = 0; lane < width; lane++) parts[lane] += parts[lane + width];
-    return parts[0];
+#if LANES == 16
+    HALVED(eight, value, 8);
+    HALVED(four, eight, 4);
+#elif LANES == 8
+    HALVED(four, value, 4);
+#else
+    lanes four = value;
+#endif
+    HALVED(two, four, 2);
+    return two[0] + two[1];
 }
 
 /* The sum of each of LANES vectors, which are not kept: halves of pairs are added up until one vector is left. */

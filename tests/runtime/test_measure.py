@@ -1,5 +1,6 @@
 """Timing: the least of both sides in turns, few calls of what is slow, made-up inputs that ops can take."""
 
+import math
 import time
 
 import pytest
@@ -33,9 +34,22 @@ def test_a_slow_function_is_called_a_few_times_only(monkeypatch):
 
 def test_both_sides_are_sampled_in_turns(monkeypatch):
     monkeypatch.setattr(measure, "SAMPLE", 0.0)
+    monkeypatch.setattr(measure, "PLAIN", math.inf)
     order = []
     compare([lambda: order.append("a"), lambda: order.append("b")], CPU)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * measure.REPEATS
+
+
+def test_sampling_ends_where_the_difference_is_more_than_noise():
+    def side(*samples):
+        made = measure._Side(lambda: None, CPU)
+        made.samples = list(samples)
+        return made
+
+    assert measure._is_plain([side(3.0, 2.0, 2.1), side(1.0, 1.1)])
+    assert not measure._is_plain([side(2.0, 3.0), side(1.0, 1.1)])  # twice as long, but one side is restless
+    assert not measure._is_plain([side(1.0, 1.0), side(1.03, 1.03)])
+    assert not measure._is_plain([side(9.0), side(1.0)])
 
 
 def test_made_up_inputs_have_the_layouts_and_are_valid_indices():
