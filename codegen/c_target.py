@@ -53,10 +53,10 @@ def interpreted() -> bool:
     return False
 
 
-def unavailable() -> str | None:
+def unavailable(cache: DiskCache | None = None) -> str | None:
     """Why nothing can be compiled here, or None."""
     try:
-        host.toolchain()
+        host.toolchain(cache)
     except FusionError as error:
         return str(error)
     return None

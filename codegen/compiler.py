@@ -179,8 +179,10 @@ def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[tu
 TARGETS: dict[str, Target] = {target.name: target for target in (ninetoothed_target, c_target)}
 
 
-def target_for(chosen: str, device: torch.device) -> Target:
+def target_for(chosen: str, device: torch.device, cache: DiskCache | None = None) -> Target:
     """The target of kernels on a device: for "auto" ninetoothed on CUDA, C on the CPU.
+
+    What a target itself has to compile is kept in `cache`.
 
     Raises:
         FusionError: the chosen one does not run there, or has no compiler; the message says why.
@@ -188,7 +190,7 @@ def target_for(chosen: str, device: torch.device) -> Target:
     cpu = device.type == "cpu"
     target = TARGETS[chosen if chosen != "auto" else "c" if cpu else "ninetoothed"]
     if target is c_target:
-        reason = c_target.unavailable() if cpu else f"its tensors are on {device}, and C kernels run on the CPU"
+        reason = c_target.unavailable(cache) if cpu else f"its tensors are on {device}, and C kernels run on the CPU"
         if cpu and reason is not None:
             _log_once(f"nothing is fused on the CPU: {reason}")
     else:
@@ -199,10 +201,10 @@ def target_for(chosen: str, device: torch.device) -> Target:
     return target
 
 
-def is_native(chosen: str, device: torch.device) -> bool:
-    """Whether kernels for a device are machine code, and not interpreted or impossible."""
+def is_native(chosen: str, device: torch.device, cache: DiskCache | None = None) -> bool:
+    """Whether kernels for a device are machine code, and not interpreted or impossible; `cache` as in `target_for`."""
     try:
-        return not target_for(chosen, device).interpreted()
+        return not target_for(chosen, device, cache).interpreted()
     except FusionError:
         return False
 
@@ -292,7 +294,7 @@ class KernelCompiler:
     def _described(self, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> tuple[Target, Spec, str, str]:
         """A kernel before it is built: its target, its spec, its key and its name."""
         devices = {meta.device for meta in metas}
-        target = target_for(self.target, next(iter(devices)) if len(devices) == 1 else torch.device("cpu"))
+        target = target_for(self.target, next(iter(devices)) if len(devices) == 1 else torch.device("cpu"), self.cache)
         known = (graph, *metas)
         spec = self._specs.get(known)
         if spec is None:

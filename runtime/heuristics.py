@@ -25,6 +25,7 @@ from graph_capture.log import log
 from graph_capture.ops import Kind, op, written_inputs
 
 Kernel = CompiledKernel | LibraryKernel
+Run = Callable[[Sequence[torch.Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -115,29 +116,31 @@ class FusionHeuristics:
         Raises:
             FusionError: an input is missing, or, with ``fallback_on_error=False``, no kernel can be made.
         """
-        decision, _ = self.decide(graph, apart(graph, [inputs[name] for name in input_metas(graph, inputs)]))
-        return decision
+        metas = input_metas(graph, inputs)
+        return self.decide(graph, metas, lambda: apart(graph, [inputs[name] for name in metas]))[0]
 
     def decide(
         self,
         graph: SubGraph,
-        tensors: Sequence[torch.Tensor],
-        fallback: Callable[[], Any] | None = None,
+        metas: Mapping[str, TensorMeta],
+        tensors: Callable[[], Sequence[torch.Tensor]],
+        fallback: Run | None = None,
         ops: int | None = None,
         library: LibraryKernel | None = None,
     ) -> tuple[Decision, Kernel | None]:
-        """`profile_and_decide` on a list of inputs; also returns the kernel where one was made.
+        """`profile_and_decide` on inputs of these layouts; also returns the kernel where one was made.
 
         Args:
-            fallback: runs the recorded ops on the same inputs (default: the graph's own ops).
+            tensors: makes such inputs, in the graph's order; it is called where something is to be measured.
+            fallback: runs the recorded ops on them (default: the graph's own ops).
             ops: how many recorded ops there are.
             library: the region as library calls, where that is another way to run it.
         """
-        metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
         forbidden = self._forbidden(graph, ops, [meta.shape for meta in metas.values()])
         decision, kernel = Decision(False, forbidden or ""), None
         if forbidden is None:
-            fallback = fallback or fallback_of(graph, tensors)
+            tensors = functools.cache(tensors)
+            fallback = fallback or fallback_of(graph)
             made: list[tuple[Decision, Kernel]] = []
             try:
                 made.append(self._by_profile(graph, None, tensors, metas, fallback))
@@ -201,9 +204,9 @@ class FusionHeuristics:
         self,
         graph: SubGraph,
         library: LibraryKernel | None,
-        tensors: Sequence[torch.Tensor],
+        tensors: Callable[[], Sequence[torch.Tensor]],
         metas: Mapping[str, TensorMeta],
-        fallback: Callable[[], Any],
+        fallback: Run,
     ) -> tuple[Decision, Kernel]:
         """Decide on `library`, or on the kernel of `graph`.
 
@@ -229,9 +232,11 @@ class FusionHeuristics:
             return known, cast(Kernel, LazyKernel(lambda: self.kernel(graph, metas).with_choice(known.choice)))
         kernel = library or self.kernel(graph, metas)
         try:
-            counters = _counters(graph, tensors)
-            kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
-            t_fallback, *measured = compare([_reset(call, counters) for call in (fallback, *calls)], device)
+            inputs = tensors()
+            counters = _counters(graph, inputs)
+            kernels, calls = zip(*ways_to_run(kernel, inputs), strict=True)
+            recorded = functools.partial(fallback, inputs)
+            t_fallback, *measured = compare([_reset(call, counters) for call in (recorded, *calls)], device)
             best = measured.index(min(measured))
             kernel = kernels[best]
             times = Times(t_fallback, measured[best], kernel.interpreted, best)
@@ -281,10 +286,9 @@ def _launch(launch: Callable[[], Any], held: Sequence[torch.Tensor]) -> None:
     launch()
 
 
-def fallback_of(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """A call that runs a graph's own ops on `tensors`."""
-    executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
-    return lambda: executor.run(tensors)
+def fallback_of(graph: SubGraph) -> Run:
+    """A call that runs a graph's own ops on tensors."""
+    return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names).run
 
 
 def _counters(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from graph_capture.runtime.whole import decide_whole, device_of
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.executor import Executor
-from graph_capture.graph import OpNode, SubGraph
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.log import log
 from graph_capture.ops import FUSED
 from graph_capture.recorded import RecordedGraph
@@ -48,11 +49,12 @@ class FusionScheduler:
         Raises:
             FusionError: an input is missing; or, with ``fallback_on_error=False``, no kernel can be made.
         """
-        tensors = [inputs[name] for name in input_metas(graph, inputs)]
-        decision, kernel = self.heuristics.decide(graph, tensors)
+        metas = input_metas(graph, inputs)
+        tensors = [inputs[name] for name in metas]
+        decision, kernel = self.heuristics.decide(graph, metas, lambda: tensors)
         if decision and kernel is not None:
             return dict(zip(graph.output_names, kernel(*tensors), strict=True))
-        return dict(zip(graph.output_names, fallback_of(graph, tensors)(), strict=True))
+        return dict(zip(graph.output_names, fallback_of(graph)(tensors), strict=True))
 
     def analyze(self, graph: RecordedGraph) -> FusedGraph:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
@@ -61,7 +63,7 @@ class FusionScheduler:
             return FusedGraph(graph, unchanged(graph.subgraph), (), config, self._memory)
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
         device = device_of(graph.subgraph)
-        if config.profile != "always" and not is_native(config.target, device):
+        if config.profile != "always" and not is_native(config.target, device, self.heuristics.compiler.cache):
             off |= frozenset(DECODE)  # never faster, and seconds to measure at a model's sizes
         if device.type != "cpu":
             off |= {SMALL}  # in a CUDA graph, the call of an op costs nothing
@@ -224,10 +226,12 @@ def _weight(node: OpNode, least: int) -> int:
 def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
     """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
     node = region.node
-    tensors = example_inputs(node.inputs, region.values)
+    layouts = [TensorMeta(*region.values[name][:4]) for name in node.inputs]
+    metas = dict(zip(region.body.input_names, layouts, strict=True))
     executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
     ops = _weight(node, heuristics.config.min_nodes_for_fusion)
-    decision, kernel = heuristics.decide(region.body, tensors, lambda: executor.run(tensors), ops, library)
+    tensors = functools.partial(example_inputs, node.inputs, region.values)
+    decision, kernel = heuristics.decide(region.body, metas, tensors, executor.run, ops, library)
     return replace(region, decision=decision, kernel=kernel)
 
 
