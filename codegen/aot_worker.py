@@ -1,13 +1,16 @@
-"""Making and compiling kernels with ninetoothed and Triton alone; as a script, a worker for another process.
+"""Making and compiling kernels with ninetoothed and Triton alone; as a script, workers for another process.
 
-The worker reads jobs from standard input and writes results to standard output, each a line of JSON, in turn, until
-the input ends or nothing has come for `PATIENCE`. Being a process of its own it compiles also where Triton's
-interpreter has run, which leaves the language module patched. Imports neither the package nor torch, to start fast.
+The script's standard input is a socket. For each socket that comes through it, it forks a worker, which reads jobs from
+there and writes results there, each a line of JSON, in turn. Both end with their input, or when nothing has come for
+`PATIENCE`; the script no sooner than its workers. Being processes of their own they compile also where Triton's
+interpreter has run, which leaves the language module patched. Imports neither the package nor torch, to start fast, and
+nothing that has threads, which a fork would lose.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -16,8 +19,9 @@ import json
 import os
 import re
 import select
+import signal
+import socket
 import subprocess
-import sys
 import tempfile
 import traceback
 import types
@@ -25,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -262,24 +266,62 @@ def _number(argument: str) -> int:
     return int(match.group(1))
 
 
-def _serve(folder: Path) -> None:
-    """Do jobs until there are no more."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed is no answer
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
-    triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
-    while select.select([sys.stdin], [], [], PATIENCE)[0]:
-        line = sys.stdin.readline()
-        if not line:
+# --- processes
+
+
+def _serve(control: socket.socket) -> None:
+    """Fork a worker for each connection that comes."""
+    with contextlib.suppress(ImportError):  # a job says so
+        import ninetoothed  # noqa: F401
+
+    def reap(*_: object) -> bool:
+        """Bury workers that have ended; whether others live."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            return True
+        return False
+
+    signal.signal(signal.SIGCHLD, reap)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the process that asks
+    while select.select([control], [], [], PATIENCE)[0] or reap():
+        if not select.select([control], [], [], 0)[0]:
+            continue
+        message, descriptors, *_ = socket.recv_fds(control, 1, 1)
+        if not message:
             break
-        try:
-            answer = compile_job(json.loads(line), folder)
-        except BaseException:
-            answer = {"error": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+        for descriptor in descriptors:
+            if os.fork() == 0:
+                control.close()
+                _work(socket.socket(fileno=descriptor))
+            os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _work(connection: socket.socket) -> NoReturn:
+    """Do jobs until there are no more."""
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as folder:
+            os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
+            # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
+            triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
+            lines = connection.makefile("rw", encoding="utf-8")
+            while select.select([connection], [], [], PATIENCE)[0] and (line := lines.readline()):
+                try:
+                    answer = compile_job(json.loads(line), Path(folder))
+                except BaseException:
+                    answer = {"error": traceback.format_exc()}
+                print(json.dumps(answer), file=lines, flush=True)
+        status = 0
+    finally:
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as workspace:
-        _serve(Path(workspace))
+    _serve(socket.socket(fileno=0))
+    os._exit(0)  # nothing is worth tearing down

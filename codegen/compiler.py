@@ -18,6 +18,7 @@ from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.lower import lower
 from graph_capture.codegen.op_library import OpLibrary
 from graph_capture.codegen.spec import Operand, Request, Spec
+from graph_capture.codegen.workers import POOL
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
@@ -234,6 +235,8 @@ class KernelCompiler:
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
+        if cache is not None and target != "c" and not ninetoothed_target.interpreted():
+            POOL.start()
 
     def fresh(self) -> KernelCompiler:
         """A compiler like this one that knows no kernel and keeps none on disk."""

@@ -1,4 +1,8 @@
-"""Processes that compile kernels side by side: `aot_worker`, one for each core, kept for the jobs to come."""
+"""Processes that compile kernels side by side, kept for the jobs to come.
+
+One process (`aot_worker`) imports what compiling takes, and forks a worker for each core as there is work for them: on
+a machine whose disk is cold, the imports take longer than the kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import atexit
 import contextlib
 import json
 import os
+import select
+import socket
 import subprocess
 import sys
 import threading
@@ -19,46 +25,68 @@ _IGNORED = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER")  # o
 
 
 class Worker:
-    """One process. It ends with its input: when it is closed, or when this process ends however it does."""
+    """One process, at the other end of `connection`. It ends with that: when it is closed, or when this process ends
+    however it does."""
 
-    def __init__(self) -> None:
-        environment = {key: value for key, value in os.environ.items() if key not in _IGNORED}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rw", encoding="utf-8")
         self.alive = True
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one job; ``{"error": text}`` where it fails, or the process does."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         line = ""
         with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        if not line:
+            self._lines.write(json.dumps(job) + "\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        if not line.endswith("\n"):
             self.close()
-            return {"error": f"the compiling process ended with {self._process.returncode}"}
+            return {"error": "the compiling process ended"}
         return json.loads(line)
 
     def idle(self) -> bool:
         """Whether it still waits for jobs: it gives up after a while."""
-        return self._process.poll() is None
+        return not select.select([self._connection], [], [], 0)[0]
 
     def close(self) -> None:
         """End it."""
         self.alive = False
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
+        with contextlib.suppress(OSError):
+            self._lines.close()
+        self._connection.close()
+
+
+class Server:
+    """The process that forks workers. It ends, once they have, when it is closed, or when this process ends."""
+
+    def __init__(self) -> None:
+        self.settings = _settings()
+        environment = {key: value for key, value in os.environ.items() if key not in _IGNORED}
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT)],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+
+    def fork(self) -> Worker:
+        """A new worker; one that answers nothing where the server has failed."""
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        return Worker(ours)
+
+    def usable(self) -> bool:
+        """Whether it still waits for requests (it gives up after a while), with the settings of now."""
+        return self._process.poll() is None and self.settings == _settings()
+
+    def close(self) -> None:
+        """End it."""
+        self._control.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -67,13 +95,19 @@ class Worker:
 
 
 class Pool:
-    """Workers, as many as there are cores, started when there is work for them."""
+    """Workers, as many as there are cores, forked when there is work for them."""
 
     def __init__(self, size: int | None = None) -> None:
         self.size = size or _cores()
         self._idle: list[Worker] = []
+        self._server: Server | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Have the imports done in the background: there may be jobs soon."""
+        with self._lock, contextlib.suppress(OSError):  # raised again by who has jobs
+            self._started()
 
     def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answers to `jobs`, in their order; ``{"error": text}`` where one fails."""
@@ -92,22 +126,40 @@ class Pool:
 
     def _take(self) -> Worker:
         with self._lock:
-            if self._owner != os.getpid():  # in a forked child: the processes are its parent's
-                self._idle, self._owner = [], os.getpid()
+            server = self._started()
             while self._idle:
                 worker = self._idle.pop()
                 if worker.idle():
                     return worker
                 worker.close()
-        return Worker()
+            return server.fork()
+
+    def _started(self) -> Server:
+        if self._owner != os.getpid():  # in a forked child: the processes are its parent's
+            self._idle, self._server, self._owner = [], None, os.getpid()
+        if self._server is None or not self._server.usable():
+            self._close()
+            self._server = Server()
+        return self._server
 
     def close(self) -> None:
-        """End the workers that wait."""
+        """End the server, and the workers that wait."""
         with self._lock:
-            workers, self._idle = self._idle, []
-        if self._owner == os.getpid():
-            for worker in workers:
-                worker.close()
+            if self._owner == os.getpid():
+                self._close()
+
+    def _close(self) -> None:
+        workers, self._idle = self._idle, []
+        for worker in workers:
+            worker.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+def _settings() -> dict[str, str]:
+    """What the environment tells Triton now, and told it when a server started."""
+    return {key: value for key, value in os.environ.items() if key.startswith("TRITON_") and key not in _IGNORED}
 
 
 def _cores() -> int:

@@ -5,7 +5,8 @@
 The kernels of a decode step and of a prefill of 128 tokens, in bfloat16, compiled for sm_90 as `KernelCompiler.prepare`
 does before a graph's regions are decided: in a process for each core, into a cache that is new; then again by a process
 that finds them there. With ``--timed`` also the candidates that a decision by measurement times. Each side is a process
-of its own; imports, recording and passes are not counted. Prints markdown.
+of its own; imports, recording and passes are not counted, nor what a compiler does in the background meanwhile. Prints
+markdown.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ def measure(model: str, folder: str, timed: bool) -> dict[str, float]:
         return run(jobs)
 
     host.POOL.run = counted  # type: ignore[method-assign]
+    compiler = KernelCompiler(
+        "ninetoothed", DiskCache("kernels", folder)
+    )  # before anything is recorded, as an engine's
     wanted = {}
     for _, graph in _steps(model, torch.bfloat16, 128, 2048, None):
         for node in graph.nodes:
             if node.op_type.startswith(FUSED):
                 metas = tuple(graph.values[name]._replace(offset=0, storage=-1) for name in node.inputs)
                 wanted[node.attr("body"), metas] = (node.attr("body"), metas, None if timed else 0)
-    compiler = KernelCompiler("ninetoothed", DiskCache("kernels", folder))
     environment_key()  # of the process, once
     start = time.perf_counter()
     compiler.prepare(list(wanted.values()))

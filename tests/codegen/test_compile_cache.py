@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,18 +114,79 @@ def test_what_is_damaged_or_a_link_is_made_again(filled, tmp_path):
     assert again["ready"] == [True, True]
 
 
+MISSING = {"file": "/nowhere/at_all.py", "kernel": "k", "capability": 90, "warps": 1, "stages": 1, "operands": []}
+
+
+def children(process):
+    """The processes that one has started, by id; those that wait to be buried too."""
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
+def eventually(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_workers_outlive_failures():
     pool = Pool(1)
-    missing = {"file": "/nowhere/at_all.py", "kernel": "k", "capability": 90, "warps": 1, "stages": 1, "operands": []}
-    answers = pool.run([missing, missing])
+    answers = pool.run([MISSING, MISSING])
     assert all("No such file" in answer["error"] for answer in answers)
-    (worker,) = pool._idle
-    worker._process.kill()
-    worker._process.wait()
-    (third,) = pool.run([missing])  # by another process
+    server = pool._server._process.pid
+    (worker,) = children(server)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: not children(server))
+    (third,) = pool.run([MISSING])  # by another process
     assert "No such file" in third["error"]
+    assert len(children(server)) == 1
+    pool._server._process.kill()
+    pool._server._process.wait()
+    (fourth,) = pool.run([MISSING])
+    assert "No such file" in fourth["error"]
+    assert pool._server._process.pid != server
     pool.close()
     assert pool.run([]) == []
+
+
+def test_a_worker_that_dies_fails_its_job_alone():
+    pool = Pool(2)
+    pool.start()
+    worker = pool._take()
+    server = pool._server._process.pid
+    eventually(lambda: children(server))
+    os.kill(children(server)[0], signal.SIGKILL)
+    assert worker.ask(MISSING) == {"error": "the compiling process ended"}
+    assert not worker.alive
+    assert all("No such file" in answer["error"] for answer in pool.run([MISSING] * 3))
+    assert 1 <= len(children(server)) <= 2
+    pool.close()
+
+
+def test_other_settings_of_triton_need_other_workers(monkeypatch):
+    pool = Pool(1)
+    pool.run([MISSING])
+    before = pool._server._process.pid
+    monkeypatch.setenv("TRITON_PRINT_AUTOTUNING", "0")
+    pool.run([MISSING])
+    assert pool._server._process.pid != before
+    pool.close()
+
+
+def test_workers_end_with_the_process_that_asked():
+    code = f"""
+import os, signal
+from graph_capture.codegen.workers import Pool
+pool = Pool(2)
+pool.run([{MISSING!r}] * 2)
+print(pool._server._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGINT if os.fork() else signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    server = int(done.stdout)
+    eventually(lambda: not Path(f"/proc/{server}").exists() or "(zombie)" in Path(f"/proc/{server}/status").read_text())
 
 
 # --- masks
