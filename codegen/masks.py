@@ -34,7 +34,7 @@ def simplify(source: str) -> str:
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and function.decorator_list:  # a kernel, not its launch
             _Simplifier(function).visit(function)
-    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    return ast.unparse(tree) + "\n"
 
 
 class _Simplifier(ast.NodeTransformer):
