@@ -1,9 +1,9 @@
 """A `LinearSpec` of one or two rows (more, where the tensor cores do not fit) as a ninetoothed program.
 
-A block computes a few columns of the result. Its warps lie side by side along K: each thread loads 16 bytes of every one
-of these rows of the weight, multiplies them with the same 16 bytes of the input, and adds up in float32; the warps' sums
-are added once, after the loop. So the bytes in flight do not depend on the number of columns, and K need not be split
-over blocks.
+A block computes a few columns of the result. Its warps lie side by side along K: each thread loads 16 bytes of every
+one of these rows of the weight, multiplies them with the same 16 bytes of the input, and adds up in float32; the warps'
+sums are added once, after the loop. So the bytes in flight do not depend on the number of columns, and K need not be
+split over blocks.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.bench_decode
 
-Llama-3-8B's shapes in bfloat16. A gate is against cuBLAS with the merged weight, followed by our kernel of the rest. Each kernel is timed inside a replayed CUDA graph over weights, or caches, that rotate,
-so that they come from memory and not from the L2 cache.
+Llama-3-8B's shapes in bfloat16. A gate is against cuBLAS with the merged weight, followed by our kernel of the rest.
+Each kernel is timed inside a replayed CUDA graph over weights, or caches, that rotate, so that they come from memory
+and not from the L2 cache.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
+
 import torch
 import torch.nn.functional as F
 from graph_capture.codegen import CompiledKernel
