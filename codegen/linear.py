@@ -21,7 +21,7 @@ from graph_capture.ops import Kind, arguments, expression, op
 
 MAX_ROWS = 8  # for which there are kernels of their own, on each target
 MANY_ROWS = 256  # up to which tensor cores were measured to gain by what they compute besides, on an H100
-ALONE_ROWS = 32  # and by the product alone
+ALONE_ROWS = 16  # and by the product alone
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

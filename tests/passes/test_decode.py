@@ -7,6 +7,7 @@ from graph_capture.runtime import heuristics
 
 from graph_capture import FusionConfig, fuse, record
 from graph_capture.graph import TensorMeta
+from tests.targets import DEVICE
 
 ALWAYS = FusionConfig(profile="always")
 torch.manual_seed(0)
@@ -85,9 +86,9 @@ def test_many_rows_are_the_librarys():
 
 def test_many_rows_are_a_kernel_of_tensor_cores():
     """The sum goes to the norm, and the product alone is not worth a kernel."""
-    weights = torch.nn.ParameterList([torch.randn(24, 64) / 8, torch.randn(24, 64) / 8]).bfloat16()
-    down, norm = torch.randn(64, 24).bfloat16() / 5, torch.ones(64).bfloat16()
-    x = torch.randn(1, 40, 64).bfloat16()
+    half = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights = torch.nn.ParameterList([torch.randn(24, 64, **half) / 8 for _ in range(2)])
+    down, norm, x = torch.randn(64, 24, **half) / 5, torch.ones(64, **half), torch.randn(1, 40, 64, **half)
 
     def mlp(x):
         total = x + F.linear(F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1]), down)
@@ -95,10 +96,10 @@ def test_many_rows_are_a_kernel_of_tensor_cores():
 
     fused = fused_of(mlp, x, config=FusionConfig(profile="always", target="ninetoothed"))
     assert [region.kind for region in fused.regions] == ["linear_epilogue", "add_rms_norm"]
-    assert "40 rows are more than 32" in refusals(fused, "skinny_linear")
+    assert "40 rows are more than 16" in refusals(fused, "skinny_linear")
     verification = fused.verify(x)
     assert verification.ok, str(verification)
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         by_cpu = fused_of(mlp, x)
         assert [region.kind for region in by_cpu.regions] == ["parallel_linear", "swiglu", "add_rms_norm"]
 
@@ -115,12 +116,13 @@ def test_a_product_and_what_follows_are_apart_where_that_is_faster(whole, apart,
 
     monkeypatch.setattr(heuristics.FusionHeuristics, "decide", decide)
     monkeypatch.setattr("graph_capture.runtime.scheduler.decide_whole", lambda *_: None)
-    weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(24, 64)]).bfloat16()
+    half = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights = torch.nn.ParameterList([torch.randn(24, 64, **half) for _ in range(2)])
 
     def gated(x):
         return F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])
 
-    fused = fused_of(gated, torch.randn(40, 64).bfloat16(), config=FusionConfig(target="ninetoothed"))
+    fused = fused_of(gated, torch.randn(40, 64, **half), config=FusionConfig(target="ninetoothed"))
     found = [(region.kind, bool(region.decision)) for region in fused.regions]
     if apart:
         assert found == [("linear_epilogue", False), ("parallel_linear", True), ("swiglu", True)]
