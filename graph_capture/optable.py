@@ -341,8 +341,7 @@ def capped_attention(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` whose scores go through `softcap` before the mask is added (Gemma 2, 2024)."""
     if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        key, value = (repeat_kv(heads, query.shape[-3] // key.shape[-3]) for heads in (key, value))
     scores = softcap(query @ key.transpose(-2, -1) * scale, cap)
     scores = scores if attn_mask is None else scores + attn_mask
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
