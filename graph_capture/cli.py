@@ -84,7 +84,7 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A saved graph, a model's folder, llama-small and the like, a hub name.")],
+    model: Annotated[str, typer.Argument(help="A saved graph, a model's folder, llama-small and so on, a hub name.")],
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.BFLOAT16,
     device: Annotated[str, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = "",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 128,
