@@ -67,7 +67,7 @@ class Server:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_SCRIPT)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment,
