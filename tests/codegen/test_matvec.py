@@ -29,9 +29,7 @@ def check(function, *inputs):
     """At least as close to float64 as eager is, which adds in another order, or exact up to one rounding."""
     graph = graph_of(function, *inputs)
     kernel = compiled(graph, *inputs)
-    for ours, theirs, want in zip(
-        kernel(*inputs), fallback_of(graph)(inputs), in_float64(graph, inputs), strict=True
-    ):
+    for ours, theirs, want in zip(kernel(*inputs), fallback_of(graph)(inputs), in_float64(graph, inputs), strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype is theirs.dtype
         assert distance(ours, want) <= max(2 * distance(theirs, want), torch.finfo(ours.dtype).eps)
