@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from graph_capture.runtime import heuristics
 
 from graph_capture import FusionConfig, fuse, record
-from graph_capture.graph import TensorMeta
 from tests.targets import DEVICE
 
 ALWAYS = FusionConfig(profile="always")
@@ -109,8 +108,7 @@ def test_a_product_and_what_follows_are_apart_where_that_is_faster(whole, apart,
     """The parts: the library's product, and a kernel of the rest, used or not."""
     monkeypatch.setattr("graph_capture.runtime.scheduler.is_native", lambda *_: True)
 
-    def decide(self, graph, tensors, fallback=None, ops=None, library=None):
-        metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
+    def decide(self, graph, metas, tensors, fallback=None, ops=None, library=None):
         t_fused = 0.3 if library is not None else whole if graph.by_op.get("linear") else 0.1
         return heuristics.Decision(True, "measured", 1.0, t_fused), library or self.kernel(graph, metas)
 
