@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 LATEST := .venv-latest
 
-.PHONY: help demo test test-latest lint typecheck sanitize clean
+.PHONY: help demo test test-latest lint typecheck sanitize aarch64 clean
 
 help:
 	@echo "make demo   record, fuse, check and replay a Llama"
@@ -44,6 +44,12 @@ sanitize: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q $(SANITIZED) -k "not ninetoothed and not machine_code and not forked" \
 	--deselect "tests/codegen/test_kernels.py::test_prologue_reduction_epilogue[c-torch.float64]" \
 	--deselect tests/codegen/test_matvec.py::test_halves_of_one_projection_are_two_products
+
+# The generated C compiled for aarch64 and run in an emulator, on the same tests. Needs aarch64-linux-gnu-gcc.
+EMULATED := tests/codegen/test_kernels.py tests/codegen/test_rotary.py tests/codegen/test_matvec.py tests/codegen/test_attention.py
+aarch64: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "unicorn>=2.1"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -q -p tests.emulation $(EMULATED) -k "not ninetoothed and not machine_code"
 
 lint: $(STAMP) typecheck
 	@$(BIN)/ruff check --quiet .
