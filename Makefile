@@ -14,6 +14,7 @@ help:
 	@echo "make test-latest  all tests with the newest torch there is (a large download)"
 	@echo "make lint   ruff and mypy"
 	@echo "make sanitize  the generated C under sanitizers"
+	@echo "make aarch64  the generated C on an emulated aarch64"
 	@echo "make clean  remove .venv and what was built"
 
 # Constraints hold in pip's isolated build environments too.
