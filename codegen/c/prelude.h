@@ -50,21 +50,42 @@ INLINE uint16_t to_float16(float value) {
 
 /* --- float32 */
 
-INLINE float exp_float(float x) {
-    float bounded = 90.0f < x ? 90.0f : x; /* NaN stays */
-    bounded = -110.0f > bounded ? -110.0f : bounded;
-    float shifted = bounded * 1.44269504f + 12583166.0f; /* rounds to an integer n; n + 254 is in the low bits */
-    float n = shifted - 12583166.0f;
+/* p and the bits of a number whose low ones are n + bias, where scale * e^x = p * 2^n, for x within bounds of either sign.
+ * x is bounded as an integer: gcc makes branches of comparisons of floats, and copies what follows into each. NaN gets
+ * lost. */
+INLINE float exp_parts(float x, float least, float most, int bias, float scale, uint32_t *power) {
+    int32_t top = (int32_t)as_bits(most), signed_bits = (int32_t)as_bits(x);
+    uint32_t bottom = as_bits(least), bits = (uint32_t)(signed_bits < top ? signed_bits : top);
+    float bounded = as_float(bits < bottom ? bits : bottom);
+    float shift = 12582912.0f + (float)bias, shifted = bounded * 1.44269504f + shift; /* rounds to an integer */
+    float n = shifted - shift;
     float r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 0.0013814609f;
-    p = p * r + 0.00836871f;
-    p = p * r + 0.04166839f;
-    p = p * r + 0.16666521f;
-    p = p * r + 0.49999994f;
-    p = p * (r * r) + r + 1.0f;
+    float p = scale * 0.0013814609f;
+    p = p * r + scale * 0.00836871f;
+    p = p * r + scale * 0.04166839f;
+    p = p * r + scale * 0.16666521f;
+    p = p * r + scale * 0.49999994f;
+    p = p * r + scale;
+    p = p * r + scale;
+    *power = as_bits(shifted);
+    return p;
+}
+
+INLINE float exp_float(float x) {
+    uint32_t power;
+    float p = exp_parts(x, -110.0f, 90.0f, 254, 1.0f, &power);
     /* 2^n may lie beyond normal numbers on either side: two factors. Shifting drops what is above the exponent. */
-    uint32_t power = as_bits(shifted), half = power >> 1;
-    return p * as_float(half << 23) * as_float((power - half) << 23);
+    uint32_t half = power >> 1;
+    float result = p * as_float(half << 23) * as_float((power - half) << 23);
+    return x == x ? result : x;
+}
+
+/* 1 + e^x: what e^x is below normal numbers does not matter, and one factor will do. */
+INLINE float one_plus_exp_float(float x) {
+    uint32_t power;
+    float p = exp_parts(x, -87.0f, 89.0f, 126, 2.0f, &power);
+    float result = p * as_float(power << 23) + 1.0f;
+    return x == x ? result : x;
 }
 
 INLINE float log_float(float x) {
@@ -104,7 +125,7 @@ INLINE float tanh_float(float x) {
     p = p * square + 0.13332586f;
     p = p * square - 0.33333316f;
     float near = p * square * magnitude + magnitude;
-    float far = 1.0f - 2.0f / (exp_float(2.0f * magnitude) + 1.0f);
+    float far = 1.0f - 2.0f / one_plus_exp_float(2.0f * magnitude);
     return copysignf(magnitude < 0.55f ? near : far, x);
 }
 
