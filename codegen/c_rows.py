@@ -18,6 +18,8 @@ FLAT = 1024  # elements in a unit of work of a flat kernel
 WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
 KEPT_BYTES = 65536  # of a row in buffers on the stack
 COSTLY = 3  # from here on a value is kept rather than computed again
+PIECE = 256  # columns whose results are brought to memory at a time
+STREAMED = 2**24  # bytes of results from where on those of rows that are read first are written past the caches
 
 
 def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
@@ -27,7 +29,8 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
         FusionError: they lie in another way than the kernel's.
     """
     geometry = spec.geometry(tensors)
-    numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps))
+    streamed = spec.reduces and sum(tensor.nbytes for tensor in tensors[len(spec.inputs) :]) >= STREAMED
+    numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps), int(streamed))
     blocks = _Plan(spec).blocks
     if spec.columns is None:
         units, elements = -(-geometry.sizes[0] // FLAT), FLAT
@@ -120,13 +123,17 @@ class _Printer:
         self.rank = len(spec.operands[0].over)
         self.pointers = dict(zip((o.name for o in spec.operands), c_print.identifiers(spec.operands), strict=True))
         self.scalars = c_print.Scalars()
+        self.halves = all(operand.dtype in c_print.HALVES for operand in spec.operands)
 
     def function(self, name: str) -> str:
         """The whole of it."""
         spec = self.spec
         lines = [f"void {name}(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end) {{"]
-        lines += [f"    {line}" for line in (self._flat() if spec.columns is None else self._rows())]
-        return "\n".join([*lines, "}", ""])
+        body = self._flat() if spec.columns is None else self._rows()
+        if self._staged():
+            flag = f"const int streamed = (int)geometry[{self.rank * (1 + len(spec.operands))}];"
+            body = [flag, *body, "if (streamed) fence();"]
+        return "\n".join([*lines, *(f"    {line}" for line in body), "}", ""])
 
     # --- loops over rows
 
@@ -242,34 +249,77 @@ class _Printer:
         for name, when in plan.kept.items():
             if when == number:
                 body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
-        if last:
-            for operand, stored in zip(spec.outputs, spec.stores, strict=True):
-                if not operand.per_row:
-                    body.append(self._store(operand, stored))
-        totals = [_Total(s, self.scalars) for s in sweep.reductions]
+        staged = self._staged() if last else {}
+        before, after = [], []
+        for operand, stored in zip(spec.outputs, spec.stores, strict=True) if last else ():
+            if operand.name in staged:
+                body += self._stage(operand, stored, before, after)
+            elif not operand.per_row:
+                body.append(self._store(operand, stored))
+        totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
         body += [total.add() for total in totals]
         if not body:
             return []
-        lines = [total.start() for total in totals] + _loop(first, stop, body, totals)
+        lines = [total.start() for total in totals]
+        for total in totals:
+            total.piece(before, after)
+        if before or after:
+            lines += _pieces(first, stop, [*before, *_loop("start", "until", body, totals), *after])
+        else:
+            lines += _loop(first, stop, body, totals)
         for total in totals:
             lines += total.result(self.scalars, spec.columns or 0)
         return lines
 
+    def _staged(self) -> set[str]:
+        """The outputs that come from float32, and whose elements lie next to each other."""
+        floats = (torch.float32, *c_print.HALVES)
+        return {o.name for o in self.spec.outputs if o.unit and not o.per_row and o.dtype in floats}
+
+    def _stage(self, operand: Operand, stored: str, before: list[str], after: list[str]) -> list[str]:
+        """What stores a piece of an output: before the loop over it, in it (the result), and after it."""
+        to, when = self.pointers[operand.name], ""
+        kind, value = c_print.HALVES.get(operand.dtype, "float"), self.scalars.names[stored]
+        source, inside = f"{to}_stage", [f"{to}_to[j - start] = {value};"]
+        if self.plan.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1:
+            source, inside = f"kept_{c_print.variable(stored)} + start", []
+        else:
+            before.append(f"float {source}[{PIECE}] __attribute__((aligned(64)));")
+            direct = f"streamed ? {source} : {to} + start" if kind == "float" else source
+            before.append(f"float *const {to}_to = {direct};")
+            when = "if (streamed) " if kind == "float" else ""
+        after.append(f"{when}store_{kind}({to} + start, {source}, until - start, streamed);")
+        return inside
+
 
 def _loop(first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
-    clauses = "".join(f" reduction({total.clause}:{total.name})" for total in totals)
+    clauses = "".join(f" reduction({total.clause}:{total.running})" for total in totals)
     lines = [f"#pragma omp simd{clauses}", f"for (int64_t j = {first}; j < {stop}; j++) {{"]
     return [*lines, *(f"    {line}" for line in body), "}"]
 
 
-class _Total:
-    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements."""
+def _pieces(first: str, stop: str, body: Sequence[str]) -> list[str]:
+    return [
+        f"for (int64_t start = {first}; start < {stop}; start += {PIECE}) {{",
+        f"    const int64_t until = start + {PIECE} < {stop} ? start + {PIECE} : {stop};",
+        *(f"    {line}" for line in body),
+        "}",
+    ]
 
-    def __init__(self, statement: Statement, scalars: c_print.Scalars) -> None:
+
+class _Total:
+    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements.
+
+    Where all that is read and written is `halves`, pieces are summed in float32, a few elements to a lane.
+    """
+
+    def __init__(self, statement: Statement, scalars: c_print.Scalars, halves: bool) -> None:
         self.statement = statement
         self.clause = {"sum": "+", "mean": "+"}.get(statement.function, statement.function)
         self.name = f"{c_print.variable(statement.target)}_{statement.function}"
         self.value = scalars.value(statement.arguments[0], statement.dtype)
+        self.in_pieces = halves and self.clause == "+"
+        self.running = f"{self.name}_piece" if self.in_pieces else self.name
 
     def start(self) -> str:
         if self.clause == "+":
@@ -279,9 +329,15 @@ class _Total:
 
     def add(self) -> str:
         if self.clause == "+":
-            return f"{self.name} += {self.value};"
+            return f"{self.running} += {self.value};"
         sign = ">" if self.clause == "max" else "<"  # false for NaN, which is passed over
         return f"{self.name} = {self.value} {sign} {self.name} ? {self.value} : {self.name};"
+
+    def piece(self, before: list[str], after: list[str]) -> None:
+        """What comes before the loop over a piece, and after it."""
+        if self.in_pieces:
+            before.append(f"float {self.running} = 0;")
+            after.append(f"{self.name} += {self.running};")
 
     def result(self, scalars: c_print.Scalars, columns: int) -> list[str]:
         value = f"{self.name} / {float(columns)!r}" if self.statement.function == "mean" else self.name

@@ -324,3 +324,78 @@ INLINE lanes lanes_sums(lanes *of) {
     return sums;
 #endif
 }
+
+/* --- results, from float32 in a buffer that begins at a multiple of 64 bytes; streamed: past the caches, where the machine
+ * can and the results lie as well. What is not read before it is displaced need not be read in to be written. */
+
+#if defined(__AVX512F__)
+#define STREAM(to, value) __asm__ volatile("vmovntps %1, %0" : "=m"(*(to)) : "v"(value))
+#elif defined(__AVX__)
+#define STREAM(to, value) __asm__ volatile("vmovntps %1, %0" : "=m"(*(to)) : "x"(value))
+#elif defined(__SSE2__)
+#define STREAM(to, value) __asm__ volatile("movntps %1, %0" : "=m"(*(to)) : "x"(value))
+#else
+#define STREAM(to, value) (*(to) = (value))
+#endif
+
+/* What was streamed comes before what the thread writes later. */
+INLINE void fence(void) {
+#if defined(__SSE2__)
+    __asm__ volatile("sfence" ::: "memory");
+#endif
+}
+
+INLINE int aligned(const void *to) { return ((uintptr_t)to & 63u) == 0; }
+
+INLINE void store_float(float *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+    for (; streamed && aligned(to) && done + LANES <= count; done += LANES)
+        STREAM((lanes *)(to + done), lanes_float(from + done));
+    memcpy(to + done, from + done, (size_t)(count - done) * sizeof *to);
+}
+
+INLINE void store_bfloat16(uint16_t *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    unsigned short subnormal = 0; /* which the conversion takes for zero */
+    streamed = streamed && aligned(to);
+    for (; done + 2 * LANES <= count; done += 2 * LANES) {
+        lanes low = lanes_float(from + done), high = lanes_float(from + done + LANES), both;
+        unsigned short in_low, in_high;
+        __asm__("vfpclassps $32, %1, %0" : "=k"(in_low) : "v"(low));
+        __asm__("vfpclassps $32, %1, %0" : "=k"(in_high) : "v"(high));
+        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+        subnormal |= in_low | in_high;
+        if (streamed)
+            STREAM((lanes *)(to + done), both);
+        else
+            memcpy(to + done, &both, sizeof both);
+    }
+    if (subnormal) done = 0;
+#else
+    (void)streamed;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < count; k++) to[k] = to_bfloat16(from[k]);
+}
+
+INLINE void store_float16(uint16_t *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+#if defined(__AVX512F__)
+    typedef float half_of_lanes __attribute__((vector_size(2 * LANES)));
+    streamed = streamed && aligned(to);
+    for (; done + LANES <= count; done += LANES) {
+        lanes value = lanes_float(from + done);
+        half_of_lanes halves;
+        __asm__("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(value));
+        if (streamed)
+            __asm__ volatile("vmovntps %1, %0" : "=m"(*(half_of_lanes *)(to + done)) : "v"(halves));
+        else
+            memcpy(to + done, &halves, sizeof halves);
+    }
+#else
+    (void)streamed;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < count; k++) to[k] = to_float16(from[k]);
+}
