@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from graph_capture.codegen import c_print
 from graph_capture.codegen.c_host import Layout
-from graph_capture.codegen.spec import KernelSpec, Operand, Pass, Statement
+from graph_capture.codegen.spec import INDEX, KernelSpec, Operand, Pass, Statement
 
 FLAT = 1024  # elements in a unit of work of a flat kernel
 WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
@@ -211,9 +211,12 @@ class _Printer:
             return "0"
         return "j" if operand.unit else f"j * {self.pointers[operand.name]}_step"
 
-    def _load(self, operand: Operand) -> str:
-        value = c_print.load(self.pointers[operand.name], self._at(operand), operand.dtype)
-        name = f"{self.pointers[operand.name]}_value"
+    def _load(self, operand: Operand, paired: bool = False) -> str:
+        pointer = self.pointers[operand.name]
+        value = c_print.load(pointer, self._at(operand), operand.dtype)
+        if paired:
+            value = f"from_pair({pointer}_pair, side)"
+        name = f"{pointer}_value"
         self.scalars.define(operand.name, name, operand.dtype)
         return f"const {c_print.VALUES[operand.dtype]} {name} = {value};"
 
@@ -237,10 +240,36 @@ class _Printer:
 
     def _sweep(self, number: int, first: str, stop: str) -> list[str]:
         """One pass over the columns: its loop, and its reductions' results."""
-        spec, plan = self.spec, self.plan
-        sweep, last = spec.passes[number], number == len(spec.passes) - 1
+        spec, sweep = self.spec, self.spec.passes[number]
+        before, after = [], []
+        body = self._body(number, before, after)
+        totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
+        body += [total.add() for total in totals]
+        if not body:
+            return []
+        lines = [total.start() for total in totals]
+        for total in totals:
+            total.piece(before, after)
+        if self.paired:
+            before.append("const int64_t half = (until - start) / 2;")
+            if spec.columns is None:
+                tail = ["const int64_t j = until - 1;", *self._body(number)]
+                after += ["if ((until - start) % 2) {", *(f"    {line}" for line in tail), "}"]
+            loop = _loop("i", "0", "half", self._pairs(number, body), totals)
+            lines += _pieces(first, stop, [*before, *loop, *after])
+        elif before or after:
+            lines += _pieces(first, stop, [*before, *_loop("j", "start", "until", body, totals), *after])
+        else:
+            lines += _loop("j", first, stop, body, totals)
+        for total in totals:
+            lines += total.result(self.scalars, spec.columns or 0)
+        return lines
+
+    def _body(self, number: int, before: list[str] | None = None, after: list[str] | None = None) -> list[str]:
+        """What a sweep does with one element; what comes `before` and `after` a piece, unless it is one by itself."""
+        spec, plan, last = self.spec, self.plan, number == len(self.spec.passes) - 1
         statements, read = plan.element(number)
-        body = [self._load(operand) for operand in spec.inputs if operand.name in read and not operand.per_row]
+        body = [self._load(o, self.paired and before is not None) for o in self._full_inputs(read)]
         for name, when in plan.kept.items():
             if when < number and name in read:
                 dtype = plan.made[name].dtype
@@ -249,27 +278,32 @@ class _Printer:
         for name, when in plan.kept.items():
             if when == number:
                 body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
-        staged = self._staged() if last else {}
-        before, after = [], []
         for operand, stored in zip(spec.outputs, spec.stores, strict=True) if last else ():
-            if operand.name in staged:
+            if before is not None and after is not None and operand.name in self._staged():
                 body += self._stage(operand, stored, before, after)
             elif not operand.per_row:
                 body.append(self._store(operand, stored))
-        totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
-        body += [total.add() for total in totals]
-        if not body:
-            return []
-        lines = [total.start() for total in totals]
-        for total in totals:
-            total.piece(before, after)
-        if before or after:
-            lines += _pieces(first, stop, [*before, *_loop("start", "until", body, totals), *after])
-        else:
-            lines += _loop(first, stop, body, totals)
-        for total in totals:
-            lines += total.result(self.scalars, spec.columns or 0)
+        return body
+
+    def _full_inputs(self, read: set[str]) -> list[Operand]:
+        return [operand for operand in self.spec.inputs if operand.name in read and not operand.per_row]
+
+    def _pairs(self, number: int, body: Sequence[str]) -> list[str]:
+        """A sweep's body for two elements that are neighbours in memory; in buffers they are half a piece apart."""
+        names = [self.pointers[operand.name] for operand in self._full_inputs(self.plan.element(number)[1])]
+        lines = [f"const uint32_t {name}_pair = pair_at({name} + start, i);" for name in names]
+        for side in (0, 1):
+            head = f"const int64_t side = {side}, j = start + side * half + i;"
+            lines += ["{", f"    {head}", *(f"    {line}" for line in body), "}"]
         return lines
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether bfloat16 is taken apart two elements at a time: half the instructions of widening."""
+        columns, statements = self.spec.columns, self.spec.statements
+        full = [operand for operand in self.spec.operands if not operand.per_row]
+        plain = all(operand.unit and operand.dtype is torch.bfloat16 for operand in full)
+        return plain and (columns or 0) % 2 == 0 and all(statement.function != INDEX for statement in statements)
 
     def _staged(self) -> set[str]:
         """The outputs that come from float32, and whose elements lie next to each other."""
@@ -281,20 +315,22 @@ class _Printer:
         to, when = self.pointers[operand.name], ""
         kind, value = c_print.HALVES.get(operand.dtype, "float"), self.scalars.names[stored]
         source, inside = f"{to}_stage", [f"{to}_to[j - start] = {value};"]
-        if self.plan.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1:
+        kept = self.plan.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1
+        if kept and c_print.VALUES[self.plan.made[stored].dtype] == "float":
             source, inside = f"kept_{c_print.variable(stored)} + start", []
         else:
             before.append(f"float {source}[{PIECE}] __attribute__((aligned(64)));")
             direct = f"streamed ? {source} : {to} + start" if kind == "float" else source
             before.append(f"float *const {to}_to = {direct};")
             when = "if (streamed) " if kind == "float" else ""
-        after.append(f"{when}store_{kind}({to} + start, {source}, until - start, streamed);")
+        what, count = ("pairs", "half") if self.paired else (kind, "until - start")
+        after.append(f"{when}store_{what}({to} + start, {source}, {count}, streamed);")
         return inside
 
 
-def _loop(first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
+def _loop(index: str, first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
     clauses = "".join(f" reduction({total.clause}:{total.running})" for total in totals)
-    lines = [f"#pragma omp simd{clauses}", f"for (int64_t j = {first}; j < {stop}; j++) {{"]
+    lines = [f"#pragma omp simd{clauses}", f"for (int64_t {index} = {first}; {index} < {stop}; {index}++) {{"]
     return [*lines, *(f"    {line}" for line in body), "}"]
 
 

@@ -26,11 +26,21 @@ INLINE uint32_t as_bits(float value) {
 
 INLINE float from_bfloat16(uint16_t half) { return as_float((uint32_t)half << 16); }
 
-INLINE uint16_t to_bfloat16(float value) {
+/* A bfloat16 in the high half; the low one is left over. */
+INLINE uint32_t rounded_bfloat16(float value) {
     uint32_t bits = as_bits(value);
     uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    return value != value ? 0x7fc0 : (uint16_t)(rounded >> 16);
+    return value == value ? rounded : 0x7fc00000u;
 }
+
+INLINE uint16_t to_bfloat16(float value) { return (uint16_t)(rounded_bfloat16(value) >> 16); }
+
+/* Two bfloat16 that are neighbours in memory, in the lanes of one float32. */
+typedef uint32_t pair __attribute__((aligned(2), may_alias));
+
+INLINE uint32_t pair_at(const uint16_t *from, int64_t i) { return ((const pair *)from)[i]; }
+
+INLINE float from_pair(uint32_t both, int64_t side) { return as_float(side ? both & 0xffff0000u : both << 16); }
 
 INLINE float from_float16(uint16_t half) {
     float magnitude = as_float((uint32_t)(half & 0x7fffu) << 13) * 0x1p112f;
@@ -347,36 +357,67 @@ INLINE void fence(void) {
 
 INLINE int aligned(const void *to) { return ((uintptr_t)to & 63u) == 0; }
 
+INLINE void store_lanes(void *to, lanes value, int streamed) {
+    if (streamed)
+        STREAM((lanes *)to, value);
+    else
+        memcpy(to, &value, sizeof value);
+}
+
 INLINE void store_float(float *to, const float *from, int64_t count, int streamed) {
     int64_t done = 0;
     for (; streamed && aligned(to) && done + LANES <= count; done += LANES)
-        STREAM((lanes *)(to + done), lanes_float(from + done));
+        store_lanes(to + done, lanes_float(from + done), 1);
     memcpy(to + done, from + done, (size_t)(count - done) * sizeof *to);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#define CONVERTS
+/* Both vectors as bfloat16, `low` first. The instruction takes subnormal numbers for zero: whether there are any. */
+INLINE lanes converted(lanes low, lanes high, unsigned *subnormal) {
+    lanes both;
+    unsigned short in_low, in_high;
+    __asm__("vfpclassps $32, %1, %0" : "=k"(in_low) : "v"(low));
+    __asm__("vfpclassps $32, %1, %0" : "=k"(in_high) : "v"(high));
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    *subnormal |= (unsigned)in_low | in_high;
+    return both;
+}
+#endif
+
 INLINE void store_bfloat16(uint16_t *to, const float *from, int64_t count, int streamed) {
     int64_t done = 0;
-#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
-    unsigned short subnormal = 0; /* which the conversion takes for zero */
     streamed = streamed && aligned(to);
-    for (; done + 2 * LANES <= count; done += 2 * LANES) {
-        lanes low = lanes_float(from + done), high = lanes_float(from + done + LANES), both;
-        unsigned short in_low, in_high;
-        __asm__("vfpclassps $32, %1, %0" : "=k"(in_low) : "v"(low));
-        __asm__("vfpclassps $32, %1, %0" : "=k"(in_high) : "v"(high));
-        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
-        subnormal |= in_low | in_high;
-        if (streamed)
-            STREAM((lanes *)(to + done), both);
-        else
-            memcpy(to + done, &both, sizeof both);
-    }
+#if defined(CONVERTS)
+    unsigned subnormal = 0;
+    for (; done + 2 * LANES <= count; done += 2 * LANES)
+        store_lanes(to + done, converted(lanes_float(from + done), lanes_float(from + done + LANES), &subnormal), streamed);
     if (subnormal) done = 0;
-#else
-    (void)streamed;
 #endif
 #pragma omp simd
     for (int64_t k = done; k < count; k++) to[k] = to_bfloat16(from[k]);
+}
+
+/* The first of each pair, then the second of each. */
+INLINE void store_pairs(uint16_t *to, const float *from, int64_t pairs, int streamed) {
+    int64_t done = 0;
+    streamed = streamed && aligned(to);
+#if defined(CONVERTS)
+    static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    lanes in_turns;
+    memcpy(&in_turns, order, sizeof in_turns);
+    unsigned subnormal = 0;
+    for (; done + LANES <= pairs; done += LANES) {
+        lanes both = converted(lanes_float(from + done), lanes_float(from + pairs + done), &subnormal);
+        __asm__("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(in_turns));
+        store_lanes(to + 2 * done, both, streamed);
+    }
+    if (subnormal) done = 0;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < pairs; k++)
+        ((pair *)to)[k] = rounded_bfloat16(from[k]) >> 16 | (rounded_bfloat16(from[pairs + k]) & 0xffff0000u);
 }
 
 INLINE void store_float16(uint16_t *to, const float *from, int64_t count, int streamed) {
