@@ -19,7 +19,7 @@ WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
 KEPT_BYTES = 65536  # of a row in buffers on the stack
 COSTLY = 3  # from here on a value is kept rather than computed again
 PIECE = 256  # columns whose results are brought to memory at a time
-STREAMED = 2**24  # bytes of results from where on those of rows that are read first are written past the caches
+STREAMED = 2**24  # bytes of results from where on they are written past the caches
 
 
 def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
@@ -29,7 +29,7 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
         FusionError: they lie in another way than the kernel's.
     """
     geometry = spec.geometry(tensors)
-    streamed = spec.reduces and sum(tensor.nbytes for tensor in tensors[len(spec.inputs) :]) >= STREAMED
+    streamed = sum(tensor.nbytes for tensor in tensors[len(spec.inputs) :]) >= STREAMED
     numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps), int(streamed))
     blocks = _Plan(spec).blocks
     if spec.columns is None:

@@ -60,42 +60,39 @@ INLINE uint16_t to_float16(float value) {
 
 /* --- float32 */
 
-/* p and the bits of a number whose low ones are n + bias, where scale * e^x = p * 2^n, for x within bounds of either sign.
- * x is bounded as an integer: gcc makes branches of comparisons of floats, and copies what follows into each. NaN gets
- * lost. */
-INLINE float exp_parts(float x, float least, float most, int bias, float scale, uint32_t *power) {
-    int32_t top = (int32_t)as_bits(most), signed_bits = (int32_t)as_bits(x);
-    uint32_t bottom = as_bits(least), bits = (uint32_t)(signed_bits < top ? signed_bits : top);
-    float bounded = as_float(bits < bottom ? bits : bottom);
-    float shift = 12582912.0f + (float)bias, shifted = bounded * 1.44269504f + shift; /* rounds to an integer */
-    float n = shifted - shift;
-    float r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
+/* scale * e^x = p * 2^n; n is at most 130, and n + bias is in the low bits of `power`. Where x is far below what float32
+ * can hold of e^x, p and n mean nothing. The bound is one of integers: gcc makes branches of those of floats, and copies
+ * what follows into each. */
+INLINE float exp_parts(float x, int bias, float scale, uint32_t *power) {
+    float shift = 12582912.0f + (float)bias; /* adding it rounds to an integer, in the low bits */
+    int32_t most = (int32_t)as_bits(shift + 130.0f), bits = (int32_t)as_bits(x * 1.44269504f + shift);
+    *power = (uint32_t)(bits < most ? bits : most);
+    float n = as_float(*power) - shift;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = scale * 0.0013814609f;
     p = p * r + scale * 0.00836871f;
     p = p * r + scale * 0.04166839f;
     p = p * r + scale * 0.16666521f;
     p = p * r + scale * 0.49999994f;
     p = p * r + scale;
-    p = p * r + scale;
-    *power = as_bits(shifted);
-    return p;
+    return p * r + scale;
 }
 
 INLINE float exp_float(float x) {
     uint32_t power;
-    float p = exp_parts(x, -110.0f, 90.0f, 254, 1.0f, &power);
+    float p = exp_parts(x, 254, 1.0f, &power);
     /* 2^n may lie beyond normal numbers on either side: two factors. Shifting drops what is above the exponent. */
     uint32_t half = power >> 1;
     float result = p * as_float(half << 23) * as_float((power - half) << 23);
-    return x == x ? result : x;
+    return x < -104.0f ? 0.0f : result;
 }
 
 /* 1 + e^x: what e^x is below normal numbers does not matter, and one factor will do. */
 INLINE float one_plus_exp_float(float x) {
     uint32_t power;
-    float p = exp_parts(x, -87.0f, 89.0f, 126, 2.0f, &power);
+    float p = exp_parts(x, 124, 8.0f, &power);
     float result = p * as_float(power << 23) + 1.0f;
-    return x == x ? result : x;
+    return x < -80.0f ? 1.0f : result;
 }
 
 INLINE float log_float(float x) {
