@@ -17,7 +17,7 @@ from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
 from graph_capture.ops import arguments
 
-OP = "scaled_dot_product_attention"
+OPS = ("scaled_dot_product_attention", "capped_attention")
 MAX_ROWS = 16  # of queries for each key head: the height of a tensor core's tile
 MAX_LENGTH = 8  # of queries
 MAX_WIDTH = 256  # elements of a head
@@ -36,6 +36,7 @@ class AttentionSpec:
         width, out_width: elements of a key, and of a value.
         scale: of the scores.
         mask: for the mask's batch, heads and rows, whether it moves along them; () without a mask.
+        cap: what scores are soft-capped at before they are masked.
     """
 
     inputs: tuple[Operand, ...]
@@ -48,6 +49,7 @@ class AttentionSpec:
     out_width: int
     scale: float
     mask: tuple[bool, ...]
+    cap: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +108,7 @@ def _grouped_mask(mask: torch.Tensor, query: torch.Tensor, spec: AttentionSpec) 
 
 def claims(graph: SubGraph) -> bool:
     """Whether this lowering is for `graph`."""
-    return len(graph.nodes) == 1 and graph.nodes[0].op_type == OP
+    return len(graph.nodes) == 1 and graph.nodes[0].op_type in OPS
 
 
 def check_ops(graph: SubGraph) -> None:
@@ -166,6 +168,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = No
         value.shape[-1],
         float(query.shape[-1] ** -0.5 if scale is None else scale),
         (),
+        node.attr("cap"),
     )
     metas = [values[name] for name in graph.input_names]
     tensors = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in metas]

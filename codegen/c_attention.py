@@ -170,6 +170,9 @@ class _Printer:
         """Scores become weights, and what was summed up before is brought to their scale."""
         spec = self.spec
         score = f"weights[r][j] * {c_print.literal(spec.scale, torch.float32)}"
+        if spec.cap is not None:
+            cap = c_print.literal(spec.cap, torch.float32)
+            score = f"{cap} * tanh_float({score} / {cap})"
         if masked:
             dtype = spec.inputs[3].dtype
             place = f"{'r * numbers[11] + ' if spec.mask[2] else ''}j * numbers[12]"

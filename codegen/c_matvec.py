@@ -1,4 +1,4 @@
-"""A `MatvecSpec` as a C function: a unit of work is a block of columns, for all rows.
+"""A `LinearSpec` as a C function: a unit of work is a block of columns, for all rows.
 
 Each piece of the rows that are multiplied is brought to float32 once for a block; then the block's part of the weight
 is read through once.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from graph_capture.codegen import c_print
 from graph_capture.codegen.c_host import Layout
-from graph_capture.codegen.matvec import MatvecSpec, Product
+from graph_capture.codegen.linear import LinearSpec, Product
 
 from graph_capture.errors import FusionError
 
@@ -21,7 +21,7 @@ ACCUMULATORS = 8  # vectors
 PIECE = 16384  # bytes of the multiplied rows, as float32, that are worked on at a time
 
 
-def layout(spec: MatvecSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
+def layout(spec: LinearSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
     """How a call on these tensors (inputs, then outputs) runs.
 
     Raises:
@@ -45,12 +45,12 @@ def layout(spec: MatvecSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
     return (Layout(tuple(numbers), units, max(1, thread_work // max(1, work)), tuple(operands)),)
 
 
-def source(spec: MatvecSpec, name: str) -> str:
+def source(spec: LinearSpec, name: str) -> str:
     """The function's text."""
     return _Printer(spec).function(name)
 
 
-def _views(spec: MatvecSpec) -> list[str]:
+def _views(spec: LinearSpec) -> list[str]:
     """The tensor behind each operand of the function, in order."""
     biases = [product.bias for product in spec.products if product.bias]
     extras = [operand.name for operand in spec.extras]
@@ -58,13 +58,13 @@ def _views(spec: MatvecSpec) -> list[str]:
     return [spec.x, *weights, *biases, *extras, *(operand.name for operand in spec.outputs)]
 
 
-def _block(spec: MatvecSpec) -> int:
+def _block(spec: LinearSpec) -> int:
     unit = all(product.unit for product in spec.products)
     return min(ALONG_INNER if unit else ALONG_COLUMNS, max(1, spec.columns))
 
 
 class _Printer:
-    def __init__(self, spec: MatvecSpec) -> None:
+    def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self.block = _block(spec)
         self.piece = max(1, min(spec.inner, PIECE // (4 * spec.rows)))

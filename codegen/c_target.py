@@ -5,6 +5,7 @@ A kernel is a function over a range of units of work; ``c/runtime.c`` runs it on
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from graph_capture.codegen import c_attention, c_matvec, c_rotary, c_rows
 from graph_capture.codegen import c_host as host
 from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.c_host import Launch, Layout, chain
-from graph_capture.codegen.matvec import MatvecSpec
+from graph_capture.codegen.linear import MAX_ROWS, LinearSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Request, Spec
 
@@ -41,7 +42,7 @@ class Printer(Protocol):
 PRINTERS: dict[type, Any] = {
     KernelSpec: c_rows,
     RotarySpec: c_rotary,
-    MatvecSpec: c_matvec,
+    LinearSpec: c_matvec,
     AttentionSpec: c_attention,
 }
 name = "c"
@@ -73,6 +74,18 @@ def check(tensors: Sequence[torch.Tensor]) -> None:
             raise FusionError(f"a tensor is {tensor.layout} on {tensor.device}, the kernel runs on the CPU")
         if tensor.is_neg():
             raise FusionError("a tensor is a view that negates")
+
+
+def accept(spec: Spec) -> None:
+    """Whether there is a way to compute this.
+
+    Raises:
+        FusionError: there is none.
+    """
+    if type(spec) not in PRINTERS:
+        raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
+    if isinstance(spec, LinearSpec) and spec.rows is None:
+        raise FusionError(f"more than {MAX_ROWS} rows are the library's on the CPU")
 
 
 def source(spec: Spec) -> str:
@@ -110,13 +123,14 @@ def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
 
 def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None:
     """Compile kernels side by side, for `build` to find them."""
-    wanted = dict.fromkeys((request.spec, request.name) for request in requests if type(request.spec) in PRINTERS)
-    texts = [_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)) for spec, kernel_name in wanted]
+    texts = []
+    for spec, kernel_name in dict.fromkeys((request.spec, request.name) for request in requests):
+        with contextlib.suppress(FusionError):  # `build` raises it again
+            texts.append(_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)))
     host.libraries([host.prelude() + text for text in texts], cache)
 
 
 def _printed(spec: Spec, symbol: str) -> str:
-    printer: Printer | None = PRINTERS.get(type(spec))
-    if printer is None:
-        raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
+    accept(spec)
+    printer: Printer = PRINTERS[type(spec)]
     return printer.source(spec, symbol)

@@ -15,7 +15,7 @@ import torch
 from graph_capture.codegen import c_target, ninetoothed_target
 from graph_capture.codegen.aot import Binary
 from graph_capture.codegen.geometry import dense_strides
-from graph_capture.codegen.lower import lower
+from graph_capture.codegen.lower import lower, supports
 from graph_capture.codegen.op_library import OpLibrary
 from graph_capture.codegen.spec import Operand, Request, Spec
 
@@ -42,6 +42,10 @@ class Target(Protocol):
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise FusionError if kernels cannot run on these tensors."""
+        ...
+
+    def accept(self, spec: Spec) -> None:
+        """Raise FusionError if it has no way to compute this."""
         ...
 
     def source(self, spec: Spec) -> str:
@@ -179,6 +183,10 @@ def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[tu
 TARGETS: dict[str, Target] = {target.name: target for target in (ninetoothed_target, c_target)}
 
 
+def _chosen(chosen: str, device: torch.device) -> Target:
+    return TARGETS[chosen if chosen != "auto" else "c" if device.type == "cpu" else "ninetoothed"]
+
+
 def target_for(chosen: str, device: torch.device) -> Target:
     """The target of kernels on a device: for "auto" ninetoothed on CUDA, C on the CPU.
 
@@ -186,7 +194,7 @@ def target_for(chosen: str, device: torch.device) -> Target:
         FusionError: the chosen one does not run there, or has no compiler; the message says why.
     """
     cpu = device.type == "cpu"
-    target = TARGETS[chosen if chosen != "auto" else "c" if cpu else "ninetoothed"]
+    target = _chosen(chosen, device)
     if target is c_target:
         reason = c_target.unavailable() if cpu else f"its tensors are on {device}, and C kernels run on the CPU"
         if cpu and reason is not None:
@@ -243,6 +251,11 @@ class KernelCompiler:
     def kernels(self) -> tuple[CompiledKernel, ...]:
         """The kernels made so far."""
         return tuple(self._kernels.values())
+
+    def supports(self, graph: SubGraph) -> str | None:
+        """Why `graph` cannot be one kernel of the target, or None if it can; see `graph_capture.codegen.supports`."""
+        device = next((graph.values[name].device for name in graph.input_names if name in graph.values), None)
+        return supports(graph, check=_chosen(self.target, device or torch.device("cpu")).accept)
 
     def compile(
         self,

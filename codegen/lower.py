@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from graph_capture.codegen import attention, matvec, rotary, rows
+from graph_capture.codegen import attention, linear, rotary, rows
 from graph_capture.codegen.spec import Spec
 
 from graph_capture.errors import FusionError
@@ -15,7 +15,7 @@ from graph_capture.ops import expression, flatten_outputs, prepare
 
 # A lowering is a module: `claims` looks at a region's ops, `check_ops` says what is wrong with them, `lower` makes the
 # spec. The first that claims a region has it.
-LOWERINGS: tuple[Any, ...] = (rotary, matvec, attention, rows)
+LOWERINGS: tuple[Any, ...] = (rotary, linear, attention, rows)
 
 
 def infer_values(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> dict[str, TensorMeta]:
@@ -37,9 +37,13 @@ def infer_values(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> dict[str,
     return {name: TensorMeta.of(tensor)._replace(device=device) for name, tensor in env.items()}
 
 
-def supports(graph: SubGraph, metas: Mapping[str, TensorMeta] | None = None) -> str | None:
+def supports(
+    graph: SubGraph,
+    metas: Mapping[str, TensorMeta] | None = None,
+    check: Callable[[Spec], None] = lambda spec: None,
+) -> str | None:
     """Why `graph` cannot be one kernel, or None if it can. Without layouts (here or in ``graph.values``) only its ops
-    are looked at."""
+    are looked at. `check` raises FusionError for what the kernel's target has no way to compute."""
     lowering = next(module for module in LOWERINGS if module.claims(graph))
     try:
         lowering.check_ops(graph)
@@ -47,7 +51,7 @@ def supports(graph: SubGraph, metas: Mapping[str, TensorMeta] | None = None) -> 
         if all(name in known for name in graph.input_names):
             if not all(name in known for node in graph.nodes for name in node.outputs):
                 known = infer_values(graph, {name: known[name] for name in graph.input_names})
-            lowering.lower(graph, known)
+            check(lowering.lower(graph, known))
     except FusionError as error:
         return str(error)
     return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from graph_capture.codegen.attention import MAX_ROWS, AttentionSpec
 from graph_capture.codegen.ninetoothed_host import Program
+from graph_capture.codegen.ninetoothed_rows import print_tanh
 
 BLOCK = 128  # keys that are read at a time
 BLOCK_BYTES = 32768  # of keys, at most
@@ -177,6 +178,9 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
         f"values = {wide('value[step]')}",
         f"scores = ntl.dot(rows, ntl.trans(keys){exact}) * {spec.scale!r}",
     ]
+    if spec.cap is not None:
+        inner.append(f"capped = scores / {spec.cap!r}")
+        inner.append(f"scores = {spec.cap!r} * {print_tanh('capped', torch.float32)}")
     if mask_dtype is torch.bool:
         inner.append(f"scores = ntl.where(allowed, scores, {low})")
     elif masked:

@@ -18,7 +18,32 @@ from graph_capture.codegen.rotary_spec import RotarySpec, Track
 
 def program(spec: RotarySpec, interpreted: bool) -> Program:
     """The program of a spec."""
-    printer = _Printer(spec)
+    return _program(spec, *_cut(spec)[0])
+
+
+def candidates(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
+    """Programs for any tensors; the first one executes the fewest instructions."""
+    return [_program(spec, groups, warps) for groups, warps in _cut(spec)]
+
+
+def _cut(spec: RotarySpec) -> list[tuple[int, int]]:
+    """Groups of heads, and warps that work on one: as many as have 16 bytes a thread, or more."""
+    least = min(track.heads for track in spec.tracks)
+    alone = bool(spec.count) and spec.single
+    groups = 1 if alone else max(1, min(least, least * spec.half // _swept(spec)))
+    warps = max(1, min(8, min(_grouped(spec, groups)) * spec.half // _swept(spec)))
+    ways = [(groups, warps), (1, 4), *([(1, 8)] if alone else [(groups, 4), (least, 2)])]
+    return list(dict.fromkeys(ways))
+
+
+def _swept(spec: RotarySpec) -> int:
+    """Elements that a warp moves at once, 16 bytes a thread."""
+    widest = max(operand.dtype.itemsize for operand in spec.outputs if operand.dtype.is_floating_point)
+    return 32 * max(1, 16 // widest)
+
+
+def _program(spec: RotarySpec, groups: int, warps: int) -> Program:
+    printer = _Printer(spec, groups)
     dtypes = {operand.name: operand.dtype for operand in (*spec.inputs, *spec.outputs)}
     operands = list(_operands(spec))
     return Program(
@@ -26,7 +51,7 @@ def program(spec: RotarySpec, interpreted: bool) -> Program:
         (4,) * len(operands),
         tuple(_real(dtypes.get(operand.tensor, torch.complex64)) for operand in operands),
         tuple(operand.tensor not in (*spec.positions, spec.count) and spec.width % 16 == 0 for operand in operands),
-        warps=max(1, min(8, min(printer.heads) * spec.half // printer.swept)),
+        warps=warps,
     )
 
 
@@ -79,16 +104,11 @@ def _operands(spec: RotarySpec) -> Iterator[_Operand]:
 
 
 class _Printer:
-    def __init__(self, spec: RotarySpec) -> None:
+    def __init__(self, spec: RotarySpec, groups: int) -> None:
         self.spec = spec
         self.sizes = [spec.half, spec.half, spec.rest][: 3 if spec.rest else 2]
         self.blocks = [_power(size) for size in self.sizes]
-        widest = max(operand.dtype.itemsize for operand in spec.outputs if operand.dtype.is_floating_point)
-        self.swept = 32 * max(1, 16 // widest)  # elements that a warp moves at once, 16 bytes a thread
-        alone = bool(spec.count) and spec.single
-        least = min(track.heads for track in spec.tracks)
-        groups = 1 if alone else max(1, least * spec.half // self.swept)
-        self.heads = _grouped([track.heads for track in spec.tracks], min(groups, least))
+        self.heads = _grouped(spec, groups)
         doubles = {operand.dtype for operand in spec.inputs} & {torch.float64}
         self.float = "float64" if doubles else "float32"
 
@@ -194,8 +214,9 @@ def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _grouped(heads: Sequence[int], groups: int) -> list[int]:
+def _grouped(spec: RotarySpec, groups: int) -> list[int]:
     """The heads of each track in one of `groups` groups; all in one group where they do not divide."""
+    heads = [track.heads for track in spec.tracks]
     sizes = [_power(math.ceil(count / groups)) for count in heads]
     if any(math.ceil(count / size) != groups for count, size in zip(heads, sizes, strict=True)):
         return [_power(count) for count in heads]

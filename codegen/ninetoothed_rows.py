@@ -99,6 +99,9 @@ def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
         step = min(SWEEP, row // 2)
         sweep = Blocks(1, step, min(16, max(4, step // least)), sweeps=True)
         return [more, fewer, *([sweep] if row > SWEEP else [])]
+    if blocks.rows * blocks.columns <= least:  # little work: the less each thread has of it, the sooner it is done
+        sizes = ((blocks.columns // 2, 1), (2 * blocks.columns, 4), (4 * blocks.columns, 4))
+        return [replace(blocks, columns=max(1, columns), warps=warps) for columns, warps in sizes]
     smaller = replace(blocks, columns=blocks.columns // 2) if blocks.columns >= 2 * least else blocks
     fits = spec.columns is None or blocks.columns < spec.columns
     larger = replace(blocks, columns=blocks.columns * 2) if fits else blocks

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from graph_capture.codegen import ninetoothed_attention, ninetoothed_matvec, ninetoothed_rotary, ninetoothed_rows
+from graph_capture.codegen import ninetoothed_attention, ninetoothed_linear, ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen import ninetoothed_host as host
 from graph_capture.codegen.aot import Binary, compile_ahead
 from graph_capture.codegen.attention import AttentionSpec
-from graph_capture.codegen.matvec import MatvecSpec
+from graph_capture.codegen.linear import LinearSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
 from graph_capture.codegen.spec import KernelSpec, Request, Spec
 
@@ -39,7 +39,7 @@ class Printer(Protocol):
 PRINTERS: dict[type, Any] = {
     KernelSpec: ninetoothed_rows,
     RotarySpec: ninetoothed_rotary,
-    MatvecSpec: ninetoothed_matvec,
+    LinearSpec: ninetoothed_linear,
     AttentionSpec: ninetoothed_attention,
 }
 name = "ninetoothed"
@@ -59,6 +59,10 @@ def check(tensors: Sequence[torch.Tensor]) -> None:
     """
     if not interpreted() and any(tensor.device.type == "cpu" for tensor in tensors):
         raise FusionError("its tensors are on the CPU, the kernel runs on CUDA")
+
+
+def accept(spec: Spec) -> None:
+    """Every spec has a printer."""
 
 
 def source(spec: Spec) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo | chat | bench | kernels | cache``."""
+"""The command line: ``graph-capture demo | chat | bench | inspect | kernels | cache``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,46 @@ def demo(
     if json:
         print(report.to_json())
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A saved graph, a model's folder, llama-small and so on, a hub name.")],
+    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.BFLOAT16,
+    device: Annotated[str, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = "",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 128,
+    slots: Annotated[int, typer.Option(min=1, help="Slots of the static cache.")] = 256,
+    layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time each region; else decide by what is known of it.")] = True,
+    why: Annotated[str | None, typer.Option(help="Only what became of this module, value or region.")] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Also print the rewritten graph.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Record a model with random weights, or open a saved graph, and show what is found in it and what is decided."""
+    import json as text
+
+    import torch
+
+    from graph_capture.errors import CaptureError
+    from graph_capture.inspection import inspect as implementation
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"prompt": prompt, "slots": slots, "layers": layers}
+    explained = {}
+    try:
+        for step, fused in implementation(model, dtype=getattr(torch, dtype), device=where, measure=measure, **shape):
+            if json:
+                explained[step] = text.loads(fused.explain().to_json())
+                continue
+            print(f"{step}: {len(fused.recorded.subgraph)} recorded ops, {len(fused.subgraph)} after the passes\n")
+            print(f"{fused.why(why) if why else fused.explain()}\n")
+            if graph:
+                print(f"{fused.subgraph}\n")
+    except (CaptureError, KeyError) as error:
+        show_error(Console(stderr=True), error)
+        raise typer.Exit(1) from error
+    if json:
+        print(text.dumps(explained, indent=2))
 
 
 @app.command()

@@ -11,13 +11,13 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from graph_capture import load, record
+from graph_capture import load
 from graph_capture.codegen import Binary, CompiledKernel, KernelCompiler, compile_for, supports
 from graph_capture.codegen.ninetoothed_rows import choose_blocks
 from graph_capture.codegen.spec import KernelSpec
 from graph_capture.errors import FusionError
 from graph_capture.graph import OpNode, SubGraph
-from graph_capture.models import build_model, load_config
+from graph_capture.inspection import record_steps
 from graph_capture.ops import FUSED
 from graph_capture.passes import Passes, rewrite
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
@@ -156,22 +156,6 @@ def _steps(
     if Path(name).is_file():
         yield "saved", load(name).subgraph
         return
-    from transformers import StaticCache
-
-    model = build_model(load_config(name, layers), dtype=dtype, device="meta")
-    config = model.config.get_text_config()
-    for step, length in (("decode", 1), (f"prefill {prompt}", prompt)):
-        with torch.device("meta"), torch.no_grad():
-            cache = StaticCache(config=config, max_cache_len=slots)
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            cache.early_initialization(1, heads, width, dtype, torch.device("meta"))
-            ids = torch.zeros(1, length, dtype=torch.long)
-            # Without a mask, transformers asks in Python whether the cache is empty.
-            mask = torch.zeros(1, 1, length, slots, dtype=dtype) if length > 1 else None
-            with record(ids, cache, mask, verify=False) as recording:
-                call = {"input_ids": ids, "past_key_values": cache, "attention_mask": mask, "use_cache": True}
-                recording.output(model(**call).logits)
-        graph = recording.graph
-        off = frozenset({PARALLEL_LINEAR})
+    off = frozenset({PARALLEL_LINEAR})
+    for step, graph in record_steps(name, dtype, prompt, slots, layers, "meta"):
         yield step, rewrite(graph.subgraph, Passes(supports, weights=frozenset(graph.captured), off=off)).graph

@@ -330,10 +330,27 @@ def rope(
     return torch.cat((turned, kept), -1) if kept.shape[-1] else turned
 
 
+def capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    cap: float = 30.0,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` whose scores go through `softcap` before the mask is added (Gemma 2, 2024)."""
+    if enable_gqa:
+        key, value = (repeat_kv(heads, query.shape[-3] // key.shape[-3]) for heads in (key, value))
+    scores = softcap(query @ key.transpose(-2, -1) * scale, cap)
+    scores = scores if attn_mask is None else scores + attn_mask
+    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
+
+
 _function: Callable[..., Any]
 for _function in (linear, scaled_dot_product_attention, matmul):
     _row(_function.__name__, _function, Kind.OPAQUE)
-for _function in (repeat_kv, rope):
+for _function in (repeat_kv, rope, capped_attention):
     _row(_function.__name__, _function, Kind.OPAQUE, composed=True)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
 

@@ -39,8 +39,9 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
     Yields:
         The rule, ascending indices, and what speaks against them.
     """
-    for index in graph.by_op.get("scaled_dot_product_attention", ()):
-        yield ATTENTION, (index,), reason([index])
+    for name in ("scaled_dot_product_attention", "capped_attention"):
+        for index in graph.by_op.get(name, ()):
+            yield ATTENTION, (index,), reason([index])
     for index, node in enumerate(graph.nodes):
         if node.op_type != "linear" and not is_merged(node):
             continue

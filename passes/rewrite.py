@@ -7,7 +7,7 @@ can still form a cycle together; then the later ones are dropped.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -122,10 +122,16 @@ def _topological_order(positions: Mapping[int, int], edges: Iterable[tuple[int, 
 
 
 def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:
-    """`graph` with the nodes that are `wanted` taken apart into those that they replaced."""
-    nodes: list[OpNode] = []
-    for node in graph.nodes:
-        nodes.extend(node.origin if node.origin and wanted(node) else (node,))
+    """`graph` with the nodes that are `wanted` taken apart into those that they replaced, and so on."""
+
+    def apart(node: OpNode) -> Iterator[OpNode]:
+        if not node.origin or not wanted(node):
+            yield node
+            return
+        for replaced in node.origin:
+            yield from apart(replaced)
+
+    nodes = [part for node in graph.nodes for part in apart(node)]
     return replace(graph, nodes=tuple(nodes)) if len(nodes) > len(graph) else graph
 
 

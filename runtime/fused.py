@@ -21,7 +21,7 @@ from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants, LibraryKernel
 from graph_capture.runtime.region import Region
 from graph_capture.runtime.sample import check_sample
-from graph_capture.runtime.steps import Inlined, Step, relaid_outputs
+from graph_capture.runtime.steps import Inlined, KernelStep, Step, relaid_outputs
 from graph_capture.runtime.verify import Verification, verify
 
 from graph_capture.errors import CaptureError, FusionError
@@ -117,7 +117,8 @@ class FusedGraph:
             relaid = relaid_outputs(graph, region.node)
             if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
                 return Inlined.of(region, region.kernel, self.recorded, self.config)
-            step = Step(region, self.recorded, self.config, relaid)
+            make = Step if isinstance(region.kernel, LibraryKernel) else KernelStep
+            step = make(region, self.recorded, self.config, relaid)
             if isinstance(step.kernel, BoundLibrary):
                 self._more.append(step.kernel.constants)
             return step

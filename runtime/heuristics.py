@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from graph_capture.codegen import CompiledKernel, KernelCompiler, supports
+from graph_capture.codegen import CompiledKernel, KernelCompiler
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.lazy import LazyKernel
 from graph_capture.runtime.library import LibraryKernel
@@ -87,7 +87,7 @@ class FusionHeuristics:
         else:
             shapes = [tuple(shape) for shape in input_shapes]
         reason = self._forbidden(graph, ops, shapes)
-        if reason is None and (unsupported := supports(graph)) is not None:
+        if reason is None and (unsupported := self.compiler.supports(graph)) is not None:
             reason = f"no kernel: {unsupported}"
         return Decision(reason is None, reason or "every op can be fused")
 
@@ -230,11 +230,12 @@ class FusionHeuristics:
         kernel = library or self.kernel(graph, metas)
         try:
             counters = _counters(graph, tensors)
-            kernels, calls = zip(*ways_to_run(kernel, tensors), strict=True)
-            t_fallback, *measured = compare([_reset(call, counters) for call in (fallback, *calls)], device)
+            ways = [(way, _reset(call, counters)) for way, call in ways_to_run(kernel, tensors)]
+            kernels, calls = zip(*_that_run(ways), strict=True)
+            t_fallback, *measured = compare([_reset(fallback, counters), *calls], device)
             best = measured.index(min(measured))
             kernel = kernels[best]
-            times = Times(t_fallback, measured[best], kernel.interpreted, best)
+            times = Times(t_fallback, measured[best], kernel.interpreted, getattr(kernel, "choice", 0))
         except Exception as error:
             if not config.fallback_on_error:
                 raise
@@ -274,6 +275,26 @@ def ways_to_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> list[tuple[K
     outputs = kernel.spec.allocate(tensors)
     launches = [(each, each.prepare(tensors, outputs)) for each in kernel.candidates((*tensors, *outputs))]
     return [(each, functools.partial(_launch, launch, outputs)) for each, launch in launches]
+
+
+def _that_run(ways: list[tuple[Kernel, Callable[[], Any]]]) -> list[tuple[Kernel, Callable[[], Any]]]:
+    """The ways that can run on this device: blocks may need more shared memory than it has.
+
+    Raises:
+        Exception: none can; what the last one raised.
+    """
+    if len(ways) == 1:
+        return ways
+    running, failure = [], None
+    for way, call in ways:
+        try:
+            call()
+            running.append((way, call))
+        except Exception as error:
+            failure = error
+    if not running and failure is not None:
+        raise failure
+    return running
 
 
 def _launch(launch: Callable[[], Any], held: Sequence[torch.Tensor]) -> None:

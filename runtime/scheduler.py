@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from graph_capture.codegen import is_native, supports
+from graph_capture.codegen import CompiledKernel, is_native
+from graph_capture.codegen.linear import LinearSpec
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.decode import SMALL, is_merged
@@ -66,7 +67,7 @@ class FusionScheduler:
         if device.type != "cpu":
             off |= {SMALL}  # in a CUDA graph, the call of an op costs nothing
         passes = Passes(
-            supports,
+            self.heuristics.compiler.supports,
             config.patterns,
             frozenset(graph.captured),
             config.fold_weights,
@@ -122,17 +123,22 @@ class _Regions:
         self.found: list[Region] = []
         self._counts: Counter[str] = Counter()
         self._decided: dict[tuple[object, ...], Region] = {}
-        nodes = {self._key(node): node for node in graph.nodes if node.op_type.startswith(FUSED)}
-        heuristics.prepare(
-            [(n.attr("body"), [self.values[x] for x in n.inputs], _weight(n, passes.min_nodes)) for n in nodes.values()]
-        )
         self._add(graph)
 
     def _key(self, node: OpNode) -> tuple[object, ...]:
         """Equal for regions that are alike."""
         return (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
 
+    def _prepare(self, graph: SubGraph) -> None:
+        """Have the kernels of a graph's regions made side by side."""
+        nodes = {self._key(node): node for node in graph.nodes if node.op_type.startswith(FUSED)}
+        new, least = [node for key, node in nodes.items() if key not in self._decided], self.passes.min_nodes
+        self.heuristics.prepare(
+            [(node.attr("body"), [self.values[x] for x in node.inputs], _weight(node, least)) for node in new]
+        )
+
     def _add(self, graph: SubGraph, parent: str = "", off: frozenset[str] = frozenset()) -> None:
+        self._prepare(graph)
         for node in graph.nodes:
             if not node.op_type.startswith(FUSED):
                 continue
@@ -178,8 +184,8 @@ class _Regions:
         if region.kind == PARALLEL_LINEAR:  # with few rows, kernels in a row may be faster on a CPU than one call
             known = not region.decision or region.decision.t_fused is not None
             return known and self.values[node.outputs[0]].device.type == "cpu"
-        if region.decision:
-            return False
+        if region.decision:  # the library's product and a kernel of the rest may be faster than one kernel of both
+            return region.decision.t_fused is not None and _has_many_rows(region)
         if region.kind in DECODE:
             return len(node.origin) > 1 or is_merged(node.origin[0])
         return region.kernel is None and len(node.origin) > 1 and self.passes.supports(node.attr("body")) is not None
@@ -198,14 +204,21 @@ class _Regions:
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 
 
+def _has_many_rows(region: Region) -> bool:
+    """Whether its kernel is a product of many rows and what follows it."""
+    spec = region.kernel.spec if isinstance(region.kernel, CompiledKernel) else None
+    return isinstance(spec, LinearSpec) and spec.rows is None and len(region.node.origin) > 1
+
+
 def _saved_by_parts(region: Region, parts: Sequence[Region]) -> float | None:
     """How many times faster than a region its parts are, where all of it is measured and they are."""
-    times = [part.decision.t_fused for part in parts if part.decision]
+    leaves = [part for part in parts if part.parts is None]
+    times = [part.decision.t_fused if part.decision else part.decision.t_fallback for part in leaves]
     whole = region.decision.t_fused
-    if whole is None or None in times or sum(len(part.nodes) for part in parts) < len(region.nodes):
+    if whole is None or None in times or sum(len(part.nodes) for part in leaves) < len(region.nodes):
         return None
     total = sum(time for time in times if time is not None)
-    return whole / total if len(times) == len(parts) and total < whole else None
+    return whole / total if total < whole else None
 
 
 def _weight(node: OpNode, least: int) -> int:

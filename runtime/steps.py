@@ -93,6 +93,10 @@ class Step:
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
 
+
+class KernelStep(Step):
+    """A step that can be bound to addresses: its kernel is a compiled one."""
+
     @property
     def movable(self) -> bool:
         """See `graph_capture.launches.Prepares`."""
@@ -101,7 +105,7 @@ class Step:
     def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
         """See `graph_capture.launches.Prepares`."""
         if self.kernel is None or not isinstance(self.region.kernel, CompiledKernel):
-            raise FusionError("only compiled kernels are bound to addresses")
+            raise FusionError("its kernel has failed before")
         return self.region.kernel.prepare(inputs, outputs)
 
     def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:

@@ -1,6 +1,7 @@
 """What only a CUDA device can show; skipped elsewhere."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_a_fused_llama_is_as_close_to_float64_as_eager(dtype):
     graph = recorded(model, token_ids().cuda())
     fused = fuse(graph, ALWAYS)
     kernels = [region for region in fused.regions if region.kernel is not None]
-    assert {"swiglu", "add_rms_norm"} <= {region.kind for region in kernels}
+    gate = "swiglu" if dtype is torch.float32 else "linear_epilogue"  # with tensor cores
+    assert {gate, "add_rms_norm"} <= {region.kind for region in kernels}
     assert all(region.decision and not region.kernel.interpreted for region in kernels)
     ids = token_ids(seed=2).cuda()
     assert torch.equal(graph.run(input_ids=ids), forward(model, ids))
@@ -150,6 +152,7 @@ def test_recording_needs_no_more_memory_than_the_forward(verify):
     x = torch.randn(4096, 1024, device="cuda")
 
     def peak(run):
+        gc.collect()  # what other tests left would be freed meanwhile
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -11,7 +11,8 @@ import graph_capture
 ROOT = Path(__file__).parent.parent
 LAYERS = ("graph_capture", "passes", "codegen", "runtime")
 # These stand above all layers.
-TOP = {"__init__.py", "bench.py", "chat.py", "cli.py", "demo.py", "exchange.py", "kernels.py", "ways.py"}
+COMMANDS = {"bench.py", "chat.py", "cli.py", "demo.py", "exchange.py", "inspection.py", "kernels.py", "ways.py"}
+TOP = {"__init__.py"} | COMMANDS
 
 
 def sources():

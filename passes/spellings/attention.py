@@ -121,6 +121,37 @@ def _attention_spellings() -> dict[str, tuple[Function, ...]]:
     return spellings
 
 
+def _capped_spellings() -> tuple[Function, ...]:
+    """The scores soft-capped before they are masked."""
+
+    def capped(masked: bool, wide: bool, scaled: bool) -> Function:
+        def weigh(scores: Any, query: Any, cap: Any, mask: Any) -> Any:
+            scores = torch.tanh(scores / cap) * cap
+            scores = scores if mask is None else scores + mask
+            return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) if wide else F.softmax(scores, dim=-1)
+
+        def with_mask(query: Any, key: Any, value: Any, attn_mask: Any, scale: float = 1.0, cap: float = 30.0) -> Any:
+            scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+            return torch.matmul(weigh(scores, query, cap, attn_mask), value)
+
+        def without(query: Any, key: Any, value: Any, scale: float = 1.0, cap: float = 30.0) -> Any:
+            return torch.matmul(weigh(torch.matmul(query, key.transpose(-2, -1)) * scale, query, cap, None), value)
+
+        def unscaled(query: Any, key: Any, value: Any, attn_mask: Any, cap: float = 30.0) -> Any:
+            return torch.matmul(weigh(torch.matmul(query, key.transpose(-2, -1)), query, cap, attn_mask), value)
+
+        return (with_mask if masked else without) if scaled else unscaled
+
+    kinds = ((True, True), (True, False), (False, True))  # masked, scaled
+    return tuple(capped(masked, wide, scaled) for masked, scaled in kinds for wide in (True, False))
+
+
+def _capped(found: Found) -> Attributes:
+    cap = found.numbers["cap"]
+    require(isinstance(cap, (int, float)) and cap > 0, f"its cap is {cap!r}")
+    return {**_attention("")(found), "cap": float(cap)}
+
+
 def _attention(name: str) -> Guard:
     def attributes(found: Found) -> Attributes:
         query, key, value = found["query"], found["key"], found["value"]
@@ -158,6 +189,15 @@ def _grouped_masked(query: Any, key: Any, value: Any, attn_mask: Any) -> Any:
     return F.scaled_dot_product_attention(query, _repeat_by_expand(key), _repeat_by_expand(value), attn_mask)
 
 
+def _grouped_capped(query: Any, key: Any, value: Any, attn_mask: Any) -> Any:
+    first, *_ = _capped_spellings()
+    return first(query, _repeat_by_expand(key), _repeat_by_expand(value), attn_mask)
+
+
+def _grouped_capped_attention(found: Found) -> Attributes:
+    return {**dict(found.last.attrs), "enable_gqa": True}
+
+
 def _grouped_tokens_first(query: Any, key: Any, value: Any) -> Any:
     return F.scaled_dot_product_attention(query, _repeat_tokens_first(key), _repeat_tokens_first(value))
 
@@ -179,7 +219,7 @@ _HEADS = ({"query": (2, 4, 3, 8), "key": (2, 4, 3, 8), "value": (2, 4, 3, 8), "a
 _PRODUCT = ({"input": (2, 3, 8), "other": (2, 8, 3)},)
 _BATCHED = ({"query": (4, 3, 8), "key": (4, 3, 8), "value": (4, 3, 8), "attn_mask": (4, 1, 3)},)
 _TOKENS_FIRST = ({"query": (2, 6, 4, 8), "key": (2, 4, 2, 8), "value": (2, 4, 2, 8), "attn_mask": (2, 1, 4, 4)},)
-_ANY_CALL = frozenset({"repeats", "scale", "is_causal", "dropout_p", "fill", "keeps"})
+_ANY_CALL = frozenset({"repeats", "scale", "cap", "is_causal", "dropout_p", "fill", "keeps"})
 _GROUPED = ({"query": (2, 6, 4, 8), "key": (2, 2, 4, 8), "value": (2, 2, 4, 8), "attn_mask": (2, 1, 4, 4)},)
 
 RULES = (
@@ -210,6 +250,23 @@ RULES = (
             ignore=CASTS | {"device", "layout", "pin_memory"},
         )
         for name, spellings in _attention_spellings().items()
+    ),
+    rule(
+        "capped_attention",
+        _capped_spellings(),
+        _capped,
+        round=1,
+        shapes=_HEADS,
+        dtypes=HALF,
+        ignore=CASTS,
+    ),
+    rule(
+        "capped_attention",
+        (_grouped_capped,),
+        _grouped_capped_attention,
+        round=2,
+        shapes=_GROUPED,
+        ignore=_ANY_CALL,
     ),
     rule(
         "scaled_dot_product_attention",

@@ -1,22 +1,25 @@
-"""Linears and attention of a decode step on a CUDA device, against cuBLAS and torch's attention; prints markdown.
+"""Linears and attention of few rows on a CUDA device, against cuBLAS and torch's attention; prints markdown.
 
     python -m tests.benchmarks.bench_decode
 
-Llama-3-8B's shapes in bfloat16. Each kernel is timed inside a replayed CUDA graph over weights, or caches, that rotate,
-so that they come from memory and not from the L2 cache.
+Llama-3-8B's shapes in bfloat16. A gate is against cuBLAS with the merged weight, followed by our kernel of the rest.
+Each kernel is timed inside a replayed CUDA graph over weights, or caches, that rotate, so that they come from memory
+and not from the L2 cache.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from graph_capture.codegen import CompiledKernel
+from graph_capture.codegen.linear import ALONE_ROWS
+from graph_capture.passes import create_swiglu_pattern
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
+from graph_capture.graph import TensorMeta
 from tests.benchmarks.bench_gpu import WORKING_SET, in_graph
 
 LINEARS = {  # columns, inner, whether two of them gate each other
@@ -41,18 +44,23 @@ GATED = SubGraph(
 KV_HEADS, GROUP, WIDTH = 8, 4, 128
 
 
-def prepared(graph: SubGraph, sets: list[list[torch.Tensor]]) -> list[Callable[[], Any]]:
-    """Launches of the kernel of `graph` on each set of inputs."""
-    first = sets[0]
-    kernel = KernelCompiler("ninetoothed").compile(
-        graph, [t.dtype for t in first], [t.shape for t in first], [t.stride() for t in first]
-    )
-    outputs = kernel.spec.allocate(first)
-    return [kernel.prepare(tensors, outputs) for tensors in sets]
+def kernel_of(graph: SubGraph, inputs: list[torch.Tensor]) -> CompiledKernel:
+    """The kernel of `graph` for these inputs."""
+    metas = [TensorMeta.of(tensor) for tensor in inputs]
+    dtypes, shapes, strides = ([getattr(m, field) for m in metas] for field in ("dtype", "shape", "stride"))
+    return KernelCompiler("ninetoothed").compile(graph, dtypes, shapes, strides)
+
+
+def best_of(graph: SubGraph, sets: list[list[torch.Tensor]]) -> float:
+    """Seconds of the kernel of `graph`, over these sets of inputs; of its candidates the fastest."""
+    kernel = kernel_of(graph, sets[0])
+    outputs = kernel.spec.allocate(sets[0])
+    ways = kernel.candidates((*sets[0], *outputs))
+    return min(in_graph([way.prepare(tensors, outputs) for tensors in sets]) for way in ways)
 
 
 def bench_linear(name: str, rows: int) -> str:
-    """One row of the linears' table. A gate is against one linear of the merged weight and separate kernels."""
+    """One row of the linears' table."""
     columns, inner, gated = LINEARS[name]
     x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
     height = columns * (2 if gated else 1)
@@ -60,11 +68,16 @@ def bench_linear(name: str, rows: int) -> str:
     weights = [torch.randn(height, inner, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     sets = [[x, *weight.chunk(2)] if gated else [x, weight] for weight in weights]
 
-    def library(weight: torch.Tensor) -> torch.Tensor:
-        product = F.linear(x, weight)
-        return F.silu(product[:, :columns]) * product[:, columns:] if gated else product
+    merged = x.new_empty(rows, height)
+    halves = list(merged.chunk(2, -1))
+    gate = kernel_of(create_swiglu_pattern(), halves) if gated else None
 
-    ours = in_graph(prepared(GATED if gated else PLAIN, sets))
+    def library(weight: torch.Tensor) -> None:
+        torch.mm(x, weight.t(), out=merged)
+        if gate is not None:
+            gate(*halves)
+
+    ours = best_of(GATED if gated else PLAIN, sets)
     theirs = in_graph([lambda w=w: library(w) for w in weights])
     return f"| {name} | {rows} | {ours * 1e6:.1f} | {theirs / ours:.2f} | {weights[0].nbytes / ours / 1e12:.2f} |"
 
@@ -80,7 +93,7 @@ def bench_attention(length: int, valid: int) -> str:
         ("q", "k", "v", "m"),
         ("y",),
     )
-    ours = in_graph(prepared(graph, [[query, *cache, mask] for cache in caches]))
+    ours = best_of(graph, [[query, *cache, mask] for cache in caches])
     grouped = in_graph([lambda c=c: F.scaled_dot_product_attention(query, *c, mask, enable_gqa=True) for c in caches])
     folded = query.view(1, KV_HEADS, GROUP, WIDTH)  # as transformers calls it
     as_rows = in_graph([lambda c=c: F.scaled_dot_product_attention(folded, *c, mask) for c in caches])
@@ -98,8 +111,8 @@ def main() -> int:
     print(f"{device}; torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}\n")
     print("| linear | rows | us | torch / ours | weights, TB/s |")
     print("| --- | --- | --- | --- | --- |")
-    for rows in (1, 2, 4, 8):
-        for name in LINEARS:
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        for name in LINEARS if rows <= ALONE_ROWS else ["gate, up"]:
             print(bench_linear(name, rows), flush=True)
             torch.cuda.empty_cache()
     print("\n| cache | filled | us | sdpa / ours | sdpa, groups as rows / ours |")

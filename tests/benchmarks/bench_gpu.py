@@ -14,7 +14,7 @@ import functools
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,15 @@ from graph_capture import FusionConfig, KernelCompiler, OpNode, SubGraph, fuse, 
 
 WORKING_SET = 512 * 2**20  # bytes of inputs to rotate over, several times the L2
 MERGED = "SwiGLU, one projection"  # its gate and up are halves of one tensor
-SHAPES = [(1, 4096), (16, 4096), (512, 4096), (4096, 4096), (4096, 14336)]
+WIDTH, KEYS = 128, 8  # of RoPE: elements of a head, heads of the key
+SHAPES = ((1, 4096), (16, 4096), (512, 4096), (4096, 4096), (4096, 14336))
 
 
 def in_graph(calls: Iterable[Callable[[], Any]], repeats: int = 20) -> float:
-    """Median seconds of one call, all calls being captured in one CUDA graph."""
+    """Median seconds of one call, all calls being captured in one CUDA graph.
+
+    Results are kept, so that each call writes into memory of its own: what is written again and again stays in the L2.
+    """
     calls = list(calls)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -39,9 +43,10 @@ def in_graph(calls: Iterable[Callable[[], Any]], repeats: int = 20) -> float:
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return timed(graph.replay, repeats) / len(calls)
+        kept = [call() for call in calls]
+    seconds = timed(graph.replay, repeats) / len(calls)
+    del kept
+    return seconds
 
 
 def timed(call: Callable[[], Any], repeats: int = 20) -> float:
@@ -93,12 +98,20 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return F.softmax(x, -1)
 
 
+def rope(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
+    """RoPE of query and key as Hugging Face's models spell it."""
+    halves = [tensor.chunk(2, dim=-1) for tensor in (query, key)]
+    turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
+    return [tensor * cos + other * sin for tensor, other in zip((query, key), turned, strict=True)]
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel to time.
 
     Attributes:
-        operands: "m" for a matrix, "v" for a vector over its columns.
+        operands: "m" for a matrix, "v" for a vector over its columns, "q" for heads of 128 elements, as many as fill
+            the columns but 8, "k" for those 8, "t" for a table of these.
         by_hand: launches the hand-written kernel on inputs, outputs, rows and columns; None where there is none.
     """
 
@@ -107,13 +120,16 @@ class Case:
     eager: Callable[..., Any]
     operands: str
     by_hand: Callable[[list[torch.Tensor], list[torch.Tensor], int, int], Any] | None = None
+    shapes: Sequence[tuple[int, int]] = SHAPES
 
     def inputs(self, rows: int, columns: int) -> list[torch.Tensor]:
         """Random inputs in bfloat16."""
         if self.name == MERGED:
             return list(torch.randn((rows, 2 * columns), device="cuda", dtype=torch.bfloat16).chunk(2, dim=-1))
-        shapes = {"m": (rows, columns), "v": (columns,)}
-        return [torch.randn(shapes[operand], device="cuda", dtype=torch.bfloat16) for operand in self.operands]
+        shapes = {"m": (rows, columns), "v": (columns,), "t": (1, 1, rows, WIDTH)}
+        shapes |= {"q": (1, rows, columns // WIDTH - KEYS, WIDTH), "k": (1, rows, KEYS, WIDTH)}
+        made = [torch.randn(shapes[operand], device="cuda", dtype=torch.bfloat16) for operand in self.operands]
+        return [t.transpose(1, 2) if o in "qk" else t for o, t in zip(self.operands, made, strict=True)]
 
 
 def cases() -> list[Case]:
@@ -131,6 +147,12 @@ def cases() -> list[Case]:
         count = rows * columns
         hand.swiglu[(-(-count // 2048),)](*inputs, *outputs, count, BLOCK=2048, num_warps=4)
 
+    def by_token(inputs: list[torch.Tensor], outputs: list[torch.Tensor], rows: int, columns: int) -> None:
+        sizes = {"HEADS": columns // WIDTH - KEYS, "GROUPS": KEYS, "HALF": WIDTH // 2}
+        hand.rope[(rows,)](*inputs, *outputs, **sizes, num_warps=4)
+
+    turns = (OpNode("rope", ("q", "cos", "sin"), ("x",)), OpNode("rope", ("k", "cos", "sin"), ("y",)))
+    heads = SubGraph(turns, ("q", "k", "cos", "sin"), ("x", "y"))
     norm = SubGraph((OpNode("layer_norm", ("x", "w", "b"), ("y",)),), ("x", "w", "b"), ("y",))
     weights = SubGraph((OpNode("softmax", ("x",), ("y",), {"dim": -1}),), ("x",), ("y",))
     return [
@@ -140,6 +162,7 @@ def cases() -> list[Case]:
         Case("Add+RMSNorm", create_add_rms_norm_pattern(), add_rms_norm, "mmv", by_rows(hand.add_rms_norm, 1e-6)),
         Case("LayerNorm", norm, layer_norm, "mvv", by_rows(hand.layer_norm, 1e-5)),
         Case("softmax", weights, softmax, "m", by_rows(hand.softmax)),
+        Case("RoPE", heads, rope, "qktt", by_token, tuple((rows, 40 * WIDTH) for rows in (1, 16, 512, 4096))),
     ]
 
 
@@ -223,7 +246,7 @@ def main() -> int:
     print(f"| {columns} |")
     print("| --- " * len(columns.split(" | ")) + "|")
     for case in cases():
-        for shape in SHAPES:
+        for shape in case.shapes:
             print(bench_kernel(case, *shape, copy), flush=True)
     print("\nWhole forwards (prefill, no cache), bfloat16, called from Python:\n")
     print("| Llama | fused, ms | eager / fused | unfused replay / fused | torch.compile / fused | regions used |")

@@ -4,7 +4,8 @@
 
 Prints markdown. Steady state: medians, all sides in turns. Cold start: from the plain model to the first result; ours
 records, fuses, compiles and decides; neither has caches on disk. Memory: of intermediate values, as planned and as
-eager holds them; on CUDA the peak over a call that the allocator reports. `bench_start` measures warm starts.
+eager holds them; on CUDA the peak over a call that the allocator reports. On CUDA also the device's own time for a
+fused replay, Python being ahead of it, against the sum of its kernels' times. `bench_start` measures warm starts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from graph_capture import FusionConfig, fuse, record
@@ -33,13 +35,15 @@ Step = Callable[[], Any]
 
 @dataclass
 class Row:
-    """One model, dtype and phase: seconds a call and a cold start of each side, bytes of intermediate values."""
+    """One model, dtype and phase: seconds a call and a cold start of each side, bytes of intermediate values; on CUDA
+    the device's seconds for a fused replay, and for its kernels."""
 
     name: str
     steady: dict[str, float]
     cold: dict[str, float]
     planned: int
     eager: int
+    on_device: tuple[float, float] | None = None
 
 
 def synchronize(device: str) -> None:
@@ -136,9 +140,29 @@ def _bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int)
     plan = made["fused"].plan
     planned = sum(plan.peak_bytes.values()) if plan else 0
     eager = sum(plan.eager_bytes.values()) if plan else 0
+    row = Row(f"{size}, {phase}, {str(dtype).removeprefix('torch.')}", steady, cold, planned, eager)
     if device == "cuda":
-        planned, eager = (peak_memory(steps[name]) for name in ("fused replay", "eager"))
-    return Row(f"{size}, {phase}, {str(dtype).removeprefix('torch.')}", steady, cold, planned, eager)
+        row.planned, row.eager = (peak_memory(steps[name]) for name in ("fused replay", "eager"))
+        row.on_device = on_device(steps["fused replay"])
+    return row
+
+
+def on_device(step: Step, calls: int = 20) -> tuple[float, float]:
+    """The device's seconds for a call, and the sum of its kernels' and copies' times."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # a tenth of a second: all calls are launched before the first one runs
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+    kernels = sum(event.self_device_time_total for event in profiled.key_averages())
+    return start.elapsed_time(end) / 1e3 / calls, kernels / 1e6 / calls
 
 
 def peak_memory(step: Step) -> int:
@@ -169,6 +193,11 @@ def table(rows: list[Row]) -> str:
         ours, theirs = row.cold["ours"], row.cold["torch.compile"]
         memory = f"{row.planned / 1024:.0f} | {row.eager / 1024:.0f}"
         lines.append(f"| {row.name} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.3f} | {memory} |")
+    timed = [(row.name, *row.on_device) for row in rows if row.on_device is not None]
+    if timed:
+        lines += ["", "| Llama | fused replay on the device, us | its kernels, us | ratio |", "| --- " * 4 + "|"]
+    for name, replay, kernels in timed:
+        lines.append(f"| {name} | {replay * 1e6:.1f} | {kernels * 1e6:.1f} | {replay / kernels:.2f} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from graph_capture.codegen import c_attention
 from graph_capture.runtime.verify import distance, in_float64
 
-from graph_capture import FusionError, record
+from graph_capture import FusionConfig, FusionError, fuse, record
 from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -90,6 +90,33 @@ def test_a_sliding_window_and_rows_that_see_nothing():
     mask = torch.stack((place < 0, (place > 200) & (place <= 210)))[None, None]
     _, ours = check(query, key, value, mask)
     assert torch.equal(ours[:, :, 0], torch.zeros_like(ours[:, :, 0]))
+
+
+def capped(query, key, value, mask=None):
+    """As Gemma 2 spells it."""
+    key, value = (
+        t[:, :, None].expand(*t.shape[:2], 2, *t.shape[2:]).reshape(t.shape[0], -1, *t.shape[2:]) for t in (key, value)
+    )
+    scores = torch.matmul(query, key.transpose(2, 3)) * 0.4
+    scores = torch.tanh(scores / 1.5) * 1.5
+    scores = scores if mask is None else scores + mask
+    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=wide).to(query.dtype), value)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [1, 77, 2100])
+def test_capped_scores(length, dtype, target):
+    inputs = heads(length, dtype)
+    mask = torch.zeros(2, 1, 1, length, dtype=dtype, device=DEVICE)
+    mask[0, ..., length // 2 + 1 :] = torch.finfo(dtype).min
+    want = capped(*(tensor.double() for tensor in (*inputs, mask)))
+    with torch.no_grad(), record(*inputs, mask) as recording:
+        recording.output(capped(*inputs, mask))
+    fused = fuse(recording.graph, FusionConfig(profile="always", target=target))
+    assert [region.kind for region in fused.regions] == ["decode_attention"]
+    ours, theirs = fused(*inputs, mask), capped(*inputs, mask)
+    assert distance(ours, want) <= max(1.5 * distance(theirs, want), torch.finfo(dtype).eps)
 
 
 def test_transposed_heads_and_no_heads():

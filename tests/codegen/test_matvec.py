@@ -1,4 +1,4 @@
-"""Linears of few rows with their epilogues: numbers against float64, machine code against hand-written Triton."""
+"""Linears with their epilogues: numbers against float64, machine code against hand-written Triton."""
 
 import pytest
 import torch
@@ -86,6 +86,37 @@ def test_rows_up_to_eight_on_both_sides_of_the_tensor_cores(rows):
         check(F.linear, noise(1, rows, 100, dtype=torch.bfloat16), noise(columns, 100, dtype=torch.bfloat16, seed=1))
 
 
+def gated(x, w, v, r):
+    return F.silu(F.linear(x, w)) * F.linear(x, v) + r
+
+
+def capped(x, w, v, r):
+    return F.linear(x, w), torch.tanh(F.linear(x, v) / 1.5) * r
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", [gated, capped])
+def test_many_rows(function, dtype, target):
+    """One kernel for every number of rows; sizes that no tile divides."""
+    if target == "c":
+        pytest.skip("more than 8 rows are the library's on the CPU")
+    weights = [noise(40, 130, dtype=dtype, seed=seed) for seed in (2, 3)]
+    keys = set()
+    for rows in ((9,), (16,), (3, 25)):
+        x, residual = noise(*rows, 130, dtype=dtype), noise(*(rows if function is gated else ()), 40, dtype=dtype)
+        keys.add(check(function, x, *weights, residual).key)
+        check(lambda x, w, b: F.gelu(F.linear(x, w, b)), x, weights[0], noise(40, dtype=dtype, seed=4))
+    assert len(keys) == 1
+
+
+def test_many_rows_of_weights_of_any_strides(target):
+    if target == "c":
+        pytest.skip("more than 8 rows are the library's on the CPU")
+    x, weight = noise(15, 200, dtype=torch.float16), noise(64, 90, dtype=torch.float16, seed=1)
+    check(F.linear, x[:, 7:97], weight)
+    check(F.linear, x[:, :90], weight.t().contiguous().t())
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4097, 3), (8, 5, 1), (1, 16, 8193)], ids=str)
 def test_odd_sizes(sizes):
     rows, inner, columns = sizes
@@ -113,8 +144,11 @@ def test_halves_of_one_projection_are_two_products():
     assert len({product.weight for product in kernel.spec.products}) == 1
 
 
-def test_infinities_and_nans_pass():
-    x, weight = noise(1, 64), noise(8, 64, seed=1)
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (11, torch.float16)], ids=str)
+def test_infinities_and_nans_pass(rows, dtype, target):
+    if target == "c" and rows > 8:
+        pytest.skip("more than 8 rows are the library's on the CPU")
+    x, weight = noise(rows, 64, dtype=dtype), noise(8, 64, dtype=dtype, seed=1)
     weight[0, 3], weight[1, 5], weight[2, 63] = float("inf"), float("nan"), -float("inf")
     (ours,) = compiled(graph_of(F.linear, x, weight), x, weight)(x, weight)
     assert torch.equal(ours.isnan(), F.linear(x, weight).isnan())
@@ -126,7 +160,7 @@ def two_inputs(x, y, w):
 
 
 REFUSED = {
-    "9 rows are more than 8": (F.linear, (9, 16), (8, 16)),
+    "9 rows are more than 8": (F.linear, (9, 16), (8, 16)),  # in float32
     "different inputs": (two_inputs, (2, 16), (2, 16), (8, 16)),
     "reads what the region computes": (lambda x, w: F.linear(x, F.linear(x, w)), (2, 16), (16, 16)),
     "not a pointwise op": (lambda x, w: F.softmax(F.linear(x, w), -1), (2, 16), (8, 16)),
@@ -142,6 +176,19 @@ def test_what_is_refused(reason):
     inputs = [noise(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     with pytest.raises(FusionError, match=reason):
         compiled(graph_of(function, *inputs), *inputs)
+
+
+def test_more_rows_than_pay_are_refused(target):
+    linear, gelu = F.linear, lambda x, w: F.gelu(F.linear(x, w))
+    weight = noise(8, 16, dtype=torch.bfloat16)
+    for function, rows, most in ((linear, 17, 16), (gelu, 257, 256), (linear, 16, None), (gelu, 256, None)):
+        x = noise(rows, 16, dtype=torch.bfloat16)
+        reason = f"{rows} rows are more than {most}" if most else "library's on the CPU" if target == "c" else None
+        if reason is None:
+            compiled(graph_of(function, x, weight), x, weight)
+            continue
+        with pytest.raises(FusionError, match=reason):
+            compiled(graph_of(function, x, weight), x, weight)
 
 
 def test_float64_is_left_to_the_library():

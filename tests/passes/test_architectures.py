@@ -35,7 +35,7 @@ EXPECTED = {
         "geglu_tanh": LAYERS,
         "norm_add_norm": 2 * LAYERS,  # each branch is normed before it is added
         "embedding_scale_norm": 1,
-        "softcap": LAYERS + 1,  # of each attention's scores and of the logits
+        "softcap": 1,  # of the logits; that of scores is one kernel with the mask and the softmax
     },
     "phi3": LLAMA | {"parallel_linear": 0},  # its linears are merged already
     "gpt2": {"add_layer_norm": 2 * LAYERS + 1},  # the sum of the two embeddings is one more

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from graph_capture.runtime import heuristics
 
 from graph_capture import FusionConfig, fuse, record
+from graph_capture.graph import TensorMeta
+from tests.targets import DEVICE
 
 ALWAYS = FusionConfig(profile="always")
 torch.manual_seed(0)
@@ -80,6 +82,53 @@ def test_many_rows_are_the_librarys():
     fused = fused_of(lambda x: F.gelu(F.linear(x, W)), x)
     assert not fused.regions
     assert refusals(fused, "linear_epilogue") == refusals(fused, "skinny_linear") == {"9 rows are more than 8"}
+
+
+def test_many_rows_are_a_kernel_of_tensor_cores():
+    """The sum goes to the norm, and the product alone is not worth a kernel."""
+    half = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights = torch.nn.ParameterList([torch.randn(24, 64, **half) / 8 for _ in range(2)])
+    down, norm, x = torch.randn(64, 24, **half) / 5, torch.ones(64, **half), torch.randn(1, 40, 64, **half)
+
+    def mlp(x):
+        total = x + F.linear(F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1]), down)
+        return total, F.rms_norm(total, (64,), norm, 1e-6)
+
+    fused = fused_of(mlp, x, config=FusionConfig(profile="always", target="ninetoothed"))
+    assert [region.kind for region in fused.regions] == ["linear_epilogue", "add_rms_norm"]
+    assert "40 rows are more than 16" in refusals(fused, "skinny_linear")
+    verification = fused.verify(x)
+    assert verification.ok, str(verification)
+    if DEVICE == "cpu":
+        by_cpu = fused_of(mlp, x)
+        assert [region.kind for region in by_cpu.regions] == ["parallel_linear", "swiglu", "add_rms_norm"]
+
+
+@pytest.mark.parametrize(("whole", "apart"), [(0.5, True), (0.3, False)])
+def test_a_product_and_what_follows_are_apart_where_that_is_faster(whole, apart, monkeypatch):
+    """The parts: the library's product, and a kernel of the rest, used or not."""
+    monkeypatch.setattr("graph_capture.runtime.scheduler.is_native", lambda *_: True)
+
+    def decide(self, graph, tensors, fallback=None, ops=None, library=None):
+        metas = {name: TensorMeta.of(tensor) for name, tensor in zip(graph.input_names, tensors, strict=True)}
+        t_fused = 0.3 if library is not None else whole if graph.by_op.get("linear") else 0.1
+        return heuristics.Decision(True, "measured", 1.0, t_fused), library or self.kernel(graph, metas)
+
+    monkeypatch.setattr(heuristics.FusionHeuristics, "decide", decide)
+    monkeypatch.setattr("graph_capture.runtime.scheduler.decide_whole", lambda *_: None)
+    half = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights = torch.nn.ParameterList([torch.randn(24, 64, **half) for _ in range(2)])
+
+    def gated(x):
+        return F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1])
+
+    fused = fused_of(gated, torch.randn(40, 64, **half), config=FusionConfig(target="ninetoothed"))
+    found = [(region.kind, bool(region.decision)) for region in fused.regions]
+    if apart:
+        assert found == [("linear_epilogue", False), ("parallel_linear", True), ("swiglu", True)]
+        assert fused.regions[0].decision.reason == "its parts are 1.25x faster"
+    else:
+        assert found == [("linear_epilogue", True)]
 
 
 def test_what_follows_is_taken_as_far_as_it_goes():

@@ -345,6 +345,17 @@ def test_attention(score, transpose, masked):
     check(attention, (Q, KEY, VALUE, MASK), "scaled_dot_product_attention", {"scale": scale})
 
 
+@pytest.mark.parametrize(("scale", "masked"), [(0.35, True), (0.35, False), (1.0, True)])
+def test_attention_with_capped_scores(scale, masked):
+    def attention(query, key, value, *mask):
+        scores = torch.tanh(query @ key.mT * scale / 20.0) * 20.0
+        return torch.matmul(F.softmax(scores + mask[0] if mask else scores, dim=-1), value)
+
+    inputs = (Q, KEY, VALUE, MASK)[: 4 if masked else 3]
+    check(attention, inputs, "capped_attention", {"scale": scale, "cap": 20.0})
+    absent(lambda q, k, v: torch.tanh(q @ k.mT / 20.0) * 21.0 @ v, (Q, KEY, VALUE), "capped_attention")
+
+
 def test_attention_in_bfloat16_and_grouped():
     def eager(query, key, value, mask):
         key, value = (

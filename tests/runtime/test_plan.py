@@ -212,6 +212,25 @@ def test_library_regions_are_steps_of_the_plan(llama):
     assert f"{merged[0].name}_product" in fused.plan.source
 
 
+def test_a_library_region_whose_result_is_seen_in_other_strides(caplog):
+    """It is a call, not bound to addresses; nothing is copied to where a kernel would want it."""
+
+    def attention(query, key, value, mask):
+        wide = (tensor[:, :, None].expand(2, 2, 3, 12, 8).reshape(2, 6, 12, 8) for tensor in (key, value))
+        mixed = F.scaled_dot_product_attention(query, *wide, mask)
+        return mixed.transpose(1, 2).contiguous().view(2, 12, 48).cumsum(-1)
+
+    query, mask = noise(2, 12, 6, 8).transpose(1, 2), noise(2, 1, 12, 12, seed=3)
+    inputs = query, noise(2, 2, 12, 8, seed=1), noise(2, 2, 12, 8, seed=2), mask
+    fused = fuse(graph_of(attention, *inputs), ALWAYS)
+    with caplog.at_level(logging.WARNING, "graph_capture"):
+        for _ in range(3):
+            torch.testing.assert_close(fused(*inputs), attention(*inputs))
+    assert [region.kind for region in fused.regions] == ["scaled_dot_product_attention"]
+    assert "op_copy_" not in fused.plan.source
+    assert not caplog.records
+
+
 def test_decoding_through_a_static_cache(llama):
     """One plan serves every step; the cache is written where the caller has it."""
     caches = [StaticCache(config=llama.config, max_cache_len=16) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A linear of few rows and the pointwise ops behind it as one kernel, before any target.
+"""A linear and the pointwise ops behind it as one kernel, before any target.
 
 With few rows the time of a linear is that of reading its weight. What follows it element by element is computed before
 the result leaves the kernel. Several linears of one input, or parts of one linear's result (gate and up), are several
@@ -19,7 +19,9 @@ from graph_capture.errors import FusionError
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.ops import Kind, arguments, expression, op
 
-MAX_ROWS = 8
+MAX_ROWS = 8  # for which there are kernels of their own, on each target
+MANY_ROWS = 256  # up to which tensor cores were measured to gain by what they compute besides, on an H100
+ALONE_ROWS = 16  # and by the product alone
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,13 +46,14 @@ class Product:
 
 
 @dataclass(frozen=True)
-class MatvecSpec:
-    """Products of a few rows with weights, and scalar statements over their elements.
+class LinearSpec:
+    """Products of rows with weights, and scalar statements over their elements.
 
     Attributes:
         inputs, outputs: in the region's order. Those that statements name move along ``over`` = (rows, columns).
         x: the name of the input that is multiplied, [..., K].
-        rows, inner, columns: M, K and N; all are static.
+        rows: M; None where it is more than `MAX_ROWS`, and known at launch.
+        inner, columns: K and N; static.
         products: what is multiplied, [M, N] each.
         statements: the epilogue, over the products' targets and the inputs' names.
         stores: the variable that each output holds.
@@ -59,7 +62,7 @@ class MatvecSpec:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     x: str
-    rows: int
+    rows: int | None
     inner: int
     columns: int
     products: tuple[Product, ...]
@@ -100,8 +103,11 @@ class MatvecSpec:
         given = self._named(tensors[: len(self.inputs)])
         x = given[self.x]
         space = (*x.shape[:-1], self.columns)
-        if x.numel() != self.rows * self.inner or x.shape[-1:] != (self.inner,):
-            raise FusionError(f"{self.x} is {list(x.shape)}, not {self.rows} rows of {self.inner}")
+        count = math.prod(x.shape[:-1])
+        fits = count == self.rows if self.rows is not None else count > MAX_ROWS
+        if x.shape[-1:] != (self.inner,) or not fits:
+            rows = self.rows or f"more than {MAX_ROWS}"
+            raise FusionError(f"{self.x} is {list(x.shape)}, not {rows} rows of {self.inner}")
         weights, biases = [], []
         for product in self.products:
             weight = given[product.weight].t() if product.transposed else given[product.weight]
@@ -173,7 +179,7 @@ def check_ops(graph: SubGraph) -> None:
         made.update(node.outputs)
 
 
-def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> MatvecSpec:
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> LinearSpec:
     """`graph` as one kernel, given the layout of each of its values, and the scalar expressions of its ops.
 
     Raises:
@@ -186,8 +192,10 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Defini
     linears = {node.outputs[0]: node for node in graph.nodes if node.op_type == "linear"}
     x = next(iter(linears.values())).inputs[0]
     count, inner = math.prod(values[x].shape[:-1]), values[x].shape[-1] if values[x].shape else 0
-    if count > MAX_ROWS:
-        raise FusionError(f"{count} rows are more than {MAX_ROWS}")
+    most = MANY_ROWS if len(graph) > len(linears) else ALONE_ROWS
+    most = most if values[x].dtype.itemsize == 2 else MAX_ROWS
+    if count > most:
+        raise FusionError(f"{count} rows are more than {most}")
     if count == 0 or inner == 0:
         raise FusionError("there is nothing to multiply")
     parts = _parts(graph, values, linears)
@@ -215,11 +223,11 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Defini
         if values[name].shape != space:
             raise FusionError(f"an output of shape {list(values[name].shape)} does not fill {list(space)}")
         outputs.append(Operand(name, values[name].dtype, (True, True)))
-    spec = MatvecSpec(
+    spec = LinearSpec(
         tuple(inputs),
         tuple(outputs),
         x,
-        count,
+        count if count <= MAX_ROWS else None,
         inner,
         space[-1],
         tuple(products),
