@@ -239,7 +239,7 @@ INLINE double power_double(double base, double exponent) { return pow(base, expo
 #else
 #define LANES 4
 #endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float lanes __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t wide_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
 
@@ -352,6 +352,8 @@ INLINE void fence(void) {
 #endif
 }
 
+#define CALLED static __attribute__((noinline, unused)) /* for a piece at a time: copies would take long to compile */
+
 INLINE int aligned(const void *to) { return ((uintptr_t)to & 63u) == 0; }
 
 INLINE void store_lanes(void *to, lanes value, int streamed) {
@@ -361,7 +363,7 @@ INLINE void store_lanes(void *to, lanes value, int streamed) {
         memcpy(to, &value, sizeof value);
 }
 
-INLINE void store_float(float *to, const float *from, int64_t count, int streamed) {
+CALLED void store_float(float *to, const float *from, int64_t count, int streamed) {
     int64_t done = 0;
     for (; streamed && aligned(to) && done + LANES <= count; done += LANES)
         store_lanes(to + done, lanes_float(from + done), 1);
@@ -382,7 +384,7 @@ INLINE lanes converted(lanes low, lanes high, unsigned *subnormal) {
 }
 #endif
 
-INLINE void store_bfloat16(uint16_t *to, const float *from, int64_t count, int streamed) {
+CALLED void store_bfloat16(uint16_t *to, const float *from, int64_t count, int streamed) {
     int64_t done = 0;
     streamed = streamed && aligned(to);
 #if defined(CONVERTS)
@@ -396,7 +398,7 @@ INLINE void store_bfloat16(uint16_t *to, const float *from, int64_t count, int s
 }
 
 /* The first of each pair, then the second of each. */
-INLINE void store_pairs(uint16_t *to, const float *from, int64_t pairs, int streamed) {
+CALLED void store_pairs(uint16_t *to, const float *from, int64_t pairs, int streamed) {
     int64_t done = 0;
     streamed = streamed && aligned(to);
 #if defined(CONVERTS)
@@ -417,17 +419,17 @@ INLINE void store_pairs(uint16_t *to, const float *from, int64_t pairs, int stre
         ((pair *)to)[k] = rounded_bfloat16(from[k]) >> 16 | (rounded_bfloat16(from[pairs + k]) & 0xffff0000u);
 }
 
-INLINE void store_float16(uint16_t *to, const float *from, int64_t count, int streamed) {
+CALLED void store_float16(uint16_t *to, const float *from, int64_t count, int streamed) {
     int64_t done = 0;
 #if defined(__AVX512F__)
-    typedef float half_of_lanes __attribute__((vector_size(2 * LANES)));
+    typedef float half_of_lanes __attribute__((vector_size(2 * LANES), may_alias));
     streamed = streamed && aligned(to);
     for (; done + LANES <= count; done += LANES) {
         lanes value = lanes_float(from + done);
         half_of_lanes halves;
         __asm__("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(value));
         if (streamed)
-            __asm__ volatile("vmovntps %1, %0" : "=m"(*(half_of_lanes *)(to + done)) : "v"(halves));
+            STREAM((half_of_lanes *)(to + done), halves);
         else
             memcpy(to + done, &halves, sizeof halves);
     }
