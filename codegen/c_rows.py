@@ -1,7 +1,8 @@
 """A `KernelSpec` as a C function: loops over rows, and one loop over columns for each sweep.
 
 The columns are walked through by a loop that the compiler vectorises. What a later sweep needs of an earlier one is
-kept in a buffer on the stack where it costs more than reading it again.
+kept in a buffer on the stack where it costs more than reading it again. Results go through buffers as well, a piece of a row
+at a time: so they are rounded by instructions that compilers do not find, and large ones written past the caches.
 """
 
 from __future__ import annotations
@@ -241,7 +242,8 @@ class _Printer:
     def _sweep(self, number: int, first: str, stop: str) -> list[str]:
         """One pass over the columns: its loop, and its reductions' results."""
         spec, sweep = self.spec, self.spec.passes[number]
-        before, after = [], []
+        before: list[str] = []
+        after: list[str] = []
         body = self._body(number, before, after)
         totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
         body += [total.add() for total in totals]
