@@ -1,8 +1,8 @@
 """A `KernelSpec` as a C function: loops over rows, and one loop over columns for each sweep.
 
 The columns are walked through by a loop that the compiler vectorises. What a later sweep needs of an earlier one is
-kept in a buffer on the stack where it costs more than reading it again. Results go through buffers as well, a piece of a row
-at a time: so they are rounded by instructions that compilers do not find, and large ones written past the caches.
+kept in a buffer on the stack where it costs more than reading it again. Results go through buffers as well, a piece of
+a row at a time: so they are rounded by instructions that compilers do not find, and large ones written past the caches.
 """
 
 from __future__ import annotations
