@@ -107,7 +107,7 @@ def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence
     except OSError as error:
         raise FusionError(f"the C compiler cannot be run: {error}") from error
     if done.returncode:
-        raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
+        raise FusionError(f"the C compiler failed: {done.stderr.strip()[:2000]}")
     if cache is not None:
         cache.put(key, {".so": Path(name).read_bytes()})
     return Path(name)

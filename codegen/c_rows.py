@@ -332,7 +332,9 @@ class _Printer:
 
 def _loop(index: str, first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
     clauses = "".join(f" reduction({total.clause}:{total.running})" for total in totals)
-    lines = [f"#pragma omp simd{clauses}", f"for (int64_t {index} = {first}; {index} < {stop}; {index}++) {{"]
+    extremes = any(total.clause != "+" for total in totals)
+    pragma = f'EXTREMES("omp simd{clauses}")' if extremes else f"#pragma omp simd{clauses}"
+    lines = [pragma, f"for (int64_t {index} = {first}; {index} < {stop}; {index}++) {{"]
     return [*lines, *(f"    {line}" for line in body), "}"]
 
 

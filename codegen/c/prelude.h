@@ -10,6 +10,13 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
+/* Loops that look for a maximum or a minimum: clang begins with the largest finite number, and does not vectorise them. */
+#if defined(__clang__)
+#define EXTREMES(pragma)
+#else
+#define EXTREMES(pragma) _Pragma(pragma)
+#endif
+
 INLINE float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
