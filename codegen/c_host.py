@@ -119,7 +119,7 @@ def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
     except OSError as error:
         raise FusionError(f"the C compiler cannot be run: {error}") from error
     if done.returncode:
-        raise FusionError(f"the C compiler failed: {done.stderr.strip()[-2000:]}")
+        raise FusionError(f"the C compiler failed: {done.stderr.strip()[:2000]}")
     return Path(name)
 
 

@@ -89,10 +89,12 @@ class Scalars:
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._wide: dict[str, str] = {}  # the float64 behind a float32 that is computed once a row
+        self._exponents: dict[str, str] = {}  # of what was last defined as an exponential
 
     def define(self, variable: str, name: str, dtype: torch.dtype) -> None:
         """From here on `variable` is called `name`."""
         self.names[variable], self.dtypes[variable] = name, dtype
+        self._exponents.pop(variable, None)
 
     def declared(self, target: str, dtype: torch.dtype, value: str) -> str:
         """The declaration of a statement's target."""
@@ -101,7 +103,10 @@ class Scalars:
 
     def assign(self, statement: Statement) -> str:
         """A statement that is no reduction."""
-        return self.declared(statement.target, statement.dtype, self._expression(statement, statement.dtype))
+        line = self.declared(statement.target, statement.dtype, self._expression(statement, statement.dtype))
+        if statement.function == "exp" and statement.dtype is torch.float32:
+            self._exponents[statement.target] = self.value(statement.arguments[0], torch.float32)
+        return line
 
     def assign_row(self, statement: Statement) -> list[str]:
         """`assign` once a row: in float64 what is float32, for its error would be that of all elements."""
@@ -142,6 +147,10 @@ class Scalars:
             return pick(function, args[0], args[1], dtype)
         if function == "abs" and not dtype.is_floating_point:
             return f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
+        if function == "+" and dtype is torch.float32 and statement.arguments.count(1) == 1:
+            (other,) = (a for a in statement.arguments if a != 1)
+            if other in self._exponents:
+                return f"one_plus_exp_float({self._exponents[other]})"
         if function[0].isalpha():
             return f"{function}_{'double' if dtype is torch.float64 else 'float'}({', '.join(args)})"
         return f"{args[0]} {function} {args[1]}"

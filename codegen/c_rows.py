@@ -1,7 +1,8 @@
 """A `KernelSpec` as a C function: loops over rows, and one loop over columns for each sweep.
 
 The columns are walked through by a loop that the compiler vectorises. What a later sweep needs of an earlier one is
-kept in a buffer on the stack where it costs more than reading it again.
+kept in a buffer on the stack where it costs more than reading it again. Results go through buffers as well, a piece of
+a row at a time: so they are rounded by instructions that compilers do not find, and large ones written past the caches.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from functools import cached_property
 import torch
 from graph_capture.codegen import c_print
 from graph_capture.codegen.c_host import Layout
-from graph_capture.codegen.spec import KernelSpec, Operand, Pass, Statement
+from graph_capture.codegen.spec import INDEX, KernelSpec, Operand, Pass, Statement
 
 FLAT = 1024  # elements in a unit of work of a flat kernel
 WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
 KEPT_BYTES = 65536  # of a row in buffers on the stack
 COSTLY = 3  # from here on a value is kept rather than computed again
+PIECE = 256  # columns whose results are brought to memory at a time
+STREAMED = 2**24  # bytes of results from where on they are written past the caches
 
 
 def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) -> tuple[Layout, ...]:
@@ -27,7 +30,8 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
         FusionError: they lie in another way than the kernel's.
     """
     geometry = spec.geometry(tensors)
-    numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps))
+    streamed = sum(tensor.nbytes for tensor in tensors[len(spec.inputs) :]) >= STREAMED
+    numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps), int(streamed))
     blocks = _Plan(spec).blocks
     if spec.columns is None:
         units, elements = -(-geometry.sizes[0] // FLAT), FLAT
@@ -120,13 +124,17 @@ class _Printer:
         self.rank = len(spec.operands[0].over)
         self.pointers = dict(zip((o.name for o in spec.operands), c_print.identifiers(spec.operands), strict=True))
         self.scalars = c_print.Scalars()
+        self.halves = all(operand.dtype in c_print.HALVES for operand in spec.operands)
 
     def function(self, name: str) -> str:
         """The whole of it."""
         spec = self.spec
         lines = [f"void {name}(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end) {{"]
-        lines += [f"    {line}" for line in (self._flat() if spec.columns is None else self._rows())]
-        return "\n".join([*lines, "}", ""])
+        body = self._flat() if spec.columns is None else self._rows()
+        if self._staged():
+            flag = f"const int streamed = (int)geometry[{self.rank * (1 + len(spec.operands))}];"
+            body = [flag, *body, "if (streamed) fence();"]
+        return "\n".join([*lines, *(f"    {line}" for line in body), "}", ""])
 
     # --- loops over rows
 
@@ -204,9 +212,12 @@ class _Printer:
             return "0"
         return "j" if operand.unit else f"j * {self.pointers[operand.name]}_step"
 
-    def _load(self, operand: Operand) -> str:
-        value = c_print.load(self.pointers[operand.name], self._at(operand), operand.dtype)
-        name = f"{self.pointers[operand.name]}_value"
+    def _load(self, operand: Operand, paired: bool = False) -> str:
+        pointer = self.pointers[operand.name]
+        value = c_print.load(pointer, self._at(operand), operand.dtype)
+        if paired:
+            value = f"from_pair({pointer}_pair, side)"
+        name = f"{pointer}_value"
         self.scalars.define(operand.name, name, operand.dtype)
         return f"const {c_print.VALUES[operand.dtype]} {name} = {value};"
 
@@ -230,10 +241,37 @@ class _Printer:
 
     def _sweep(self, number: int, first: str, stop: str) -> list[str]:
         """One pass over the columns: its loop, and its reductions' results."""
-        spec, plan = self.spec, self.plan
-        sweep, last = spec.passes[number], number == len(spec.passes) - 1
+        spec, sweep = self.spec, self.spec.passes[number]
+        before: list[str] = []
+        after: list[str] = []
+        body = self._body(number, before, after)
+        totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
+        body += [total.add() for total in totals]
+        if not body:
+            return []
+        lines = [total.start() for total in totals]
+        for total in totals:
+            total.piece(before, after)
+        if self.paired:
+            before.append("const int64_t half = (until - start) / 2;")
+            if spec.columns is None:
+                tail = ["const int64_t j = until - 1;", *self._body(number)]
+                after += ["if ((until - start) % 2) {", *(f"    {line}" for line in tail), "}"]
+            loop = _loop("i", "0", "half", self._pairs(number, body), totals)
+            lines += _pieces(first, stop, [*before, *loop, *after])
+        elif before or after:
+            lines += _pieces(first, stop, [*before, *_loop("j", "start", "until", body, totals), *after])
+        else:
+            lines += _loop("j", first, stop, body, totals)
+        for total in totals:
+            lines += total.result(self.scalars, spec.columns or 0)
+        return lines
+
+    def _body(self, number: int, before: list[str] | None = None, after: list[str] | None = None) -> list[str]:
+        """What a sweep does with one element; what comes `before` and `after` a piece, unless it is one by itself."""
+        spec, plan, last = self.spec, self.plan, number == len(self.spec.passes) - 1
         statements, read = plan.element(number)
-        body = [self._load(operand) for operand in spec.inputs if operand.name in read and not operand.per_row]
+        body = [self._load(o, self.paired and before is not None) for o in self._full_inputs(read)]
         for name, when in plan.kept.items():
             if when < number and name in read:
                 dtype = plan.made[name].dtype
@@ -242,34 +280,86 @@ class _Printer:
         for name, when in plan.kept.items():
             if when == number:
                 body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
-        if last:
-            for operand, stored in zip(spec.outputs, spec.stores, strict=True):
-                if not operand.per_row:
-                    body.append(self._store(operand, stored))
-        totals = [_Total(s, self.scalars) for s in sweep.reductions]
-        body += [total.add() for total in totals]
-        if not body:
-            return []
-        lines = [total.start() for total in totals] + _loop(first, stop, body, totals)
-        for total in totals:
-            lines += total.result(self.scalars, spec.columns or 0)
+        for operand, stored in zip(spec.outputs, spec.stores, strict=True) if last else ():
+            if before is not None and after is not None and operand.name in self._staged():
+                body += self._stage(operand, stored, before, after)
+            elif not operand.per_row:
+                body.append(self._store(operand, stored))
+        return body
+
+    def _full_inputs(self, read: set[str]) -> list[Operand]:
+        return [operand for operand in self.spec.inputs if operand.name in read and not operand.per_row]
+
+    def _pairs(self, number: int, body: Sequence[str]) -> list[str]:
+        """A sweep's body for two elements that are neighbours in memory; in buffers they are half a piece apart."""
+        names = [self.pointers[operand.name] for operand in self._full_inputs(self.plan.element(number)[1])]
+        lines = [f"const uint32_t {name}_pair = pair_at({name} + start, i);" for name in names]
+        for side in (0, 1):
+            head = f"const int64_t side = {side}, j = start + side * half + i;"
+            lines += ["{", f"    {head}", *(f"    {line}" for line in body), "}"]
         return lines
 
+    @cached_property
+    def paired(self) -> bool:
+        """Whether bfloat16 is taken apart two elements at a time: half the instructions of widening."""
+        columns, statements = self.spec.columns, self.spec.statements
+        full = [operand for operand in self.spec.operands if not operand.per_row]
+        plain = all(operand.unit and operand.dtype is torch.bfloat16 for operand in full)
+        return plain and (columns or 0) % 2 == 0 and all(statement.function != INDEX for statement in statements)
 
-def _loop(first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
-    clauses = "".join(f" reduction({total.clause}:{total.name})" for total in totals)
-    lines = [f"#pragma omp simd{clauses}", f"for (int64_t j = {first}; j < {stop}; j++) {{"]
+    def _staged(self) -> set[str]:
+        """The outputs that come from float32, and whose elements lie next to each other."""
+        floats = (torch.float32, *c_print.HALVES)
+        return {o.name for o in self.spec.outputs if o.unit and not o.per_row and o.dtype in floats}
+
+    def _stage(self, operand: Operand, stored: str, before: list[str], after: list[str]) -> list[str]:
+        """What stores a piece of an output: before the loop over it, in it (the result), and after it."""
+        to, when = self.pointers[operand.name], ""
+        kind, value = c_print.HALVES.get(operand.dtype, "float"), self.scalars.names[stored]
+        source, inside = f"{to}_stage", [f"{to}_to[j - start] = {value};"]
+        kept = self.plan.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1
+        if kept and c_print.VALUES[self.plan.made[stored].dtype] == "float":
+            source, inside = f"kept_{c_print.variable(stored)} + start", []
+        else:
+            before.append(f"float {source}[{PIECE}] __attribute__((aligned(64)));")
+            direct = f"streamed ? {source} : {to} + start" if kind == "float" else source
+            before.append(f"float *const {to}_to = {direct};")
+            when = "if (streamed) " if kind == "float" else ""
+        what, count = ("pairs", "half") if self.paired else (kind, "until - start")
+        after.append(f"{when}store_{what}({to} + start, {source}, {count}, streamed);")
+        return inside
+
+
+def _loop(index: str, first: str, stop: str, body: Sequence[str], totals: Sequence[_Total]) -> list[str]:
+    clauses = "".join(f" reduction({total.clause}:{total.running})" for total in totals)
+    extremes = any(total.clause != "+" for total in totals)
+    pragma = f'EXTREMES("omp simd{clauses}")' if extremes else f"#pragma omp simd{clauses}"
+    lines = [pragma, f"for (int64_t {index} = {first}; {index} < {stop}; {index}++) {{"]
     return [*lines, *(f"    {line}" for line in body), "}"]
 
 
-class _Total:
-    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements."""
+def _pieces(first: str, stop: str, body: Sequence[str]) -> list[str]:
+    return [
+        f"for (int64_t start = {first}; start < {stop}; start += {PIECE}) {{",
+        f"    const int64_t until = start + {PIECE} < {stop} ? start + {PIECE} : {stop};",
+        *(f"    {line}" for line in body),
+        "}",
+    ]
 
-    def __init__(self, statement: Statement, scalars: c_print.Scalars) -> None:
+
+class _Total:
+    """One reduction while a row is walked through; sums in float64, for their error would be that of all elements.
+
+    Where all that is read and written is `halves`, pieces are summed in float32, a few elements to a lane.
+    """
+
+    def __init__(self, statement: Statement, scalars: c_print.Scalars, halves: bool) -> None:
         self.statement = statement
         self.clause = {"sum": "+", "mean": "+"}.get(statement.function, statement.function)
         self.name = f"{c_print.variable(statement.target)}_{statement.function}"
         self.value = scalars.value(statement.arguments[0], statement.dtype)
+        self.in_pieces = halves and self.clause == "+"
+        self.running = f"{self.name}_piece" if self.in_pieces else self.name
 
     def start(self) -> str:
         if self.clause == "+":
@@ -279,9 +369,15 @@ class _Total:
 
     def add(self) -> str:
         if self.clause == "+":
-            return f"{self.name} += {self.value};"
+            return f"{self.running} += {self.value};"
         sign = ">" if self.clause == "max" else "<"  # false for NaN, which is passed over
         return f"{self.name} = {self.value} {sign} {self.name} ? {self.value} : {self.name};"
+
+    def piece(self, before: list[str], after: list[str]) -> None:
+        """What comes before the loop over a piece, and after it."""
+        if self.in_pieces:
+            before.append(f"float {self.running} = 0;")
+            after.append(f"{self.name} += {self.running};")
 
     def result(self, scalars: c_print.Scalars, columns: int) -> list[str]:
         value = f"{self.name} / {float(columns)!r}" if self.statement.function == "mean" else self.name

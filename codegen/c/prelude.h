@@ -10,6 +10,13 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
+/* Loops that look for a maximum or a minimum: clang begins with the largest finite number, and does not vectorise them. */
+#if defined(__clang__)
+#define EXTREMES(pragma)
+#else
+#define EXTREMES(pragma) _Pragma(pragma)
+#endif
+
 INLINE float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -26,11 +33,21 @@ INLINE uint32_t as_bits(float value) {
 
 INLINE float from_bfloat16(uint16_t half) { return as_float((uint32_t)half << 16); }
 
-INLINE uint16_t to_bfloat16(float value) {
+/* A bfloat16 in the high half; the low one is left over. */
+INLINE uint32_t rounded_bfloat16(float value) {
     uint32_t bits = as_bits(value);
     uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    return value != value ? 0x7fc0 : (uint16_t)(rounded >> 16);
+    return value == value ? rounded : 0x7fc00000u;
 }
+
+INLINE uint16_t to_bfloat16(float value) { return (uint16_t)(rounded_bfloat16(value) >> 16); }
+
+/* Two bfloat16 that are neighbours in memory, in the lanes of one float32. */
+typedef uint32_t pair __attribute__((aligned(2), may_alias));
+
+INLINE uint32_t pair_at(const uint16_t *from, int64_t i) { return ((const pair *)from)[i]; }
+
+INLINE float from_pair(uint32_t both, int64_t side) { return as_float(side ? both & 0xffff0000u : both << 16); }
 
 INLINE float from_float16(uint16_t half) {
     float magnitude = as_float((uint32_t)(half & 0x7fffu) << 13) * 0x1p112f;
@@ -50,21 +67,39 @@ INLINE uint16_t to_float16(float value) {
 
 /* --- float32 */
 
+/* scale * e^x = p * 2^n; n is at most 130, and n + bias is in the low bits of `power`. Where x is far below what float32
+ * can hold of e^x, p and n mean nothing. The bound is one of integers: gcc makes branches of those of floats, and copies
+ * what follows into each. */
+INLINE float exp_parts(float x, int bias, float scale, uint32_t *power) {
+    float shift = 12582912.0f + (float)bias; /* adding it rounds to an integer, in the low bits */
+    int32_t most = (int32_t)as_bits(shift + 130.0f), bits = (int32_t)as_bits(x * 1.44269504f + shift);
+    *power = (uint32_t)(bits < most ? bits : most);
+    float n = as_float(*power) - shift;
+    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    float p = scale * 0.0013814609f;
+    p = p * r + scale * 0.00836871f;
+    p = p * r + scale * 0.04166839f;
+    p = p * r + scale * 0.16666521f;
+    p = p * r + scale * 0.49999994f;
+    p = p * r + scale;
+    return p * r + scale;
+}
+
 INLINE float exp_float(float x) {
-    float bounded = 90.0f < x ? 90.0f : x; /* NaN stays */
-    bounded = -110.0f > bounded ? -110.0f : bounded;
-    float shifted = bounded * 1.44269504f + 12583166.0f; /* rounds to an integer n; n + 254 is in the low bits */
-    float n = shifted - 12583166.0f;
-    float r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 0.0013814609f;
-    p = p * r + 0.00836871f;
-    p = p * r + 0.04166839f;
-    p = p * r + 0.16666521f;
-    p = p * r + 0.49999994f;
-    p = p * (r * r) + r + 1.0f;
+    uint32_t power;
+    float p = exp_parts(x, 254, 1.0f, &power);
     /* 2^n may lie beyond normal numbers on either side: two factors. Shifting drops what is above the exponent. */
-    uint32_t power = as_bits(shifted), half = power >> 1;
-    return p * as_float(half << 23) * as_float((power - half) << 23);
+    uint32_t half = power >> 1;
+    float result = p * as_float(half << 23) * as_float((power - half) << 23);
+    return x < -104.0f ? 0.0f : result;
+}
+
+/* 1 + e^x: what e^x is below normal numbers does not matter, and one factor will do. */
+INLINE float one_plus_exp_float(float x) {
+    uint32_t power;
+    float p = exp_parts(x, 124, 8.0f, &power);
+    float result = p * as_float(power << 23) + 1.0f;
+    return x < -80.0f ? 1.0f : result;
 }
 
 INLINE float log_float(float x) {
@@ -104,7 +139,7 @@ INLINE float tanh_float(float x) {
     p = p * square + 0.13332586f;
     p = p * square - 0.33333316f;
     float near = p * square * magnitude + magnitude;
-    float far = 1.0f - 2.0f / (exp_float(2.0f * magnitude) + 1.0f);
+    float far = 1.0f - 2.0f / one_plus_exp_float(2.0f * magnitude);
     return copysignf(magnitude < 0.55f ? near : far, x);
 }
 
@@ -211,7 +246,7 @@ INLINE double power_double(double base, double exponent) { return pow(base, expo
 #else
 #define LANES 4
 #endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float lanes __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t wide_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
 
@@ -313,4 +348,112 @@ INLINE lanes lanes_sums(lanes *of) {
     for (int i = 0; i < LANES; i++) sums[i] = lanes_sum(of[i]);
     return sums;
 #endif
+}
+
+/* --- results, from float32 in a buffer that begins at a multiple of 64 bytes; streamed: past the caches, where the machine
+ * can and the results lie as well. What is not read before it is displaced need not be read in to be written. */
+
+#if defined(__AVX512F__)
+#define STREAM(to, value) __asm__ volatile("vmovntps %1, %0" : "=m"(*(to)) : "v"(value))
+#elif defined(__AVX__)
+#define STREAM(to, value) __asm__ volatile("vmovntps %1, %0" : "=m"(*(to)) : "x"(value))
+#elif defined(__SSE2__)
+#define STREAM(to, value) __asm__ volatile("movntps %1, %0" : "=m"(*(to)) : "x"(value))
+#else
+#define STREAM(to, value) (*(to) = (value))
+#endif
+
+/* What was streamed comes before what the thread writes later. */
+INLINE void fence(void) {
+#if defined(__SSE2__)
+    __asm__ volatile("sfence" ::: "memory");
+#endif
+}
+
+#define CALLED static __attribute__((noinline, unused)) /* for a piece at a time: copies would take long to compile */
+
+INLINE int aligned(const void *to) { return ((uintptr_t)to & 63u) == 0; }
+
+INLINE void store_lanes(void *to, lanes value, int streamed) {
+    if (streamed)
+        STREAM((lanes *)to, value);
+    else
+        memcpy(to, &value, sizeof value);
+}
+
+CALLED void store_float(float *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+    for (; streamed && aligned(to) && done + LANES <= count; done += LANES)
+        store_lanes(to + done, lanes_float(from + done), 1);
+    memcpy(to + done, from + done, (size_t)(count - done) * sizeof *to);
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#define CONVERTS
+/* Both vectors as bfloat16, `low` first. The instruction takes subnormal numbers for zero: whether there are any. */
+INLINE lanes converted(lanes low, lanes high, unsigned *subnormal) {
+    lanes both;
+    unsigned short in_low, in_high;
+    __asm__("vfpclassps $32, %1, %0" : "=k"(in_low) : "v"(low));
+    __asm__("vfpclassps $32, %1, %0" : "=k"(in_high) : "v"(high));
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    *subnormal |= (unsigned)in_low | in_high;
+    return both;
+}
+#endif
+
+CALLED void store_bfloat16(uint16_t *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+    streamed = streamed && aligned(to);
+#if defined(CONVERTS)
+    unsigned subnormal = 0;
+    for (; done + 2 * LANES <= count; done += 2 * LANES)
+        store_lanes(to + done, converted(lanes_float(from + done), lanes_float(from + done + LANES), &subnormal), streamed);
+    if (subnormal) done = 0;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < count; k++) to[k] = to_bfloat16(from[k]);
+}
+
+/* The first of each pair, then the second of each. */
+CALLED void store_pairs(uint16_t *to, const float *from, int64_t pairs, int streamed) {
+    int64_t done = 0;
+    streamed = streamed && aligned(to);
+#if defined(CONVERTS)
+    static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    lanes in_turns;
+    memcpy(&in_turns, order, sizeof in_turns);
+    unsigned subnormal = 0;
+    for (; done + LANES <= pairs; done += LANES) {
+        lanes both = converted(lanes_float(from + done), lanes_float(from + pairs + done), &subnormal);
+        __asm__("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(in_turns));
+        store_lanes(to + 2 * done, both, streamed);
+    }
+    if (subnormal) done = 0;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < pairs; k++)
+        ((pair *)to)[k] = rounded_bfloat16(from[k]) >> 16 | (rounded_bfloat16(from[pairs + k]) & 0xffff0000u);
+}
+
+CALLED void store_float16(uint16_t *to, const float *from, int64_t count, int streamed) {
+    int64_t done = 0;
+#if defined(__AVX512F__)
+    typedef float half_of_lanes __attribute__((vector_size(2 * LANES), may_alias));
+    streamed = streamed && aligned(to);
+    for (; done + LANES <= count; done += LANES) {
+        lanes value = lanes_float(from + done);
+        half_of_lanes halves;
+        __asm__("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(value));
+        if (streamed)
+            STREAM((half_of_lanes *)(to + done), halves);
+        else
+            memcpy(to + done, &halves, sizeof halves);
+    }
+#else
+    (void)streamed;
+#endif
+#pragma omp simd
+    for (int64_t k = done; k < count; k++) to[k] = to_float16(from[k]);
 }

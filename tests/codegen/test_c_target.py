@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import c_host, c_target, compiler
+from graph_capture.codegen import c_host, c_rows, c_target, compiler
 from graph_capture.codegen.c_print import identifier, literal
 from graph_capture.runtime.verify import distance
 
@@ -153,6 +153,29 @@ def test_halves_are_converted_as_torch_does(dtype):
     bits = torch.arange(-(2**31), 2**31 - 1, 4099, dtype=torch.int64).to(torch.int32)
     (narrow,) = kernel_of(one("cast", dtype=dtype), bits.view(torch.float32))(bits.view(torch.float32))
     torch.testing.assert_close(narrow, bits.view(torch.float32).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2**16, 2**16 - 1, 33, 2, 1], ids=str)
+def test_all_halves_pass_through_pieces(dtype, size):
+    """Subnormal numbers, infinities and NaN among them; odd sizes leave an element without a neighbour."""
+    half = torch.arange(-(2**15), size - 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    (ours,) = kernel_of(one("neg"), half)(half)
+    torch.testing.assert_close(ours, -half, rtol=0, atol=0, equal_nan=True)
+    kernel_of(one("neg"), half).prepare([half], [half])()
+    torch.testing.assert_close(half, ours, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [(torch.bfloat16, 4096), (torch.bfloat16, 1030), (torch.float16, 2048), (torch.float32, 1027)]
+)
+def test_streamed_results_are_those_of_few_rows(dtype, columns):
+    rows = c_rows.STREAMED // (columns * dtype.itemsize) + 1
+    x = noise(rows, columns, dtype=dtype)
+    for graph in (softmax(), one("silu")):
+        (streamed,) = kernel_of(graph, x)(x)
+        for part in (slice(0, 3), slice(rows - 3, rows)):
+            assert torch.equal(streamed[part], kernel_of(graph, x[part])(x[part])[0])
 
 
 @pytest.mark.parametrize(
