@@ -40,7 +40,7 @@ def layout(spec: LinearSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
         numbers += [0, *steps] if len(steps) == 1 else steps
         operands.append((index, view.data_ptr() - tensors[index].data_ptr()))
     block = _block(spec)
-    work = block * spec.inner * len(spec.products) * (1 + spec.rows)
+    work = block * spec.inner * len(spec.products) * (1 + spec.few)
     units = -(-spec.columns // block)
     return (Layout(tuple(numbers), units, max(1, thread_work // max(1, work)), tuple(operands)),)
 
@@ -67,7 +67,7 @@ class _Printer:
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self.block = _block(spec)
-        self.piece = max(1, min(spec.inner, PIECE // (4 * spec.rows)))
+        self.piece = max(1, min(spec.inner, PIECE // (4 * spec.few)))
         self.dtype = spec.dtype
         self.scalars = c_print.Scalars()
 
@@ -80,7 +80,7 @@ class _Printer:
         body = [
             f"const int64_t first = unit * {block};",
             f"const int64_t count = first + {block} < {spec.columns} ? {block} : {spec.columns} - first;",
-            *(f"float sum{number}[{spec.rows}][{block + 4}];" for number in range(len(spec.products))),
+            *(f"float sum{number}[{spec.few}][{block + 4}];" for number in range(len(spec.products))),
             *(f"memset(sum{number}, 0, sizeof sum{number});" for number in range(len(spec.products))),
             f"for (int64_t start = 0; start < {spec.inner}; start += {self.piece}) {{",
             *(f"    {line}" for line in self._piece()),
@@ -98,8 +98,8 @@ class _Printer:
         value = c_print.load("from", "k * t0", self.dtype)
         lines = [
             f"const int64_t length = start + {piece} < {inner} ? {piece} : {inner} - start;",
-            f"float x[{spec.rows}][{piece + 16}] __attribute__((aligned(64)));",
-            f"for (int64_t m = 0; m < {spec.rows}; m++) {{",
+            f"float x[{spec.few}][{piece + 16}] __attribute__((aligned(64)));",
+            f"for (int64_t m = 0; m < {spec.few}; m++) {{",
             f"    const {kind} *const from = (const {kind} *)operands[0] + m * s0 + start * t0;",
             f"    for (int64_t k = 0; k < length; k++) x[m][k] = {value};",
             "    for (int64_t k = length; k % LANES; k++) x[m][k] = 0;",
@@ -112,15 +112,15 @@ class _Printer:
     def _along_inner(self, number: int) -> list[str]:
         """A few columns at a time, in one sweep over the piece."""
         spec, kind, index = self.spec, c_print.MEMORY[self.dtype], 1 + number
-        side = max(1, min(4, ACCUMULATORS // spec.rows))
+        side = max(1, min(4, ACCUMULATORS // spec.few))
         column = f"(const {kind} *)operands[{index}] + (first + (n + {{0}} < count ? n + {{0}} : n)) * s{index} + start"
         loads = f"lanes_{c_print.HALVES.get(self.dtype, 'float')}"
 
         def multiplied(column: int, weight: str) -> list[str]:
             lines = [f"const lanes w = {loads}({weight});"]
-            return lines + [f"a{column}_{m} += w * x{m};" for m in range(spec.rows)]
+            return lines + [f"a{column}_{m} += w * x{m};" for m in range(spec.few)]
 
-        body = [f"const lanes x{m} = lanes_float(&x[{m}][k]);" for m in range(spec.rows)]
+        body = [f"const lanes x{m} = lanes_float(&x[{m}][k]);" for m in range(spec.few)]
         last = list(body)
         # The columns after these: the hardware takes each row of the weight for a new stream.
         body += [f"__builtin_prefetch(w{r} + {side} * s{index} + k, 0, 2);" for r in range(side)]
@@ -128,11 +128,11 @@ class _Printer:
             body += ["{", *(f"    {line}" for line in multiplied(r, f"w{r} + k")), "}"]
             last += ["{", f"    memcpy(tail, w{r} + k, (length - k) * sizeof *tail);"]
             last += [*(f"    {line}" for line in multiplied(r, "tail")), "}"]
-        sums = [f"sum{number}[{m}][n + {r}] += lanes_sum(a{r}_{m});" for r in range(side) for m in range(spec.rows)]
+        sums = [f"sum{number}[{m}][n + {r}] += lanes_sum(a{r}_{m});" for r in range(side) for m in range(spec.few)]
         return [
             f"for (int64_t n = 0; n < count; n += {side}) {{",
             *(f"    const {kind} *const w{r} = {column.format(r)};" for r in range(side)),
-            *(f"    lanes a{r}_{m} = {{0}};" for r in range(side) for m in range(spec.rows)),
+            *(f"    lanes a{r}_{m} = {{0}};" for r in range(side) for m in range(spec.few)),
             "    int64_t k = 0;",
             "    for (; k + LANES <= length; k += LANES) {",
             *(f"        {line}" for line in body),
@@ -153,7 +153,7 @@ class _Printer:
             "    #pragma omp simd",
             "    for (int64_t n = 0; n < count; n++) {",
             f"        const float value = {c_print.load('w', 'n', self.dtype)};",
-            *(f"        sum{number}[{m}][n] += value * x[{m}][k];" for m in range(spec.rows)),
+            *(f"        sum{number}[{m}][n] += value * x[{m}][k];" for m in range(spec.few)),
             "    }",
             "}",
         ]
@@ -184,7 +184,7 @@ class _Printer:
             body.append(c_print.store(pointer, place, operand.dtype, self.scalars.names[stored]))
             index += 1
         return [
-            f"for (int64_t m = 0; m < {spec.rows}; m++) {{",
+            f"for (int64_t m = 0; m < {spec.few}; m++) {{",
             "    #pragma omp simd",
             "    for (int64_t n = 0; n < count; n++) {",
             *(f"        {line}" for line in body),

@@ -70,6 +70,17 @@ class LinearSpec:
     stores: tuple[str, ...]
 
     @property
+    def few(self) -> int:
+        """`rows`, of a kernel for few of them.
+
+        Raises:
+            FusionError: it is for many.
+        """
+        if self.rows is None:
+            raise FusionError(f"it has more than {MAX_ROWS} rows")
+        return self.rows
+
+    @property
     def extras(self) -> tuple[Operand, ...]:
         """The inputs that the epilogue reads."""
         read = {a for statement in self.statements for a in statement.arguments if isinstance(a, str)}

@@ -45,12 +45,12 @@ def choose_blocks(spec: LinearSpec, interpreted: bool) -> Blocks:
     if not all(product.unit for product in spec.products):
         return Blocks(min(along_n, 64), min(along_k, 32), width, 4)
     warp = 32 * width  # elements of K
-    if spec.rows == 1:
+    if spec.few == 1:
         columns, warps, inner = 2, 8, 8 * warp
-    elif spec.rows == 2:
+    elif spec.few == 2:
         columns, warps, inner = 2, 4, 8 * warp
     else:
-        columns, warps, inner = 2 if (spec.rows or 8) <= 4 else 4, 4, 4 * warp
+        columns, warps, inner = 2 if spec.few <= 4 else 4, 4, 4 * warp
     inner = min(inner, max(warp, along_k))
     return Blocks(min(along_n, columns), inner, width, min(warps, inner // warp))
 
@@ -72,8 +72,8 @@ class Printer(LinearPrinter):
         spec, blocks = self.spec, self.blocks
         grid = -(-spec.columns // blocks.columns)
         lines = [
-            f"x.shape = ({spec.rows}, {spec.inner})",
-            f"x_tiles = x.tile((1, {blocks.inner})).tile(({spec.rows}, -1)).expand(({grid}, -1))",
+            f"x.shape = ({spec.few}, {spec.inner})",
+            f"x_tiles = x.tile((1, {blocks.inner})).tile(({spec.few}, -1)).expand(({grid}, -1))",
         ]
         for name, product in zip(self.weights, spec.products, strict=True):
             if product.unit:
@@ -92,7 +92,7 @@ class Printer(LinearPrinter):
 
     def _tiles(self, name: str, over: Sequence[bool], grid: int) -> list[str]:
         """An operand of the epilogue: rows in each block."""
-        shape = (self.spec.rows if over[0] else 1, self.spec.columns if over[1] else 1)
+        shape = (self.spec.few if over[0] else 1, self.spec.columns if over[1] else 1)
         tile = (1, self.blocks.columns if over[1] else 1)
         lines = [
             f"{name}.shape = {shape}",
@@ -103,7 +103,7 @@ class Printer(LinearPrinter):
 
     def application(self) -> list[str]:
         """The products' sums, and what follows them, row by row."""
-        spec, products, rows = self.spec, range(len(self.spec.products)), range(self.spec.rows or 0)
+        spec, products, rows = self.spec, range(len(self.spec.products)), rangeself.spec.few
         lines = [
             f"sum{index}_{row} = ntl.full({self._partial(index)}, 0.0, dtype=ntl.float32)"
             for index in products

@@ -104,10 +104,18 @@ def inspect(
     from graph_capture.inspection import inspect as implementation
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape = {"prompt": prompt, "slots": slots, "layers": layers}
     explained = {}
+    steps = implementation(
+        model,
+        dtype=getattr(torch, dtype),
+        device=where,
+        prompt=prompt,
+        slots=slots,
+        layers=layers,
+        measure=measure,
+    )
     try:
-        for step, fused in implementation(model, dtype=getattr(torch, dtype), device=where, measure=measure, **shape):
+        for step, fused in steps:
             if json:
                 explained[step] = text.loads(fused.explain().to_json())
                 continue
