@@ -103,7 +103,7 @@ class Printer(LinearPrinter):
 
     def application(self) -> list[str]:
         """The products' sums, and what follows them, row by row."""
-        spec, products, rows = self.spec, range(len(self.spec.products)), rangeself.spec.few
+        spec, products, rows = self.spec, range(len(self.spec.products)), range(self.spec.few)
         lines = [
             f"sum{index}_{row} = ntl.full({self._partial(index)}, 0.0, dtype=ntl.float32)"
             for index in products
