@@ -177,7 +177,9 @@ def test_other_settings_of_triton_need_other_workers(monkeypatch):
 def test_workers_end_with_the_process_that_asked(how):
     code = f"""
 import os
+import signal
 from graph_capture.codegen.workers import Pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 pool = Pool(2)
 pool.run([{MISSING!r}] * 2)
 print(pool._server._process.pid, flush=True)

@@ -233,10 +233,13 @@ def test_folding_what_depends_on_weights_is_opt_in_and_follows_them():
         weight.data.mul_(0.5)  # not counted by torch
         fused.refresh()
         assert torch.equal(fused(X), program(X))
-        fast = capture(program, FusionConfig(fold_weights=True))
+        module = torch.nn.Module()
+        module.weight, module.forward = weight, program
+        fast = capture(module, FusionConfig(fold_weights=True))
         for _ in range(3):
             weight.add_(0.25)
             assert torch.equal(fast(X), program(X))
+        assert [node.op_type for node in fast.graphs[0].constants] == ["mul", "exp"]
 
 
 def test_weights_that_the_graph_writes_are_not_folded():
