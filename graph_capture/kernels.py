@@ -20,6 +20,7 @@ from graph_capture.graph import OpNode, SubGraph
 from graph_capture.inspection import record_steps
 from graph_capture.ops import FUSED
 from graph_capture.passes import Passes, rewrite
+from graph_capture.passes.decode import SMALL
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.regions import moved_bytes
 
@@ -156,6 +157,6 @@ def _steps(
     if Path(name).is_file():
         yield "saved", load(name).subgraph
         return
-    off = frozenset({PARALLEL_LINEAR})
+    off = frozenset({PARALLEL_LINEAR, SMALL})  # as on a GPU; weights cannot be merged where there are none
     for step, graph in record_steps(name, dtype, prompt, slots, layers, "meta"):
         yield step, rewrite(graph.subgraph, Passes(supports, weights=frozenset(graph.captured), off=off)).graph
