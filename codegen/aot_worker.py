@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -273,6 +274,8 @@ def _serve(control: socket.socket) -> None:
     """Fork a worker for each connection that comes."""
     with contextlib.suppress(ImportError):  # a job says so
         import ninetoothed  # noqa: F401
+    gc.freeze()  # what is imported is not looked through, or copied, by each worker
+    gc.disable()
 
     def reap(*_: object) -> bool:
         """Bury workers that have ended; whether others live."""
@@ -317,6 +320,8 @@ def _work(connection: socket.socket) -> NoReturn:
                 except BaseException:
                     answer = {"error": traceback.format_exc()}
                 print(json.dumps(answer), file=lines, flush=True)
+                if not select.select([connection], [], [], 0.1)[0]:
+                    gc.collect()  # now that nobody waits
         status = 0
     finally:
         os._exit(status)
