@@ -15,9 +15,8 @@ from graph_capture.codegen.spec import Operand
 
 from graph_capture.errors import FusionError
 from graph_capture.graph import SubGraph, TensorMeta
-from graph_capture.ops import arguments
+from graph_capture.ops import ATTENTION_OPS, arguments
 
-OPS = ("scaled_dot_product_attention", "capped_attention")
 MAX_ROWS = 16  # of queries for each key head: the height of a tensor core's tile
 MAX_LENGTH = 8  # of queries
 MAX_WIDTH = 256  # elements of a head
@@ -108,7 +107,7 @@ def _grouped_mask(mask: torch.Tensor, query: torch.Tensor, spec: AttentionSpec) 
 
 def claims(graph: SubGraph) -> bool:
     """Whether this lowering is for `graph`."""
-    return len(graph.nodes) == 1 and graph.nodes[0].op_type in OPS
+    return len(graph.nodes) == 1 and graph.nodes[0].op_type in ATTENTION_OPS
 
 
 def check_ops(graph: SubGraph) -> None:

@@ -1,4 +1,4 @@
-"""What the printers of a `LinearSpec` share: operands as parameters, and the pointwise ops behind the products."""
+"""What the printers of a `LinearSpec` share: operands as parameters, weights in tiles, the ops behind the products."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ class LinearPrinter(ABC):
     @abstractmethod
     def application(self) -> list[str]:
         """Lines that compute a block."""
+
+    def weight_tiles(self, columns: int, inner: int) -> list[str]:
+        """Lines that make a list of tiles along K of each block of columns of a weight."""
+        spec, lines = self.spec, []
+        for name, product in zip(self.weights, spec.products, strict=True):
+            shape, tile, along, place = (spec.columns, spec.inner), (columns, inner), "tile((1, -1))", 0
+            if not product.unit:
+                shape, tile, along, place = shape[::-1], tile[::-1], "tile((-1, 1)).permute((1, 0))", 1
+            lines += [
+                f"{name}.shape = {shape}",
+                f"{name}_tiles = {name}.tile({tile}).{along}",
+                f"{name}_tiles.dtype = {name}_tiles.dtype.squeeze({place})",
+            ]
+        return lines
 
     def moves(self) -> list[tuple[str, tuple[bool, bool]]]:
         """The parameters behind the products, and whether each moves along the rows and along the columns."""

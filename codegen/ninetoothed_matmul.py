@@ -34,12 +34,6 @@ class Blocks:
     stages: int
 
 
-def fits(spec: LinearSpec) -> bool:
-    """Whether this is the way to multiply."""
-    few = spec.rows is not None and (spec.rows <= 2 or spec.columns < MANY)
-    return spec.dtype.itemsize == 2 and not few
-
-
 TILES = (  # up to so many rows: what measured fastest at Llama-3-8B's shapes on an H100, the most promising first
     (16, (Blocks(16, 16, 256, 1, 4), Blocks(16, 16, 512, 2, 3), Blocks(16, 32, 256, 4, 3), Blocks(16, 64, 128, 4, 4))),
     (32, (Blocks(32, 32, 256, 4, 3), Blocks(32, 64, 128, 4, 3), Blocks(32, 32, 128, 4, 4), Blocks(32, 16, 256, 2, 3))),
@@ -47,6 +41,12 @@ TILES = (  # up to so many rows: what measured fastest at Llama-3-8B's shapes on
     (128, (Blocks(128, 64, 64, 8, 4), Blocks(128, 64, 128, 8, 3), Blocks(64, 128, 64, 4, 4))),
     (256, (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 128, 64, 4, 4))),
 )
+
+
+def fits(spec: LinearSpec) -> bool:
+    """Whether this is the way to multiply."""
+    few = spec.rows is not None and (spec.rows <= 2 or spec.columns < MANY)
+    return spec.dtype.itemsize == 2 and not few
 
 
 def choose_blocks(spec: LinearSpec, interpreted: bool, rows: int | None = None) -> list[Blocks]:
@@ -79,20 +79,8 @@ class Printer(LinearPrinter):
             "x_tiles.dtype = x_tiles.dtype.squeeze(0)",
             "rows = x_tiles.shape[1]",
         ]
-        for name, product in zip(self.weights, spec.products, strict=True):
-            if product.unit:
-                lines += [
-                    f"{name}.shape = ({spec.columns}, {spec.inner})",
-                    f"{name}_tiles = {name}.tile(({blocks.columns}, {blocks.inner})).tile((1, -1)).expand((-1, rows))",
-                    f"{name}_tiles.dtype = {name}_tiles.dtype.squeeze(0)",
-                ]
-            else:
-                lines += [
-                    f"{name}.shape = ({spec.inner}, {spec.columns})",
-                    f"{name}_tiles = {name}.tile(({blocks.inner}, {blocks.columns})).tile((-1, 1))",
-                    f"{name}_tiles = {name}_tiles.permute((1, 0)).expand((-1, rows))",
-                    f"{name}_tiles.dtype = {name}_tiles.dtype.squeeze(1)",
-                ]
+        lines += self.weight_tiles(blocks.columns, blocks.inner)
+        lines += [f"{name}_tiles = {name}_tiles.expand((-1, rows))" for name in self.weights]
         return lines + [line for name, over in self.moves() for line in self._tiles(name, over, rows, columns)]
 
     def _tiles(self, name: str, over: Sequence[bool], rows: str, columns: int) -> list[str]:

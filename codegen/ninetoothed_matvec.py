@@ -75,19 +75,7 @@ class Printer(LinearPrinter):
             f"x.shape = ({spec.few}, {spec.inner})",
             f"x_tiles = x.tile((1, {blocks.inner})).tile(({spec.few}, -1)).expand(({grid}, -1))",
         ]
-        for name, product in zip(self.weights, spec.products, strict=True):
-            if product.unit:
-                lines += [
-                    f"{name}.shape = ({spec.columns}, {spec.inner})",
-                    f"{name}_tiles = {name}.tile(({blocks.columns}, {blocks.inner})).tile((1, -1))",
-                    f"{name}_tiles.dtype = {name}_tiles.dtype.squeeze(0)",
-                ]
-            else:
-                lines += [
-                    f"{name}.shape = ({spec.inner}, {spec.columns})",
-                    f"{name}_tiles = {name}.tile(({blocks.inner}, {blocks.columns})).tile((-1, 1)).permute((1, 0))",
-                    f"{name}_tiles.dtype = {name}_tiles.dtype.squeeze(1)",
-                ]
+        lines += self.weight_tiles(blocks.columns, blocks.inner)
         return lines + [line for name, over in self.moves() for line in self._tiles(name, over, grid)]
 
     def _tiles(self, name: str, over: Sequence[bool], grid: int) -> list[str]:

@@ -20,6 +20,7 @@ from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.graph import Arg, OpNode, SubGraph, freeze
 
 FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
+ATTENTION_OPS = ("scaled_dot_product_attention", "capped_attention")
 EXTERNAL = "external"  # the op that calls a kernel which is not torch's
 GUARD = "guard."  # prefix of the ops that run another op and compare what it gives Python with the recorded value
 

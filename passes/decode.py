@@ -13,7 +13,7 @@ from itertools import takewhile
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 
 from graph_capture.graph import OpNode, SubGraph
-from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
+from graph_capture.ops import ATTENTION_OPS, FUSED, Kind, is_random, op, written_inputs
 
 RULE = "linear_epilogue"
 ALONE = "skinny_linear"  # a linear with nothing behind it that its kernel could take
@@ -39,7 +39,7 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
     Yields:
         The rule, ascending indices, and what speaks against them.
     """
-    for name in ("scaled_dot_product_attention", "capped_attention"):
+    for name in ATTENTION_OPS:
         for index in graph.by_op.get(name, ()):
             yield ATTENTION, (index,), reason([index])
     for index, node in enumerate(graph.nodes):
