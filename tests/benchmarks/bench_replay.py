@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench_replay [--quick] [--plot FILE.png]
 
-Prints markdown. Steady state: medians, all sides in turns. Cold start: from the plain model to the first result; ours
+Prints markdown. Steady state: medians, all sides in turns, a burst of
+calls each. Cold start: from the plain model to the first result; ours
 records, fuses, compiles and decides; neither has caches on disk. Memory: of intermediate values, as planned and as
 eager holds them; on CUDA the peak over a call that the allocator reports. On CUDA also the device's own time for a
 fused replay, Python being ahead of it, against the sum of its kernels' times. `bench_start` measures warm starts.
@@ -30,6 +31,7 @@ from graph_capture import FusionConfig, fuse, record
 
 SIZES = {"tiny": (2, 64, 128), "small": (4, 256, 1024), "medium": (4, 1024, 4096)}  # layers, hidden size, vocabulary
 LENGTH = 128  # of the prefill, and half of the cache
+BURST, WARM = 10, 2  # calls of one side in a row, and how many of them only warm it up
 Step = Callable[[], Any]
 
 
@@ -52,17 +54,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(steps: dict[str, Step], device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of a call of each."""
+def in_turns(steps: dict[str, Step], device: str, bursts: int) -> dict[str, float]:
+    """Median seconds of a call of each, in bursts: a decode step follows itself, and not another's caches."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(repeats + 3):
+    for _ in range(bursts):
         for name, step in steps.items():
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            if index >= 3:
-                samples[name].append(time.perf_counter() - start)
+            times = [once(step, device) for _ in range(BURST)]
+            samples[name] += times[WARM:]
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
@@ -90,14 +88,14 @@ def build(size: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().to(device, dtype)
 
 
-def bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int) -> Row:
+def bench(size: str, dtype: torch.dtype, phase: str, device: str, bursts: int) -> Row:
     """Measure one row, with no cache of torch.compile's on disk."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        return _bench(size, dtype, phase, device, repeats)
+        return _bench(size, dtype, phase, device, bursts)
 
 
-def _bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int) -> Row:
+def _bench(size: str, dtype: torch.dtype, phase: str, device: str, bursts: int) -> Row:
     model = build(size, dtype, device)
     length = LENGTH if phase == "prefill" else 1
     ids = torch.randint(0, SIZES[size][2], (1, length), device=device)
@@ -136,7 +134,7 @@ def _bench(size: str, dtype: torch.dtype, phase: str, device: str, repeats: int)
         cold[name] = once(steps[name], device)
     steps["unfused replay"] = from_start(made["graph"].run)
     steps["fused replay"] = from_start(made["fused"])
-    steady = in_turns(steps, device, repeats)
+    steady = in_turns(steps, device, bursts)
     plan = made["fused"].plan
     planned = sum(plan.peak_bytes.values()) if plan else 0
     eager = sum(plan.eager_bytes.values()) if plan else 0
@@ -235,7 +233,7 @@ def main() -> int:
     dtypes = [torch.float32] if options.quick else [torch.float32, torch.bfloat16]
     with torch.no_grad():
         rows = [
-            bench(size, dtype, phase, device, 20 if options.quick else 40)
+            bench(size, dtype, phase, device, 6 if options.quick else 10)
             for size in sizes
             for dtype in dtypes
             for phase in ("prefill", "decode")
