@@ -83,9 +83,14 @@ def literal(value: Any, dtype: torch.dtype) -> str:
 
 
 class Scalars:
-    """The variables of one function: what they are called, and the dtype that each is computed in."""
+    """The variables of one function: what they are called, and the dtype that each is computed in.
 
-    def __init__(self) -> None:
+    Args:
+        halves: whether all that is read and written has half precision.
+    """
+
+    def __init__(self, halves: bool = False) -> None:
+        self.halves = halves
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._wide: dict[str, str] = {}  # the float64 behind a float32 that is computed once a row
@@ -150,7 +155,7 @@ class Scalars:
         if function == "+" and dtype is torch.float32 and statement.arguments.count(1) == 1:
             (other,) = (a for a in statement.arguments if a != 1)
             if other in self._exponents:
-                return f"one_plus_exp_float({self._exponents[other]})"
+                return f"one_plus_exp_{'half' if self.halves else 'float'}({self._exponents[other]})"
         if function[0].isalpha():
             return f"{function}_{'double' if dtype is torch.float64 else 'float'}({', '.join(args)})"
         return f"{args[0]} {function} {args[1]}"

@@ -123,8 +123,7 @@ class _Printer:
         self.spec, self.plan = spec, _Plan(spec)
         self.rank = len(spec.operands[0].over)
         self.pointers = dict(zip((o.name for o in spec.operands), c_print.identifiers(spec.operands), strict=True))
-        self.scalars = c_print.Scalars()
-        self.halves = all(operand.dtype in c_print.HALVES for operand in spec.operands)
+        self.scalars = c_print.Scalars(all(operand.dtype in c_print.HALVES for operand in spec.operands))
 
     def function(self, name: str) -> str:
         """The whole of it."""
@@ -245,13 +244,15 @@ class _Printer:
         before: list[str] = []
         after: list[str] = []
         body = self._body(number, before, after)
-        totals = [_Total(s, self.scalars, self.halves) for s in sweep.reductions]
+        totals = [_Total(s, self.scalars) for s in sweep.reductions]
         body += [total.add() for total in totals]
         if not body:
             return []
         lines = [total.start() for total in totals]
         for total in totals:
             total.piece(before, after)
+        if before and 0 < number == len(spec.passes) - 1:
+            before += self._ahead()
         if self.paired:
             before.append("const int64_t half = (until - start) / 2;")
             if spec.columns is None:
@@ -289,6 +290,15 @@ class _Printer:
 
     def _full_inputs(self, read: set[str]) -> list[Operand]:
         return [operand for operand in self.spec.inputs if operand.name in read and not operand.per_row]
+
+    def _ahead(self) -> list[str]:
+        """What fetches a piece of the next row: while a row is in its last sweep, nothing else reads memory."""
+        lines, outer = [], self.rank - 1
+        for index, operand in enumerate(self.spec.inputs if self._staged() else ()):
+            if outer and operand.unit and not operand.per_row and operand.over[outer - 1]:
+                name, step = self.pointers[operand.name], f"geometry[{(index + 2) * self.rank - 2}]"
+                lines.append(f"if (streamed) fetch_ahead({name} + {step} + start, {name} + {step} + until);")
+        return lines
 
     def _pairs(self, number: int, body: Sequence[str]) -> list[str]:
         """A sweep's body for two elements that are neighbours in memory; in buffers they are half a piece apart."""
@@ -350,15 +360,15 @@ def _pieces(first: str, stop: str, body: Sequence[str]) -> list[str]:
 class _Total:
     """One reduction while a row is walked through; sums in float64, for their error would be that of all elements.
 
-    Where all that is read and written is `halves`, pieces are summed in float32, a few elements to a lane.
+    Where all that is read and written has half precision, pieces are summed in float32, a few elements to a lane.
     """
 
-    def __init__(self, statement: Statement, scalars: c_print.Scalars, halves: bool) -> None:
+    def __init__(self, statement: Statement, scalars: c_print.Scalars) -> None:
         self.statement = statement
         self.clause = {"sum": "+", "mean": "+"}.get(statement.function, statement.function)
         self.name = f"{c_print.variable(statement.target)}_{statement.function}"
         self.value = scalars.value(statement.arguments[0], statement.dtype)
-        self.in_pieces = halves and self.clause == "+"
+        self.in_pieces = scalars.halves and self.clause == "+"
         self.running = f"{self.name}_piece" if self.in_pieces else self.name
 
     def start(self) -> str:

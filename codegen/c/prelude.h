@@ -102,6 +102,20 @@ INLINE float one_plus_exp_float(float x) {
     return x < -80.0f ? 1.0f : result;
 }
 
+/* The same to 2^-17, a part of what a result is rounded off by as float16 or bfloat16. */
+INLINE float one_plus_exp_half(float x) {
+    float y = (x < -80.0f ? -80.0f : x) * 1.44269504f, shift = 12582912.0f + 124.0f;
+    int32_t most = (int32_t)as_bits(shift + 130.0f), bits = (int32_t)as_bits(y + shift);
+    uint32_t power = (uint32_t)(bits < most ? bits : most);
+    float r = y - (as_float(power) - shift);
+    float p = 8.0f * 0.009570102f;
+    p = p * r + 8.0f * 0.05591786f;
+    p = p * r + 8.0f * 0.24024744f;
+    p = p * r + 8.0f * 0.6931218f;
+    p = p * r + 8.0f * 0.9999993f;
+    return p * as_float(power << 23) + 1.0f;
+}
+
 INLINE float log_float(float x) {
     int subnormal = x < 0x1p-126f;
     float normal = subnormal ? x * 0x1p24f : x;
@@ -368,6 +382,11 @@ INLINE void fence(void) {
 #if defined(__SSE2__)
     __asm__ volatile("sfence" ::: "memory");
 #endif
+}
+
+/* Into the second cache; addresses may lie beyond what there is. */
+INLINE void fetch_ahead(const void *from, const void *to) {
+    for (uintptr_t line = (uintptr_t)from; line < (uintptr_t)to; line += 64) __builtin_prefetch((const void *)line, 0, 2);
 }
 
 #define CALLED static __attribute__((noinline, unused)) /* for a piece at a time: copies would take long to compile */

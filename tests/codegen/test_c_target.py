@@ -197,6 +197,20 @@ def test_functions_over_all_floats(name, ulps):
     assert torch.equal(ours[zero].signbit(), rounded[zero].signbit())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sigmoid", "silu"])
+def test_functions_over_all_halves(name, dtype):
+    """The exponential is rougher there: what that adds is little beside half a unit, of rounding."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    (ours,) = kernel_of(one(name), x)(x)
+    exact = getattr(F, name)(x.double())
+    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-6, rtol=0.01, equal_nan=True)
+    known = exact.isfinite() & (exact.abs() <= torch.finfo(dtype).max) & (x > -88)  # below, float32 knows infinity
+    size = exact.abs()[known].clamp(min=torch.finfo(dtype).tiny)
+    unit = torch.exp2(size.log2().floor()) * torch.finfo(dtype).eps
+    assert ((ours.double()[known] - exact[known]).abs() / unit).max() <= 0.53
+
+
 def test_masks_of_infinity():
     x = torch.tensor([[1.0, -math.inf, 2.0] * 7, [-math.inf] * 21, [math.nan] + [0.0] * 20, [math.inf] + [1.0] * 20])
     torch.testing.assert_close(kernel_of(softmax(), x)(x)[0], x.softmax(-1), equal_nan=True)
