@@ -65,14 +65,24 @@ class Binary:
         return cls(**table)
 
 
+def capability_of(architecture: str) -> int:
+    """90 for ``sm_90``.
+
+    Raises:
+        FusionError: the architecture's name is not of that form.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", architecture):
+        raise FusionError(f"{architecture!r} is not an architecture such as 'sm_90'")
+    return int(architecture[3:])
+
+
 def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
     """Compile programs for ``sm_NN``: contiguous operands, addresses and row sizes aligned.
 
     Raises:
         FusionError: the architecture's name is not of that form, or the compiler fails.
     """
-    if not re.fullmatch(r"sm_\d{2,3}", architecture):
-        raise FusionError(f"{architecture!r} is not an architecture such as 'sm_90'")
+    capability = capability_of(architecture)
     request = []
     for built in jobs:
         program = built.program
@@ -81,7 +91,7 @@ def compile_ahead(jobs: Sequence[Built], architecture: str) -> list[Binary]:
             {
                 "file": built.triton_file,
                 "kernel": built.kernel_name,
-                "capability": int(architecture[3:]),
+                "capability": capability,
                 "warps": program.warps,
                 "stages": program.stages,
                 "operands": [

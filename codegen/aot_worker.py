@@ -90,8 +90,21 @@ def _load_file(name: str, path: Path) -> Any:
     return module
 
 
+@functools.cache
+def _beside(name: str) -> Any:
+    """A module of this folder, without the package around it."""
+    return _load_file(name, Path(__file__).with_name(f"{name}.py"))
+
+
 def make(
-    name: str, source: str, ranks: Sequence[int], other: float | None, warps: int, stages: int, folder: Path
+    name: str,
+    source: str,
+    ranks: Sequence[int],
+    other: float | None,
+    warps: int,
+    stages: int,
+    overlapped: bool,
+    folder: Path,
 ) -> tuple[Callable[..., Any], str]:
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
 
@@ -116,7 +129,9 @@ def make(
     finally:
         generation.CACHE_DIR = before[0]
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
-    text = _load_file("masks", Path(__file__).with_name("masks.py")).simplify(Path(handle._source).read_text("utf-8"))
+    text = _beside("masks").simplify(Path(handle._source).read_text("utf-8"))
+    if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
+        text = _beside("overlap").overlap(text)
     simplified = load_source(name, text, folder)
     return getattr(simplified, f"launch_{name}"), simplified.__file__
 

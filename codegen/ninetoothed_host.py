@@ -40,6 +40,14 @@ def interpreted() -> bool:
     return not torch.cuda.is_available()
 
 
+def capability() -> int:
+    """Of the current device, 90 for sm_90; 0 in the interpreter, and where the device is not NVIDIA's."""
+    if interpreted() or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 @cache
 def workspace() -> Path:
     """A private folder of this process for generated sources (ninetoothed's own cache is shared and not atomic)."""
@@ -127,6 +135,7 @@ class Program:
         warps: that work on one block.
         stages: of software pipelining.
         other: what is read beyond the end of an operand; None where nobody looks.
+        overlapped: whether it starts while the kernel before it still runs, and waits for that itself (from sm_90 on).
     """
 
     source: str
@@ -136,10 +145,11 @@ class Program:
     warps: int = 4
     stages: int = 1
     other: float | None = None
+    overlapped: bool = False
 
     def made_of(self) -> dict[str, Any]:
         """What `aot_worker.make` takes, but for the name."""
-        names = ("source", "ranks", "other", "warps", "stages")
+        names = ("source", "ranks", "other", "warps", "stages", "overlapped")
         return {name: getattr(self, name) for name in names}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from graph_capture.codegen import ninetoothed_attention, ninetoothed_linear, ninetoothed_rotary, ninetoothed_rows
 from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.codegen.aot import Binary, compile_ahead
+from graph_capture.codegen.aot import Binary, capability_of, compile_ahead
 from graph_capture.codegen.attention import AttentionSpec
 from graph_capture.codegen.linear import LinearSpec
 from graph_capture.codegen.rotary_spec import RotarySpec
@@ -42,6 +43,7 @@ PRINTERS: dict[type, Any] = {
     LinearSpec: ninetoothed_linear,
     AttentionSpec: ninetoothed_attention,
 }
+OVERLAPS = 90  # the compute capability from where on kernels can start before others have ended
 name = "ninetoothed"
 movable = False
 
@@ -88,7 +90,12 @@ def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.Pro
     return [[program] for program in printer.candidates(spec, tensors)]
 
 
-def _named(programs: Sequence[host.Program], kernel_name: str) -> list[tuple[host.Program, str]]:
+def _named(
+    programs: Sequence[host.Program], kernel_name: str, capability: int | None = None
+) -> list[tuple[host.Program, str]]:
+    """The programs of a kernel for a device (default: this machine's), and what they are called."""
+    capability = host.capability() if capability is None else capability
+    programs = [replace(program, overlapped=capability >= OVERLAPS) for program in programs]
     return [(program, f"{kernel_name}_{number}" if number else kernel_name) for number, program in enumerate(programs)]
 
 
@@ -163,10 +170,11 @@ def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tu
     Of each kernel that of all its programs, in the order of their launches.
 
     Raises:
-        FusionError: the compiler fails.
+        FusionError: the architecture's name is of another form, or the compiler fails.
     """
     cache = DiskCache("sass")
-    kernels = [_named(_programs(spec, False), kernel_name) for spec, kernel_name in specs]
+    capability = capability_of(architecture)
+    kernels = [_named(_programs(spec, False), kernel_name, capability) for spec, kernel_name in specs]
     keys = {item: cache.key(repr(item[0]), item[1], architecture) for kernel in kernels for item in kernel}
     stored = {item: cache.read(key, ".binary") for item, key in keys.items()}
     found = {item: Binary.from_json(data) for item, data in stored.items() if data is not None}

@@ -113,6 +113,34 @@ def test_generate_over_captured_steps():
         model.accelerated.undo()
 
 
+@pytest.mark.parametrize("cuda_graph", ["auto", False])
+@pytest.mark.parametrize("size", [64, 2048])
+def test_kernels_that_start_early_see_what_others_wrote(size, cuda_graph):
+    """Each row needs a whole column of the result before: of our kernel, of torch's, or of a copy."""
+    x = torch.randn(size, size, device="cuda")
+    kept = torch.zeros_like(x)
+
+    def mixed(x):
+        for step in range(24):
+            x = torch.softmax(x.t() / 2 + x, -1) * size
+            x = torch.nn.functional.layer_norm(x.t(), (size,)) + step % 2
+            if step % 3 == 1:
+                x = x.flip(0)
+            if step % 3 == 2:
+                kept.copy_(x.t())
+                x = kept + 1
+        return x
+
+    with record(x) as recording:
+        recording.output(mixed(x))
+    fused = fuse(recording.graph, FusionConfig(profile="always", cuda_graph=cuda_graph))
+    assert sum(region.kernel is not None for region in fused.regions) >= 24
+    first = [fused(x) for _ in range(4)][-1]
+    torch.testing.assert_close(first, mixed(x.double()).float(), rtol=1e-3, atol=1e-3)
+    for _ in range(200):
+        assert torch.equal(fused(x), first)
+
+
 def test_graphs_outlive_the_workspaces_that_torch_compile_frees():
     model = llm.endless("llama").to("cuda", torch.bfloat16)
     engine = InferEngine(model, max_length=64)

@@ -70,6 +70,15 @@ def test_kernels_are_as_good_as_hand_written_ones(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_wait_for_the_one_before(architecture):
+    """From sm_90 on they start early: nothing may touch memory before the wait, and what follows starts after it."""
+    for binary in rope().compile_for(architecture) + kernel_of("add_rms_norm").compile_for(architecture):
+        found = re.findall(r"\b(ACQBULK|PREEXIT|LDG|STG|ATOMG|RED)\b", binary.sass)
+        assert found[:2] == (["ACQBULK", "PREEXIT"] if architecture == "sm_90" else ["LDG", "LDG"])
+        assert len([each for each in found if each in ("ACQBULK", "PREEXIT")]) == 2 * (architecture == "sm_90")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rope_is_as_good_as_hand_written(architecture):
     """Blocks differ, a token in one or in two: instructions of a thread for each byte that it stores."""
     names = ("query", "key", "cos", "sin", "query_out", "key_out")
