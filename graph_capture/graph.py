@@ -197,6 +197,12 @@ class SubGraph:
         return {op_type: tuple(indices) for op_type, indices in found.items()}
 
     @cached_property
+    def above(self) -> Sequence[frozenset[str]]:
+        """For each node, the op types of those that make its inputs."""
+        made = self.producers
+        return [frozenset(self.nodes[made[n]].op_type for n in node.inputs if n in made) for node in self.nodes]
+
+    @cached_property
     def _structure(self) -> str:
         numbers: dict[str, int] = {}
 

@@ -55,7 +55,7 @@ class Builder(Script):
         for step, form in zip(executor.steps, survey.forms, strict=True):
             if form.is_view:
                 self._saved[self._value(step.fills[0]).group] += 1
-            elif isinstance(step.call, Prepares):
+            elif step.own and isinstance(step.call, Prepares):
                 self._saved.update({self._value(slot).group: BINDING for slot in step.reads})
         self._copies: dict[int, Ref] = {}  # slot of an argument -> the buffer that kernels read it from
         self._once = self._constant_steps()
@@ -115,7 +115,7 @@ class Builder(Script):
 
     def _copy_arguments(self) -> None:
         """Give kernels a fixed address of the small arguments that they read."""
-        kernels = [step for step in self._executor.steps if isinstance(step.call, Prepares)]
+        kernels = [step for step in self._executor.steps if step.own and isinstance(step.call, Prepares)]
         for slot in dict.fromkeys(slot for step in kernels for slot in step.reads):
             value, ref = self._value(slot), self._refs.get(slot)
             group = self._survey.groups[value.group]

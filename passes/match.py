@@ -60,9 +60,7 @@ def candidates(graph: SubGraph, template: Template) -> Sequence[int]:
 
 def match_at(graph: SubGraph, template: Template, anchor: int, ignore: frozenset[str] = frozenset()) -> Match | Miss:
     """The template's occurrence that ends in node `anchor`; attributes named in `ignore` may differ."""
-    producers, nodes = graph.producers, graph.nodes
-    above = {nodes[producers[name]].op_type for name in nodes[anchor].inputs if name in producers}
-    if not template.above <= above:
+    if not template.above <= graph.above[anchor]:
         return _FAR
     search = _Search(graph, template, anchor, ignore)
     state = search.solve(_State([(len(template.graph) - 1, anchor)]))

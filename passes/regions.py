@@ -25,6 +25,7 @@ from graph_capture.passes.rewrite import (
     expand,
     exposed,
     unviewable,
+    values_of,
 )
 
 from graph_capture.graph import OpNode, SubGraph
@@ -211,10 +212,7 @@ class _Finder:
         members = tuple(graph.nodes[index] for index in nodes)
         made = {name for node in members for name in node.outputs}
         inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
-        around = [node for member in members for node in (member, *member.origin)]
-        names = {name for node in around for name in (*node.inputs, *node.outputs)} & graph.values.keys()
-        values = {name: graph.values[name] for name in names}  # not all of the graph's: each region would copy them
-        flat = expand(SubGraph(members, inputs, tuple(outputs), values), is_merged)
+        flat = expand(SubGraph(members, inputs, tuple(outputs), values_of(members, graph.values)), is_merged)
         return body_of(flat, range(len(flat)), outputs)
 
     # --- growing
@@ -227,7 +225,8 @@ class _Finder:
             for index, node in enumerate(graph.nodes)
             if index not in self.owner and self._growable(node) and self.unsupported([index], node.outputs) is None
         }
-        edges = [edge for name in graph.values for edge in self._edges(name, groups)]
+        near = {name for index in groups for name in (*graph.nodes[index].inputs, *graph.nodes[index].outputs)}
+        edges = [edge for name in graph.values if name in near for edge in self._edges(name, groups)]
         edges.sort(key=lambda edge: (-graph.values[edge[0]].nbytes, edge[1:]))
         refused: dict[tuple[int, int], str] = {}
         merged = True

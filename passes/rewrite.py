@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from graph_capture.graph import OpNode, Source, SubGraph, order_edges
+from graph_capture.graph import OpNode, Source, SubGraph, TensorMeta, order_edges
 from graph_capture.ops import Kind, flatten_outputs, op, prepare
 
 
@@ -133,6 +133,16 @@ def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:
 
     nodes = [part for node in graph.nodes for part in apart(node)]
     return replace(graph, nodes=tuple(nodes)) if len(nodes) > len(graph) else graph
+
+
+def values_of(nodes: Iterable[OpNode], values: Mapping[str, TensorMeta]) -> dict[str, TensorMeta]:
+    """Those of `values` that `nodes`, or what they replaced, read or make; all of a graph's would be copied often."""
+    pending, found = [*nodes], dict[str, TensorMeta]()
+    while pending:
+        node = pending.pop()
+        found.update((name, values[name]) for name in (*node.inputs, *node.outputs) if name in values)
+        pending += node.origin
+    return found
 
 
 def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:

@@ -16,7 +16,7 @@ from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
-from graph_capture.passes.rewrite import expand
+from graph_capture.passes.rewrite import expand, values_of
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics, fallback_of, input_metas
@@ -204,7 +204,8 @@ class _Regions:
 
     def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
         """What a region that is not used is made of, with regions of its own; None where it has none."""
-        graph = expand(SubGraph(node.origin, node.inputs, node.outputs, self.values), is_composed)
+        origin = SubGraph(node.origin, node.inputs, node.outputs, values_of(node.origin, self.values))
+        graph = expand(origin, is_composed)
         plan = find_regions(
             graph,
             supports=self.passes.supports,
