@@ -15,9 +15,10 @@ from graph_capture.codegen.attention import MAX_ROWS, AttentionSpec
 from graph_capture.codegen.ninetoothed_host import Program
 from graph_capture.codegen.ninetoothed_rows import print_tanh
 
-BLOCK = 128  # keys that are read at a time
+BLOCK = 64  # keys that are read at a time, at most
 BLOCK_BYTES = 32768  # of keys, at most
-PROGRAMS = 528  # four for each multiprocessor of an H100
+BUSY = 64  # programs from where on smaller blocks did not pay on an H100
+PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def choose_splits(spec: AttentionSpec, interpreted: bool) -> Splits:
     """Enough parts to keep the device busy; the interpreter wants few."""
     widest = _wide(max(spec.width, spec.out_width)) * spec.dtype.itemsize
     block = max(16, min(BLOCK, BLOCK_BYTES // widest, _power(spec.length)))
+    while not interpreted and block > 16 and spec.batch * spec.heads * (spec.length // block) < BUSY:
+        block //= 2
     blocks = -(-spec.length // block)
     wanted = max(1, (4 if interpreted else PROGRAMS) // (spec.batch * spec.heads))
     each = -(-blocks // min(wanted, blocks))
