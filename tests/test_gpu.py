@@ -113,7 +113,7 @@ def test_generate_over_captured_steps():
         model.accelerated.undo()
 
 
-@pytest.mark.parametrize("cuda_graph", ["auto", False])
+@pytest.mark.parametrize("cuda_graph", ["auto", "off"])
 @pytest.mark.parametrize("size", [64, 2048])
 def test_kernels_that_start_early_see_what_others_wrote(size, cuda_graph):
     """Each row needs a whole column of the result before: of our kernel, of torch's, or of a copy."""
