@@ -17,7 +17,6 @@ from graph_capture.errors import FusionError
 
 ALONG_INNER = 32  # columns of a block where the weight's elements lie next to each other along K
 ALONG_COLUMNS = 512  # and where along N
-ACCUMULATORS = 8  # vectors
 PIECE = 16384  # bytes of the multiplied rows, as float32, that are worked on at a time
 
 
@@ -80,8 +79,8 @@ class _Printer:
         body = [
             f"const int64_t first = unit * {block};",
             f"const int64_t count = first + {block} < {spec.columns} ? {block} : {spec.columns} - first;",
-            *(f"float sum{number}[{spec.few}][{block + 4}];" for number in range(len(spec.products))),
-            *(f"memset(sum{number}, 0, sizeof sum{number});" for number in range(len(spec.products))),
+            *(f"float total{number}[{spec.few}][{block + 4}];" for number in range(len(spec.products))),
+            *(f"memset(total{number}, 0, sizeof total{number});" for number in range(len(spec.products))),
             f"for (int64_t start = 0; start < {spec.inner}; start += {self.piece}) {{",
             *(f"    {line}" for line in self._piece()),
             "}",
@@ -110,36 +109,44 @@ class _Printer:
         return lines
 
     def _along_inner(self, number: int) -> list[str]:
-        """A few columns at a time, in one sweep over the piece."""
+        """A few columns at a time, in one sweep over the piece, two vectors of each in a step."""
         spec, kind, index = self.spec, c_print.MEMORY[self.dtype], 1 + number
-        side = max(1, min(4, ACCUMULATORS // spec.few))
+        columns, rows = range(4 if spec.few == 1 else 2), range(spec.few)
         column = f"(const {kind} *)operands[{index}] + (first + (n + {{0}} < count ? n + {{0}} : n)) * s{index} + start"
         loads = f"lanes_{c_print.HALVES.get(self.dtype, 'float')}"
 
-        def multiplied(column: int, weight: str) -> list[str]:
-            lines = [f"const lanes w = {loads}({weight});"]
-            return lines + [f"a{column}_{m} += w * x{m};" for m in range(spec.few)]
+        def multiplied(weight: str, part: int) -> list[str]:
+            lines = [f"const lanes x{m} = lanes_float(&x[{m}][k + {part} * LANES]);" for m in rows]
+            for c in columns:
+                lines.append(f"const lanes w{c} = {loads}({weight.format(c)} + {part} * LANES);")
+                lines += [f"sum{c}_{part}_{m} += w{c} * x{m};" for m in rows]
+            return ["{", *(f"    {line}" for line in lines), "}"]
 
-        body = [f"const lanes x{m} = lanes_float(&x[{m}][k]);" for m in range(spec.few)]
-        last = list(body)
         # The columns after these: the hardware takes each row of the weight for a new stream.
-        body += [f"__builtin_prefetch(w{r} + {side} * s{index} + k, 0, 2);" for r in range(side)]
-        for r in range(side):
-            body += ["{", *(f"    {line}" for line in multiplied(r, f"w{r} + k")), "}"]
-            last += ["{", f"    memcpy(tail, w{r} + k, (length - k) * sizeof *tail);"]
-            last += [*(f"    {line}" for line in multiplied(r, "tail")), "}"]
-        sums = [f"sum{number}[{m}][n + {r}] += lanes_sum(a{r}_{m});" for r in range(side) for m in range(spec.few)]
+        lines_of_cache = range(2 if self.dtype is torch.float32 else 1)
+        step = [
+            f"__builtin_prefetch(from{c} + {len(columns)} * s{index} + k + {line} * LANES, 0, 2);"
+            for line in lines_of_cache
+            for c in columns
+        ]
+        step += [*multiplied("from{0} + k", 0), *multiplied("from{0} + k", 1)]
+        tails = [f"memcpy(tail{c}, from{c} + k, (size_t)(length - k) * sizeof *tail{c});" for c in columns]
+        sums = [
+            f"total{number}[{m}][n + {c}] += lanes_sum(sum{c}_0_{m} + sum{c}_1_{m});" for c in columns for m in rows
+        ]
         return [
-            f"for (int64_t n = 0; n < count; n += {side}) {{",
-            *(f"    const {kind} *const w{r} = {column.format(r)};" for r in range(side)),
-            *(f"    lanes a{r}_{m} = {{0}};" for r in range(side) for m in range(spec.few)),
+            f"for (int64_t n = 0; n < count; n += {len(columns)}) {{",
+            *(f"    const {kind} *const from{c} = {column.format(c)};" for c in columns),
+            *(f"    lanes sum{c}_{part}_{m} = {{0}};" for c in columns for part in (0, 1) for m in rows),
             "    int64_t k = 0;",
-            "    for (; k + LANES <= length; k += LANES) {",
-            *(f"        {line}" for line in body),
+            "    for (; k + 2 * LANES <= length; k += 2 * LANES) {",
+            *(f"        {line}" for line in step),
             "    }",
+            "    for (; k + LANES <= length; k += LANES)",
+            *(f"        {line}" for line in multiplied("from{0} + k", 0)),
             "    if (k < length) {",
-            f"        {kind} tail[LANES] = {{0}};",
-            *(f"        {line}" for line in last),
+            *(f"        {kind} tail{c}[LANES] = {{0}};" for c in columns),
+            *(f"        {line}" for line in (*tails, *multiplied("tail{0}", 0))),
             "    }",
             *(f"    {line}" for line in sums),
             "}",
@@ -153,7 +160,7 @@ class _Printer:
             "    #pragma omp simd",
             "    for (int64_t n = 0; n < count; n++) {",
             f"        const float value = {c_print.load('w', 'n', self.dtype)};",
-            *(f"        sum{number}[{m}][n] += value * x[{m}][k];" for m in range(spec.few)),
+            *(f"        total{number}[{m}][n] += value * x[{m}][k];" for m in range(spec.few)),
             "    }",
             "}",
         ]
@@ -164,7 +171,7 @@ class _Printer:
         index = 1 + len(spec.products)
         body = []
         for number, product in enumerate(spec.products):
-            value = f"sum{number}[m][n]"
+            value = f"total{number}[m][n]"
             if product.bias:
                 bias = f"({self._pointer(index, self.dtype, const=True)})"
                 value += f" + {c_print.load(bias, f'(first + n) * t{index}', self.dtype)}"
