@@ -161,8 +161,9 @@ def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, 
     report.step_bytes = step_bytes(model, setting)
     ids = _prompt(model, setting)
     made: dict[str, Way] = {}
-    # Ours before torch.compile: merged weights are views, and it would compile again for them.
-    for way in sorted(ways, key=lambda way: way == COMPILED):
+    # The fused one first: weights that another way holds cannot be merged. torch.compile last: merged weights are
+    # views, and it would compile again for them.
+    for way in sorted(ways, key=lambda way: (way == COMPILED) - (way == FUSED)):
         progress(f"preparing {way}")
         try:
             made[way] = make(way, model, setting)

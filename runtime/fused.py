@@ -102,7 +102,7 @@ class FusedGraph:
                 self._inlines = True
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
-                yield from ((inner, None, region.name) for inner in step.nodes)
+                yield from ((inner, call, region.name) for inner, call in step.nodes)
             elif region is not None and isinstance(step, Step):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:

@@ -126,7 +126,7 @@ class FusionHeuristics:
         tensors: Callable[[], Sequence[torch.Tensor]],
         fallback: Run | None = None,
         ops: int | None = None,
-        library: LibraryKernel | None = None,
+        libraries: Sequence[LibraryKernel] = (),
     ) -> tuple[Decision, Kernel | None]:
         """`profile_and_decide` on inputs of these layouts; also returns the kernel where one was made.
 
@@ -134,7 +134,7 @@ class FusionHeuristics:
             tensors: makes such inputs, in the graph's order; it is called where something is to be measured.
             fallback: runs the recorded ops on them (default: the graph's own ops).
             ops: how many recorded ops there are.
-            library: the region as library calls, where that is another way to run it.
+            libraries: the region as library calls, where that is another way to run it; or two.
         """
         forbidden = self._forbidden(graph, ops, [meta.shape for meta in metas.values()])
         decision, kernel = Decision(False, forbidden or ""), None
@@ -145,10 +145,12 @@ class FusionHeuristics:
             try:
                 made.append(self._by_profile(graph, None, tensors, metas, fallback))
             except FusionError as error:
-                if not self.config.fallback_on_error and library is None:
+                if not self.config.fallback_on_error and not libraries:
                     raise
                 decision = Decision(False, f"no kernel: {error}")
-            if library is not None and not (made and made[0][0] and self.config.profile != "measure"):
+            for library in libraries:
+                if self.config.profile != "measure" and any(decided for decided, _ in made):
+                    break
                 made.append(self._by_profile(graph, library, tensors, metas, fallback))
             if made:
                 decision, kernel = min(made, key=_merit)
@@ -156,12 +158,19 @@ class FusionHeuristics:
             log.info("%s -> %s", " ".join(node.op_type for node in graph.nodes), decision)
         return decision, kernel
 
-    def prepare(self, regions: Sequence[tuple[SubGraph, Sequence[TensorMeta], int]]) -> None:
-        """Build side by side the kernels that deciding these regions (body, inputs, recorded ops) will ask for."""
+    def prepare(
+        self,
+        regions: Sequence[tuple[SubGraph, Sequence[TensorMeta], int]],
+        others: Sequence[tuple[SubGraph, Mapping[str, TensorMeta]]] = (),
+    ) -> None:
+        """Build side by side the kernels that deciding these regions (body, inputs, recorded ops) will ask for, and
+        `others`."""
         if not self.config.enable_cache:
             return
         timed = self.config.profile == "measure"
-        wanted: list[tuple[SubGraph, tuple[TensorMeta, ...], int | None]] = []
+        wanted: list[tuple[SubGraph, tuple[TensorMeta, ...], int | None]] = [
+            (graph, tuple(metas.values()), 0) for graph, metas in others
+        ]
         for graph, inputs, ops in regions:
             metas = {
                 name: TensorMeta(meta.shape, meta.stride, meta.dtype, meta.device)
@@ -222,7 +231,7 @@ class FusionHeuristics:
             reason = "is interpreted on this machine" if kernel.interpreted else "is machine code"
             return Decision(not kernel.interpreted, f'profile="static": the kernel {reason}'), kernel
         device = next(iter(metas.values())).device
-        key = self._key(graph, "library" if library is not None else config.target, metas)
+        key = self._key(graph, config.target if library is None else library.way, metas)
         known = self._known(key)
         if known is not None:
             if library is not None:

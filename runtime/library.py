@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
+from graph_capture.codegen import CompiledKernel
 from graph_capture.passes.cleanup import split_constants
 
 from graph_capture.errors import FusionError
@@ -21,26 +23,30 @@ class LibraryKernel:
     Args:
         body: the region.
         weights: inputs of `body` that are the same in every replay; what depends on them alone is computed at `bind`.
+        product: a kernel of our own for the linear among the ops.
 
     Attributes:
+        way: which of the ways to run the region it is.
         once: what is computed at `bind`; None where that is nothing.
         rest: what each call computes; takes the results of `once` as further inputs.
     """
 
     interpreted = False
 
-    def __init__(self, body: SubGraph, weights: Collection[str] = ()) -> None:
-        self.body, self.weights = body, tuple(weights)
+    def __init__(self, body: SubGraph, weights: Collection[str] = (), product: CompiledKernel | None = None) -> None:
+        self.body, self.weights, self.product = body, tuple(weights), product
+        self.way = "library" if product is None else "merged"
         self.name = "_".join(node.op_type for node in body.nodes)
         once, rest = split_constants(body, weights) if weights else (None, body)
         self.once = once if once is not None and once.nodes else None
         self.rest = rest
-        self._rest = Executor([(node, None) for node in rest.nodes], rest.input_names, rest.output_names)
+        calls = [None if product is None or node.op_type != "linear" else _spread(product) for node in rest.nodes]
+        self._rest = Executor(list(zip(rest.nodes, calls, strict=True)), rest.input_names, rest.output_names)
 
     @property
     def source(self) -> str:
-        """The body as readable Python."""
-        return str(self.body)
+        """The body as readable Python, and the code of the kernel in it."""
+        return str(self.body) + ("" if self.product is None else f"\n\n{self.product.source}")
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run on the region's inputs, in order."""
@@ -68,6 +74,10 @@ class LibraryKernel:
 
     def __repr__(self) -> str:
         return f"<LibraryKernel {self.name}>"
+
+
+def _spread(kernel: CompiledKernel) -> Callable[[Tensors], Any]:
+    return lambda tensors: kernel(*tensors)
 
 
 class Bound:

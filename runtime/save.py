@@ -25,7 +25,7 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fused import FusedGraph, Region
 from graph_capture.runtime.heuristics import Decision, FusionHeuristics
 from graph_capture.runtime.library import LibraryKernel
-from graph_capture.runtime.scheduler import decide_region
+from graph_capture.runtime.scheduler import decide_region, merged_kernel
 from graph_capture.runtime.stored import decode_tensors, encode_tensors
 from graph_capture.runtime.whole import device_of
 
@@ -201,7 +201,7 @@ def _encode_region(region: Region, encoder: Encoder) -> dict[str, Any]:
         "name": region.name,
         "node": encoder.node(region.node),
         "decision": _encode_decision(region.decision),
-        "kernel": None if kernel is None else "library" if isinstance(kernel, LibraryKernel) else "compiled",
+        "kernel": None if kernel is None else kernel.way if isinstance(kernel, LibraryKernel) else "compiled",
         "weights": list(kernel.weights) if isinstance(kernel, LibraryKernel) else [],
         "parts": None if region.parts is None else encoder.graph(region.parts),
         "parent": region.parent,
@@ -230,13 +230,16 @@ class _Regions:
         parts = None if table.get("parts") is None else self.decoder.graph(table["parts"])
         kind = table.get("kernel")
         library = None
-        if kind == "library":
-            library = LibraryKernel(body, tuple(map(text, as_list(table.get("weights")))))
+        if kind in ("library", "merged"):
+            product = merged_kernel(self.heuristics, node, self.values) if kind == "merged" else None
+            library = LibraryKernel(body, tuple(map(text, as_list(table.get("weights")))), product)
         decision = _decode_decision(table.get("decision"))
         region = Region(text(table.get("name")), node, self.values, decision, library, parts, text(table.get("parent")))
         if kind is None or (library is not None and self.same):
             return region
-        return self._compiled(region) if self.same else decide_region(self.heuristics, region, library)
+        if self.same:
+            return self._compiled(region)
+        return decide_region(self.heuristics, region, [] if library is None else [library])
 
     def _compiled(self, region: Region) -> Region:
         body, node = region.body, region.node

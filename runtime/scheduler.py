@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from graph_capture.codegen import CompiledKernel, is_native
+from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.linear import LinearSpec
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
@@ -25,6 +27,7 @@ from graph_capture.runtime.measure import example_inputs
 from graph_capture.runtime.whole import decide_whole, device_of
 
 from graph_capture.cachedir import DiskCache
+from graph_capture.errors import FusionError
 from graph_capture.executor import Executor
 from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.log import log
@@ -140,7 +143,8 @@ class _Regions:
             nodes |= {self._key(part): part for part in found if part.op_type.startswith(FUSED)}
         new, least = [node for key, node in nodes.items() if key not in self._decided], self.passes.min_nodes
         self.heuristics.prepare(
-            [(node.attr("body"), [self.values[x] for x in node.inputs], _weight(node, least)) for node in new]
+            [(node.attr("body"), [self.values[x] for x in node.inputs], _weight(node, least)) for node in new],
+            [product_of(node, self.values) for node in new if self._multiplies(node)],
         )
 
     def _add(self, graph: SubGraph, parent: str = "", off: frozenset[str] = frozenset()) -> None:
@@ -155,7 +159,7 @@ class _Regions:
             alike = self._decided.get(key)
             if alike is None:
                 undecided = Region(node.op_type, node, self.values, Decision(False, ""), None)
-                alike = self._decided[key] = decide_region(self.heuristics, undecided, self._library(node))
+                alike = self._decided[key] = decide_region(self.heuristics, undecided, self._libraries(node))
             tried = off | {kind}
             parts = self._parts(node, tried) if self._divides(alike) else None
             place = len(self.found)
@@ -175,14 +179,21 @@ class _Regions:
                         self.found[place], decision=replace(alike.decision, use=False, reason=reason)
                     )
 
-    def _library(self, node: OpNode) -> LibraryKernel | None:
-        """The region as library calls, where some of these stand for several recorded ops."""
+    def _libraries(self, node: OpNode) -> list[LibraryKernel]:
+        """The region as library calls, where some of these stand for several recorded ops; and with a kernel of our own
+        for the product of merged linears."""
         body: SubGraph = node.attr("body")
         if node.op_type == FUSED + PARALLEL_LINEAR:
-            return LibraryKernel(body, body.input_names[1:])
+            weights = body.input_names[1:]
+            product = merged_kernel(self.heuristics, node, self.values) if self._multiplies(node) else None
+            return [LibraryKernel(body, weights), *([LibraryKernel(body, weights, product)] if product else [])]
         if not any(map(is_library, node.origin)) or (len(node.origin) > 1 and self.passes.supports(body) is not None):
-            return None
-        return LibraryKernel(body)
+            return []
+        return [LibraryKernel(body)]
+
+    def _multiplies(self, node: OpNode) -> bool:
+        """Whether a kernel of our own may multiply merged linears; on a CPU, kernels in a row do as well."""
+        return node.op_type == FUSED + PARALLEL_LINEAR and not self._is_apart(node)
 
     def _divides(self, region: Region) -> bool:
         """Whether a region is worth taking apart: what it is made of may be used, or be faster."""
@@ -239,15 +250,41 @@ def _weight(node: OpNode, least: int) -> int:
     return least if node.op_type == FUSED + SMALL else len(node.recorded)
 
 
-def decide_region(heuristics: FusionHeuristics, region: Region, library: LibraryKernel | None) -> Region:
-    """Decide a region on made-up inputs; `library` is the region as library calls, where there is that way too."""
+def product_of(node: OpNode, values: Mapping[str, TensorMeta]) -> tuple[SubGraph, dict[str, TensorMeta]]:
+    """The product of linears that are merged, as a graph, and the layouts of its inputs.
+
+    Raises:
+        FusionError: there is none.
+    """
+    body: SubGraph = node.attr("body")
+    given = dict(zip(body.input_names, (values[name] for name in node.inputs), strict=True))
+    for made in body.nodes:
+        metas = [given[name] for name in made.inputs]
+        if made.op_type == "linear":
+            return SubGraph((made,), made.inputs, made.outputs), dict(zip(made.inputs, metas, strict=True))
+        shape = (sum(meta.shape[0] for meta in metas), *metas[0].shape[1:])  # their concatenation
+        given[made.outputs[0]] = TensorMeta(shape, dense_strides(shape), metas[0].dtype, metas[0].device)
+    raise FusionError("it has no linear")
+
+
+def merged_kernel(
+    heuristics: FusionHeuristics, node: OpNode, values: Mapping[str, TensorMeta]
+) -> CompiledKernel | None:
+    """A kernel of our own for the product of merged linears, where there can be one."""
+    with contextlib.suppress(FusionError):
+        return heuristics.kernel(*product_of(node, values))
+    return None
+
+
+def decide_region(heuristics: FusionHeuristics, region: Region, libraries: Sequence[LibraryKernel]) -> Region:
+    """Decide a region on made-up inputs; `libraries` are the region as library calls, where there are such ways too."""
     node = region.node
     layouts = [TensorMeta(*region.values[name][:4]) for name in node.inputs]
     metas = dict(zip(region.body.input_names, layouts, strict=True))
     executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
     ops = _weight(node, heuristics.config.min_nodes_for_fusion)
     tensors = functools.partial(example_inputs, node.inputs, region.values)
-    decision, kernel = heuristics.decide(region.body, metas, tensors, executor.run, ops, library)
+    decision, kernel = heuristics.decide(region.body, metas, tensors, executor.run, ops, libraries)
     return replace(region, decision=decision, kernel=kernel)
 
 

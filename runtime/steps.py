@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ class Inlined:
     """A region as library calls that are steps of the replay themselves.
 
     Attributes:
-        nodes: the calls.
+        nodes: the ops, and what computes them where that is not torch.
         names: value names of what the weights make computed, which is an input of the replay.
         constants: what computes it.
     """
 
-    nodes: tuple[OpNode, ...]
+    nodes: tuple[tuple[OpNode, Step | None], ...]
     names: tuple[str, ...] = ()
     constants: tuple[Constants, ...] = ()
 
@@ -44,7 +44,8 @@ class Inlined:
         outer |= dict(zip(kernel.rest.output_names, region.node.outputs, strict=True))
         inner = [*kernel.rest.input_names, *(name for node in kernel.rest.nodes for name in node.outputs)]
         renamed = {name: f"{region.name}.{name}" for name in inner} | outer
-        nodes = tuple(node.rename(renamed) for node in kernel.rest.nodes)
+        inlined = [node.rename(renamed) for node in kernel.rest.nodes]
+        nodes = tuple(_inlined(node, region, kernel, graph, config) for node in inlined)
         if kernel.once is None:
             return cls(nodes)
         given = {name: graph.captured[renamed[name]] for name in kernel.once.input_names}
@@ -122,6 +123,16 @@ class KernelStep(Step):
                     output.copy_(result)
 
         return launch
+
+
+def _inlined(
+    node: OpNode, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig
+) -> tuple[OpNode, KernelStep | None]:
+    """An op of a library region, and what computes it: of a linear it may be a kernel of our own."""
+    if kernel.product is None or node.op_type != "linear":
+        return node, None
+    node = OpNode(region.node.op_type, node.inputs, node.outputs, region.node.attrs, node.source, (node,))
+    return node, KernelStep(replace(region, node=node, kernel=kernel.product), graph, config, ())
 
 
 def relaid_outputs(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:

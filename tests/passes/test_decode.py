@@ -108,9 +108,9 @@ def test_a_product_and_what_follows_are_apart_where_that_is_faster(whole, apart,
     """The parts: the library's product, and a kernel of the rest, used or not."""
     monkeypatch.setattr("graph_capture.runtime.scheduler.is_native", lambda *_: True)
 
-    def decide(self, graph, metas, tensors, fallback=None, ops=None, library=None):
-        t_fused = 0.3 if library is not None else whole if graph.by_op.get("linear") else 0.1
-        return heuristics.Decision(True, "measured", 1.0, t_fused), library or self.kernel(graph, metas)
+    def decide(self, graph, metas, tensors, fallback=None, ops=None, libraries=()):
+        t_fused = 0.3 if libraries else whole if graph.by_op.get("linear") else 0.1
+        return heuristics.Decision(True, "measured", 1.0, t_fused), [*libraries, None][0] or self.kernel(graph, metas)
 
     monkeypatch.setattr(heuristics.FusionHeuristics, "decide", decide)
     monkeypatch.setattr("graph_capture.runtime.scheduler.decide_whole", lambda *_: None)

@@ -5,8 +5,10 @@ import gc
 
 import pytest
 import torch
+from graph_capture.runtime import scheduler
+from graph_capture.runtime.library import LibraryKernel
 
-from graph_capture import FusionConfig, SignatureMismatchError, capture, fuse, record
+from graph_capture import FusionConfig, SignatureMismatchError, capture, fuse, load, record
 
 ALWAYS = FusionConfig(profile="always")
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -151,6 +153,32 @@ def test_other_recordings_of_the_model_stay_valid():
     model.q.weight.data = torch.zeros_like(model.q.weight)
     with pytest.raises(SignatureMismatchError, match="memory of"):
         one(X)
+
+
+@pytest.mark.parametrize("bias", [(True,) * 3, (False,) * 3], ids=["bias", "plain"])
+def test_a_kernel_of_our_own_for_the_product(monkeypatch, tmp_path, bias):
+    """As on a GPU, where one may be faster than the library's."""
+
+    def libraries(self, node):
+        body = node.attr("body")
+        return [LibraryKernel(body, body.input_names[1:], scheduler.merged_kernel(self.heuristics, node, self.values))]
+
+    monkeypatch.setattr(scheduler._Regions, "_libraries", libraries)
+    model, x = Attention(bias=bias), X[:1, :1]
+    fused = fuse(recorded(model, x), FusionConfig(profile="always", target="c"))
+    (region,) = merged(fused)
+    assert region.kernel.product.spec.columns == sum(layer.out_features for layer in (model.q, model.k, model.v))
+    for scale in (1, 1, 2):
+        with torch.no_grad():
+            model.k.weight.mul_(scale)
+            torch.testing.assert_close(fused(x), model(x))
+    assert "kernels(" in fused.plan.source
+    assert "mm(" not in fused.plan.source
+    assert fused.verify(x).ok
+    fused.save(tmp_path / "graph")
+    again = load(tmp_path / "graph")
+    assert merged(again)[0].kernel.product is not None
+    assert torch.equal(again(x), fused(x))
 
 
 def test_capture_merges_once_for_all_signatures():
