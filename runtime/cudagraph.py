@@ -7,6 +7,8 @@ are: graphs serve calls that bring the same addresses again, other calls replay 
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -187,7 +189,8 @@ class Graphs:
             _apply(segment.steps, inner)
             return [tensor for slot in needed if (tensor := inner[slot]) is not None]
 
-        results, segment.replay = self._backend.capture(body)
+        with _uncollected():
+            results, segment.replay = self._backend.capture(body)
         for slot, tensor in zip(needed, results, strict=True):
             self._values[slot] = tensor
         segment.replay()
@@ -301,6 +304,22 @@ class GraphReplay(Replay):
         except Exception as error:  # out of memory, or an op that cannot be captured
             self._left = 0
             log.warning("no CUDA graph, replays launch kernel by kernel: %s: %s", type(error).__name__, error)
+
+
+_capturing = threading.RLock()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: the end of a CUDA graph, or of a Triton kernel, invalidates what is captured."""
+    with _capturing:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _split(executor: Executor, survey: Survey, device_type: str) -> list[_Segment]:

@@ -77,8 +77,8 @@ class Step:
         try:
             outputs = self.kernel(tensors)
         except Exception as error:
-            if not self.config.fallback_on_error:
-                raise
+            if not self.config.fallback_on_error or _is_capturing(tensors):
+                raise  # a capture that has failed says nothing about the kernel
             log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
             self.kernel = None
             return self.recorded.run(tensors)
@@ -123,6 +123,10 @@ class KernelStep(Step):
                     output.copy_(result)
 
         return launch
+
+
+def _is_capturing(tensors: Tensors) -> bool:
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def _inlined(

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from graph_capture.runtime import cudagraph
 from graph_capture.runtime.verify import distance
 from torch import nn
 from transformers import StaticCache
@@ -139,6 +140,34 @@ def test_kernels_that_start_early_see_what_others_wrote(size, cuda_graph):
     torch.testing.assert_close(first, mixed(x.double()).float(), rtol=1e-3, atol=1e-3)
     for _ in range(200):
         assert torch.equal(fused(x), first)
+
+
+def test_garbage_does_not_end_a_capture(monkeypatch, caplog):
+    apply = cudagraph._apply
+
+    def littering(steps, values):
+        if littered and torch.cuda.is_current_stream_capturing():
+            cycle = [littered.pop()]
+            cycle.append(cycle)
+            del cycle
+            assert len([[] for _ in range(10**5)]) == 10**5  # enough to have garbage collected
+        apply(steps, values)
+
+    littered = []
+    monkeypatch.setattr(cudagraph, "_apply", littering)
+    x = torch.randn(64, 64, device="cuda")
+    with record(x) as recording:
+        recording.output(torch.softmax(x, -1) * 2)
+    fused = fuse(recording.graph, ALWAYS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    littered.append([graph])
+    del graph
+    for _ in range(4):
+        torch.testing.assert_close(fused(x), torch.softmax(x, -1) * 2)
+    assert not littered
+    assert fused.cuda_graphs is not None, caplog.text
 
 
 def test_graphs_outlive_the_workspaces_that_torch_compile_frees():

@@ -1,6 +1,7 @@
 """CUDA graphs: how steps are split, what is copied and what is followed; with a stand-in for CUDA, and on a device."""
 
 import contextlib
+import gc
 import logging
 
 import pytest
@@ -29,6 +30,7 @@ class StandIn:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.captures += 1
+        self.collected = gc.isenabled()
         results = [torch.full_like(tensor, 77) for tensor in body()]
 
         def replay():
@@ -63,6 +65,8 @@ def test_the_third_replay_is_a_graph():
         kept.append((run(graph, replay, x), torch.tanh(x) * 2))
     assert all(torch.equal(got, want) for got, want in kept)
     assert backend.captures == 1
+    assert not backend.collected  # what ends meanwhile may be another graph
+    assert gc.isenabled()
     assert replay.graphs.segments == (1, 0)
 
 
