@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.bench_replay [--quick] [--plot FILE.png]
 
-Prints markdown. Steady state: medians, all sides in turns, a burst of calls each. Cold start: from the plain model to the
-first result; ours records, fuses, compiles and decides; neither has caches on disk. Memory: of intermediate values, as
-planned and as eager holds them; on CUDA the peak over a call that the allocator reports. On CUDA also the device's own
-time for a fused replay, Python being ahead of it, against the sum of its kernels' times. `bench_start` measures warm
-starts.
+Prints markdown. Steady state: medians, all sides in turns, a burst of calls each. Cold start: from the plain model to
+the first result; ours records, fuses, compiles and decides; neither has caches on disk. Memory: of intermediate
+values, as planned and as eager holds them; on CUDA the peak over a call that the allocator reports. On CUDA also the
+device's own time for a fused replay, Python being ahead of it, against the sum of its kernels' times. `bench_start`
+measures warm starts.
 """
 
 from __future__ import annotations
