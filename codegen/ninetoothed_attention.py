@@ -16,8 +16,9 @@ from graph_capture.codegen.ninetoothed_host import Program
 from graph_capture.codegen.ninetoothed_rows import print_tanh
 
 BLOCK = 64  # keys that are read at a time, at most
+ALONE = {2: 128, 4: 32}  # bytes of an element -> keys up to which one block does, and nothing is to be added up
 BLOCK_BYTES = 32768  # of keys, at most
-BUSY = 64  # programs from where on smaller blocks did not pay on an H100
+BUSY = 48  # programs from where on smaller blocks did not pay on an H100
 PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 
@@ -33,8 +34,9 @@ class Splits:
 def choose_splits(spec: AttentionSpec, interpreted: bool) -> Splits:
     """Enough parts to keep the device busy; the interpreter wants few."""
     widest = _wide(max(spec.width, spec.out_width)) * spec.dtype.itemsize
-    block = max(16, min(BLOCK, BLOCK_BYTES // widest, _power(spec.length)))
-    while not interpreted and block > 16 and spec.batch * spec.heads * (spec.length // block) < BUSY:
+    alone = interpreted or spec.length <= ALONE[spec.dtype.itemsize]
+    block = max(16, min(128 if alone else BLOCK, BLOCK_BYTES // widest, _power(spec.length)))
+    while not alone and block > 16 and spec.batch * spec.heads * (spec.length // block) < BUSY:
         block //= 2
     blocks = -(-spec.length // block)
     wanted = max(1, (4 if interpreted else PROGRAMS) // (spec.batch * spec.heads))
