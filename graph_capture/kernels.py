@@ -16,12 +16,13 @@ from graph_capture.codegen import Binary, CompiledKernel, KernelCompiler, compil
 from graph_capture.codegen.ninetoothed_rows import choose_blocks
 from graph_capture.codegen.spec import KernelSpec
 from graph_capture.errors import FusionError
-from graph_capture.graph import OpNode, SubGraph
+from graph_capture.graph import OpNode, SubGraph, TensorMeta
 from graph_capture.inspection import record_steps
 from graph_capture.ops import FUSED
 from graph_capture.passes import Passes, rewrite
 from graph_capture.passes.decode import SMALL
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
+from graph_capture.passes.linears import product_of
 from graph_capture.passes.regions import moved_bytes
 
 
@@ -131,10 +132,22 @@ def report(
     return Report(name, target, filled, refused)
 
 
+def kernel_for(graph: SubGraph, node: OpNode) -> tuple[SubGraph, tuple[TensorMeta, ...]]:
+    """What the kernel of a region computes, and the layouts of its inputs; of merged linears it is their product.
+
+    Raises:
+        FusionError: there is none.
+    """
+    if node.op_type == FUSED + PARALLEL_LINEAR:
+        product, metas = product_of(node, graph.values)
+        return product, tuple(metas.values())
+    return node.attr("body"), tuple(graph.values[name]._replace(offset=0, storage=-1) for name in node.inputs)
+
+
 def _compiled(compiler: KernelCompiler, graph: SubGraph, node: OpNode) -> CompiledKernel:
-    metas = [graph.values[name] for name in node.inputs]
+    body, metas = kernel_for(graph, node)
     dtypes, shapes, strides = ([getattr(meta, what) for meta in metas] for what in ("dtype", "shape", "stride"))
-    return compiler.compile(node.attr("body"), dtypes, shapes, strides)
+    return compiler.compile(body, dtypes, shapes, strides)
 
 
 def _measure(row: Row, binary: Binary) -> None:
@@ -157,6 +170,6 @@ def _steps(
     if Path(name).is_file():
         yield "saved", load(name).subgraph
         return
-    off = frozenset({PARALLEL_LINEAR, SMALL})  # as on a GPU; weights cannot be merged where there are none
+    off = frozenset({SMALL})  # as on a GPU
     for step, graph in record_steps(name, dtype, prompt, slots, layers, "meta"):
         yield step, rewrite(graph.subgraph, Passes(supports, weights=frozenset(graph.captured), off=off)).graph

@@ -6,7 +6,7 @@ computed once, when the replay is bound (see `graph_capture.runtime.library`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from graph_capture.passes.cleanup import Memory
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
 
+from graph_capture.errors import FusionError
 from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
 from graph_capture.ops import FUSED, Kind, flatten_outputs, op, prepare
 
@@ -129,3 +130,21 @@ def _merged(graph: SubGraph, linears: Sequence[int]) -> OpNode:
     body = SubGraph(tuple(nodes), plain.input_names, outputs, values)
     made = tuple(node.outputs[0] for node in members)
     return OpNode(FUSED + RULE, inputs, made, (("body", body),), common_source(members), members)
+
+
+def product_of(node: OpNode, values: Mapping[str, TensorMeta]) -> tuple[SubGraph, dict[str, TensorMeta]]:
+    """The product of linears that are merged, as a graph, and the layouts of its inputs.
+
+    Raises:
+        FusionError: there is none.
+    """
+    body: SubGraph = node.attr("body")
+    given = dict(zip(body.input_names, (values[name] for name in node.inputs), strict=True))
+    for made in body.nodes:
+        metas = [given[name] for name in made.inputs]
+        if made.op_type == "linear":
+            return SubGraph((made,), made.inputs, made.outputs), dict(zip(made.inputs, metas, strict=True))
+        shape = (sum(meta.shape[0] for meta in metas), *metas[0].shape[1:])  # their concatenation
+        stride = torch.empty(shape, device="meta").stride()
+        given[made.outputs[0]] = TensorMeta(shape, stride, metas[0].dtype, metas[0].device)
+    raise FusionError("it has no linear")

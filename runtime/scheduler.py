@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 from graph_capture.codegen import CompiledKernel, is_native
-from graph_capture.codegen.geometry import dense_strides
 from graph_capture.codegen.linear import LinearSpec
 from graph_capture.passes import Passes, Rewritten, find_regions, load_templates, rewrite, store_templates
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
+from graph_capture.passes.linears import product_of
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
 from graph_capture.passes.rewrite import expand, values_of
@@ -248,23 +248,6 @@ def _saved_by_parts(region: Region, parts: Sequence[Region]) -> float | None:
 def _weight(node: OpNode, least: int) -> int:
     """For how many recorded ops a region counts, `least` of which make one."""
     return least if node.op_type == FUSED + SMALL else len(node.recorded)
-
-
-def product_of(node: OpNode, values: Mapping[str, TensorMeta]) -> tuple[SubGraph, dict[str, TensorMeta]]:
-    """The product of linears that are merged, as a graph, and the layouts of its inputs.
-
-    Raises:
-        FusionError: there is none.
-    """
-    body: SubGraph = node.attr("body")
-    given = dict(zip(body.input_names, (values[name] for name in node.inputs), strict=True))
-    for made in body.nodes:
-        metas = [given[name] for name in made.inputs]
-        if made.op_type == "linear":
-            return SubGraph((made,), made.inputs, made.outputs), dict(zip(made.inputs, metas, strict=True))
-        shape = (sum(meta.shape[0] for meta in metas), *metas[0].shape[1:])  # their concatenation
-        given[made.outputs[0]] = TensorMeta(shape, dense_strides(shape), metas[0].dtype, metas[0].device)
-    raise FusionError("it has no linear")
 
 
 def merged_kernel(

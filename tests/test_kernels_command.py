@@ -22,7 +22,7 @@ def test_a_built_in_model():
     found = json.loads(result.output)
     assert found["target"] == "sm_80"
     by_kind = {kind: row for row in found["rows"] for kind in row["regions"]}
-    assert {"add_rms_norm", "rope_cache", "linear_epilogue", "decode_attention"} <= by_kind.keys()
+    assert {"add_rms_norm", "rope_cache", "linear_epilogue", "decode_attention", "parallel_linear"} <= by_kind.keys()
     layers = CONFIGURATIONS["llama-tiny"][1]["num_hidden_layers"]
     assert by_kind["linear_epilogue"]["regions"]["linear_epilogue"] == layers  # gate, up and SwiGLU of a decode step
     for row in found["rows"]:

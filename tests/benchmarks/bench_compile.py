@@ -32,7 +32,7 @@ def measure(model: str, folder: str, timed: bool) -> dict[str, float]:
     import triton
 
     from graph_capture.cachedir import DiskCache, environment_key
-    from graph_capture.kernels import _steps
+    from graph_capture.kernels import _steps, kernel_for
     from graph_capture.ops import FUSED
 
     if not torch.cuda.is_available():
@@ -52,8 +52,8 @@ def measure(model: str, folder: str, timed: bool) -> dict[str, float]:
     for _, graph in _steps(model, torch.bfloat16, 128, 2048, None):
         for node in graph.nodes:
             if node.op_type.startswith(FUSED):
-                metas = tuple(graph.values[name]._replace(offset=0, storage=-1) for name in node.inputs)
-                wanted[node.attr("body"), metas] = (node.attr("body"), metas, None if timed else 0)
+                body, metas = kernel_for(graph, node)
+                wanted[body, metas] = (body, metas, None if timed else 0)
     environment_key()  # of the process, once
     start = time.perf_counter()
     compiler.prepare(list(wanted.values()))

@@ -3,14 +3,16 @@
     python -m tests.benchmarks.bench_cpu_kernels [--no-compile]
 
 Prints Markdown. Every kernel writes into tensors that are there already, as a plan has it; the others make new ones,
-as they do in a model. Times are the best of several rounds, in turns. "of bandwidth" is the bytes that must be read and
-written over the time, as a part of what a sum over as many bytes reads: from memory, or from a cache where they fit.
+as they do in a model. Times are medians over rounds, in turns. "of bandwidth" is the bytes that must be read and
+written over the time, as a part of what a sum over as many bytes reads in the same round: from memory, or from a
+cache where they fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,21 +51,22 @@ def tensors(shapes: str, rows: int, columns: int, dtype: torch.dtype) -> list[to
     return [torch.randn((rows, columns) if kind == "f" else (columns,)).to(dtype) for kind in shapes]
 
 
-def best(functions: list[Callable[[], Any]], rounds: int = 12) -> list[float]:
-    """Seconds a call of each, in turns."""
+def in_turns(functions: list[Callable[[], Any]], rounds: int = 12) -> list[list[float]]:
+    """Seconds a call of each, for each round, in which they take turns."""
     calls = []
     for function in functions:
         function()
         start = time.perf_counter()
         function()
         calls.append(max(1, int(0.02 / (time.perf_counter() - start + 1e-7))))
-    found = [float("inf")] * len(functions)
+    found = []
     for _ in range(rounds):
-        for index, function in enumerate(functions):
+        found.append([])
+        for count, function in zip(calls, functions, strict=True):
             start = time.perf_counter()
-            for _ in range(calls[index]):
+            for _ in range(count):
                 function()
-            found[index] = min(found[index], (time.perf_counter() - start) / calls[index])
+            found[-1].append((time.perf_counter() - start) / count)
     return found
 
 
@@ -104,9 +107,10 @@ def main() -> None:
                 if not options.no_compile:
                     sides.append(functools.partial(compiled, *inputs))
                 with torch.no_grad():
-                    ours, first, second, eager, *rest = best(sides)
+                    times = in_turns(sides)
+                ours, _, _, eager, *rest = (statistics.median(side) for side in zip(*times, strict=True))
                 theirs = rest[0] if rest else float("nan")
-                part = min(first, second) / ours  # of times for as many bytes
+                part = statistics.median(min(each[1:3]) / each[0] for each in times)  # the bus is others' as well
                 print(
                     f"| {function.__name__} | {str(dtype)[6:]} | {rows} x {columns} | {ours * 1e6:.1f} | "
                     f"{theirs * 1e6:.1f} | {eager * 1e6:.1f} | {ours / theirs:.2f} | {part:.2f} |",
