@@ -9,6 +9,7 @@ nothing that has threads, which a fork would lose.
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import functools
@@ -23,6 +24,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import traceback
 import types
@@ -109,14 +111,17 @@ def make(
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
 
     The source depends on the arguments alone (ninetoothed numbers tensors as long as a process lives, here from 0), and
-    has the masks that it needs.
+    says each thing once.
     """
     import ninetoothed
     from ninetoothed import generation
 
+    jit: Any = sys.modules["ninetoothed.jit"]
     module = load_source(name, source, folder)
-    before = generation.CACHE_DIR, ninetoothed.Tensor.num_instances
+    before = generation.CACHE_DIR, ninetoothed.Tensor.num_instances, jit.import_from_path
     generation.CACHE_DIR, ninetoothed.Tensor.num_instances = folder, 0  # its own folder is shared, and not atomic
+    # What it has written is read, simplified and imported below, so that it need not do so.
+    jit.import_from_path = lambda *_: types.SimpleNamespace(**dict.fromkeys((name, f"launch_{name}")))
     try:
         handle = ninetoothed.make(
             module.arrangement,
@@ -127,12 +132,13 @@ def make(
             num_stages=stages,
         )
     finally:
-        generation.CACHE_DIR = before[0]
+        generation.CACHE_DIR, jit.import_from_path = before[0], before[2]
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
-    text = _beside("masks").simplify(Path(handle._source).read_text("utf-8"))
+    tree = ast.parse(Path(handle._source).read_text("utf-8"))
+    _beside("simplify").simplify(tree)
     if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
-        text = _beside("overlap").overlap(text)
-    simplified = load_source(name, text, folder)
+        _beside("overlap").overlap(tree)
+    simplified = load_source(name, ast.unparse(tree) + "\n", folder)
     return getattr(simplified, f"launch_{name}"), simplified.__file__
 
 
@@ -326,6 +332,7 @@ def _work(connection: socket.socket) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as folder:
             os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
+            os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # not what lies between source and machine code
             # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
             triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
             lines = connection.makefile("rw", encoding="utf-8")

@@ -14,11 +14,9 @@ import ast
 _CUDA = "triton.language.extra.cuda"
 
 
-def overlap(source: str) -> str:
-    """`source`, a module that ninetoothed generated, with a kernel that waits and a launch that is early."""
-    tree = ast.parse(source)
+def overlap(tree: ast.Module) -> None:
+    """Have the kernel of a module that ninetoothed generated wait, and its launch be early, in place."""
     kernel, launch = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     kernel.body[:0] = ast.parse(f"{_CUDA}.gdc_wait()\n{_CUDA}.gdc_launch_dependents()").body
     (call,) = (node.value for node in launch.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
     call.keywords.append(ast.keyword("launch_pdl", ast.Constant(True)))
-    return ast.unparse(tree) + "\n"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_capture.codegen import masks
 from graph_capture.codegen.workers import Pool
 
 from graph_capture import FusionConfig, fuse, record
@@ -197,76 +196,6 @@ os.kill(os.getpid(), {int(how)})
             return True
 
     eventually(gone)
-
-
-# --- masks
-
-KERNEL = """
-import triton
-import triton.language
-
-@triton.jit
-def kernel(ninetoothed_x_pointer, ninetoothed_x_size_0, ninetoothed_x_stride_0):
-    pid = triton.language.program_id(0)
-    row = pid // 4
-    column = pid % 4
-    x = triton.language.load(ninetoothed_x_pointer + row, mask={mask}, other=None)
-
-def launch_kernel(x):
-    kernel[lambda meta: (x.size(0) - 1 + 1,)](x, x.size(0), x.stride(0))
-"""
-
-
-def simplified(mask):
-    text = masks.simplify(KERNEL.format(mask=mask))
-    assert "x.size(0) - 1 + 1" in text  # the launch is left alone
-    return text.split("+ row")[1].splitlines()[0].removesuffix(")").removeprefix(", ")
-
-
-ARANGE = "triton.language.arange(0, 16)[None, ::]"
-SIZE = "ninetoothed_x_size_0"
-
-
-@pytest.mark.parametrize(
-    "always",
-    [
-        f"({ARANGE} < 16)",
-        f"({ARANGE} >= 0)",
-        "(column < 4)",
-        f"(column * 16 + {ARANGE} < 64)",
-        "(row >= 0)",
-        "(row * ninetoothed_x_stride_0 >= 0)",
-        f"({SIZE} - 1 + 1 >= 0)",
-        "(0 * row < 1)",
-        "True",
-    ],
-)
-def test_conditions_that_always_hold_go(always):
-    assert simplified(f"True & {always}") == ""
-    assert simplified(f"True & {always} & (row < {SIZE})") == f"mask=True & (row < {SIZE}), other=None"
-
-
-@pytest.mark.parametrize(
-    "needed",
-    [
-        f"({ARANGE} < 15)",
-        "(column < 3)",
-        f"(column * 16 + {ARANGE} < 63)",
-        f"(row < {SIZE})",
-        "(x >= 0)",
-        f"({SIZE} - 1 >= 0)",
-        "(unknown >= 0)",
-        "(row - 1 >= 0)",
-        "((row - 1) // 2 >= 0)",
-    ],
-)
-def test_conditions_that_may_fail_stay(needed):
-    assert f"({needed.strip('()').replace('::', ':').rstrip(')')}" in simplified(f"True & {needed} & {needed}")
-
-
-def test_names_that_change_are_not_known():
-    source = KERNEL.format(mask="(row >= 0)").replace("    x =", "    row = row - 1\n    x =")
-    assert "row >= 0" in masks.simplify(source)
 
 
 # --- candidates
