@@ -333,6 +333,7 @@ def _work(connection: socket.socket) -> NoReturn:
         with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as folder:
             os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
             os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # not what lies between source and machine code
+            os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # of files that end with this process
             # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
             triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
             lines = connection.makefile("rw", encoding="utf-8")

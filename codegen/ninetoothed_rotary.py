@@ -63,7 +63,7 @@ def views(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> list[list[torch.
         view = seen[operand.tensor]
         if operand.part is not None:
             parts = spec.table_parts if operand.tensor in (spec.cos, spec.sin) else spec.parts
-            view = parts(view)[operand.part]
+            view = view if operand.part == _WHOLE else parts(view)[operand.part]
         launch.append(view)
     return [launch]
 
@@ -81,24 +81,31 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.complex64 else dtype
 
 
+_WHOLE = 3  # after the first elements, the second ones, and the rest
+
+
 class _Operand(NamedTuple):
     parameter: str  # of the program
     tensor: str  # that it is of
     part: int | None = None  # of the tensor's width
 
 
+def _parts(spec: RotarySpec, track: Track) -> Sequence[int]:
+    """The parts that a track's heads are taken in: whole, where they are only moved."""
+    return range(3 if spec.rest else 2) if track.rotates or track.norm is not None else (_WHOLE,)
+
+
 def _operands(spec: RotarySpec) -> Iterator[_Operand]:
-    parts = range(3 if spec.rest else 2)
     for number, track in enumerate(spec.tracks):
-        yield from (_Operand(f"x{number}_{part}", track.source, part) for part in parts)
+        yield from (_Operand(f"x{number}_{part}", track.source, part) for part in _parts(spec, track))
     for table, name in (("cos", spec.cos), ("sin", spec.sin)):
         yield from (_Operand(f"{table}_{part}", name, part) for part in range(1 if spec.half_tables else 2))
     for number, track in enumerate(spec.tracks):
         if track.norm is not None and track.norm.weight:
-            yield from (_Operand(f"weight{number}_{part}", track.norm.weight, part) for part in parts)
+            yield from (_Operand(f"weight{number}_{part}", track.norm.weight, part) for part in _parts(spec, track))
     yield from (_Operand(f"position{number}", name) for number, name in enumerate(spec.positions))
     for number, track in enumerate(spec.tracks):
-        yield from (_Operand(f"out{number}_{part}", track.target, part) for part in parts)
+        yield from (_Operand(f"out{number}_{part}", track.target, part) for part in _parts(spec, track))
     if spec.count and spec.single:
         yield _Operand("counter", spec.count)
 
@@ -106,7 +113,7 @@ def _operands(spec: RotarySpec) -> Iterator[_Operand]:
 class _Printer:
     def __init__(self, spec: RotarySpec, groups: int) -> None:
         self.spec = spec
-        self.sizes = [spec.half, spec.half, spec.rest][: 3 if spec.rest else 2]
+        self.sizes = [spec.half, spec.half, spec.rest, spec.width]
         self.blocks = [_power(size) for size in self.sizes]
         self.heads = _grouped(spec, groups)
         doubles = {operand.dtype for operand in spec.inputs} & {torch.float64}
@@ -126,7 +133,8 @@ class _Printer:
         Batch and length are those of the first operand for all, so that places in the grid are computed once.
         """
         spec = self.spec
-        batch, length = "x0_0.shape[0]", "x0_0.shape[1]"
+        first = next(_operands(spec)).parameter
+        batch, length = f"{first}.shape[0]", f"{first}.shape[1]"
         lines: list[str] = []
         tiles: list[str] = []
         for operand in _operands(spec):
@@ -156,7 +164,7 @@ class _Printer:
     def _application(self) -> list[str]:
         spec, lines = self.spec, []
         for operand in _operands(spec):  # each mention of a parameter is a load
-            if not operand.parameter.startswith(("out", "position", "counter")):
+            if not operand.parameter.startswith(("out", "position", "counter")) and operand.part != _WHOLE:
                 lines.append(f"{operand.parameter}_value = ntl.cast({operand.parameter}, ntl.{self.float})")
         if spec.positions:
             lines.append("slot = " + " + ".join(f"position{number}" for number in range(len(spec.positions))))
@@ -171,8 +179,8 @@ class _Printer:
 
     def _track(self, number: int, track: Track) -> list[str]:
         spec = self.spec
-        parts = range(len(self.sizes))
-        values = [f"x{number}_{part}_value" for part in parts]
+        parts = _parts(spec, track)
+        values = [f"x{number}_{part}" + ("" if part == _WHOLE else "_value") for part in parts]
         lines = []
         if track.norm is not None:
             squares = [
