@@ -236,4 +236,5 @@ def test_machine_code_at_llama_sizes(architecture):
     assert binary.stack == 0
     assert set(binary.stores) == {128}, binary.stores
     # A row of a table is too short for 16 bytes a thread.
-    assert binary.loads == {128: 12, 64: 1, 32: 4}, binary.loads
+    assert {width: count for width, count in binary.loads.items() if width != 64} == {128: 12, 32: 4}, binary.loads
+    assert binary.loads[64] <= 2  # the position, which some versions of Triton load in two layouts
