@@ -25,6 +25,7 @@ from graph_capture.codegen.ninetoothed_host import workspace
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
+from graph_capture.launches import HalfwayError
 
 FOLDER = Path(__file__).with_name("c")
 # Reassociation is allowed where a reduction's pragma says so, and nowhere else: infinities, NaN, signed zeros and the
@@ -70,7 +71,7 @@ def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolc
         version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
         raise FusionError(f"the C compiler {found} cannot be run: {error}") from error
-    source, failure = (FOLDER / "runtime.c").read_text(encoding="utf-8"), ""
+    source, failure = prelude() + _text("runtime.c") + _text("library.c"), ""
     for native in NATIVE:
         flags = (*FLAGS, *native, *shlex.split(extra))
         try:
@@ -79,10 +80,15 @@ def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolc
             failure = failure or str(error)
             continue
         for function in (runtime.run, runtime.run_chain):
-            function.argtypes, function.restype = [ctypes.c_void_p], None
+            function.argtypes, function.errcheck = [ctypes.c_void_p], _raised
         os.register_at_fork(after_in_child=functools.partial(_leave_alone, runtime))
         return Toolchain(command, version, flags, runtime)
     raise FusionError(failure)
+
+
+def _raised(failed: int, *_: Any) -> None:
+    if failed:
+        raise HalfwayError("an op of torch's failed, called from C; what it said is in the standard error output")
 
 
 def _leave_alone(runtime: ctypes.CDLL) -> None:
@@ -178,7 +184,11 @@ def compile_ahead(texts: Sequence[str], cache: DiskCache | None = None) -> None:
 @functools.cache
 def prelude() -> str:
     """The text that every kernel starts with."""
-    return (FOLDER / "prelude.h").read_text(encoding="utf-8")
+    return _text("prelude.h")
+
+
+def _text(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 # --- launches
@@ -252,24 +262,25 @@ def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: S
     base = [tensor.data_ptr() for tensor in (*tensors, shared)]
     parts, places = [], dict[int, list[tuple[Any, int, int]]]()
     for function, layout in zip(functions, layouts, strict=True):
-        operands = (ctypes.c_void_p * len(layout.operands))(
-            *[base[index] + offset for index, offset in layout.operands]
-        )
-        numbers = (ctypes.c_int64 * len(layout.numbers))(*layout.numbers)
+        addresses = [base[index] + offset for index, offset in layout.operands]
+        made = call(function, addresses, layout.numbers, layout.units, layout.grain, shared)
         for place, (index, offset) in enumerate(layout.operands):
-            places.setdefault(index, []).append((operands, place, offset))
-        work = _Work(
-            ctypes.cast(function, ctypes.c_void_p),
-            ctypes.addressof(operands),
-            ctypes.addressof(numbers),
-            layout.units,
-            layout.grain,
-        )
-        made = Launch(toolchain().runtime.run, ctypes.addressof(work))
-        made.works, made.held = (work,), (operands, numbers, function, shared)
+            places.setdefault(index, []).append((made.held[0], place, offset))
         parts.append(made)
     made = parts[0] if len(parts) == 1 else chain(parts)
     made.places = places
+    return made
+
+
+def call(
+    function: Any, addresses: Sequence[int], numbers: Sequence[int], units: int, grain: int, held: Any = None
+) -> Launch:
+    """A launch of one function with these operands; it keeps `held` alive."""
+    operands, geometry = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(numbers))(*numbers)
+    body = ctypes.cast(function, ctypes.c_void_p)
+    work = _Work(body, ctypes.addressof(operands), ctypes.addressof(geometry), units, grain)
+    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
+    made.works, made.held, made.places = (work,), (operands, geometry, function, held), {}
     return made
 
 

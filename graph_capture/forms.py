@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_capture.graph import Arg, OpNode
+from graph_capture.launches import Prepares
 from graph_capture.layouts import like, once
 from graph_capture.ops import arg_indices, arguments, op
 
@@ -29,6 +30,12 @@ class Emit(Protocol[Ref]):
 
     def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """A call for its effect."""
+
+    def exists(self, *values: Ref) -> bool:
+        """Whether these are the same tensors each time, so that `launch` can take them."""
+
+    def launch(self, kernel: Prepares, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+        """A kernel, bound to the addresses of values that exist."""
 
 
 class Writer(Protocol):
@@ -45,6 +52,12 @@ class _Now:
 
     def call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         function(*arguments, **keywords)
+
+    def exists(self, *values: Any) -> bool:
+        return True
+
+    def launch(self, kernel: Prepares, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        kernel.prepare(inputs, outputs)()
 
 
 class _Seen(Exception):
@@ -97,16 +110,29 @@ def direct(node: OpNode, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] |
     return next((f for f in _bindings(overload) if _reaches(f, overload, args, keywords)), None)
 
 
+NativeWriter = Callable[[OpNode, Sequence[torch.Tensor], torch.Tensor], Writer | None]
+NATIVE: list[NativeWriter] = []  # what targets offer: a form that launches, where everything exists beforehand
+
+
 def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
     """A form that computes the node into memory with `result`'s layout, bit for bit; None where there is none."""
+    called = _calling(node, inputs, result)
+    if called is None:
+        return None
+    for native in NATIVE:
+        launched = native(node, inputs, result)
+        if launched is not None and _is_exact(launched, node, inputs, result):
+            return _NativeForm(launched, called)
+    return called
+
+
+def _calling(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    """A form that calls torch from Python."""
     overload = op(node.op_type).overload
     hand = _BY_HAND.get(node.op_type)
     if hand is not None:
         form = hand(node, inputs, result)
-        if form is None or not _writes(form, inputs, like(result), result):
-            return None
-        tried = [_noise(tensor) for tensor in inputs]  # another way to compute the same, and data may be all zeros
-        return form if _agrees(form, tried, op(node.op_type).function, node) else None
+        return form if form is not None and _is_exact(form, node, inputs, result) else None
     if overload is None or overload.namespace != "aten" or _UNSUITED.intersection(overload.tags):
         return None
     into = _out_overload(overload)
@@ -117,6 +143,26 @@ def writer(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -
     function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
     form = _OutForm(node, function)
     return form if _writes(form, inputs, trial, result) else None
+
+
+def _is_exact(form: Writer, node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> bool:
+    """Whether another way to compute the same gives the same bits; for noise too, since data may be all zeros."""
+    if not _writes(form, inputs, like(result), result):
+        return False
+    noise = [_noise(tensor) for tensor in inputs]
+    args, keywords = _call(node, noise)
+    expected = op(node.op_type).function(*args, **keywords)
+    return _writes(form, noise, like(expected), expected)
+
+
+class _NativeForm:
+    """Launches where everything exists, calls elsewhere."""
+
+    def __init__(self, launched: Writer, called: Writer) -> None:
+        self._launched, self._called = launched, called
+
+    def __call__(self, emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        (self._launched if emit.exists(*inputs, out) else self._called)(emit, inputs, out)
 
 
 class _OutForm:
@@ -227,12 +273,6 @@ def _noise(tensor: torch.Tensor) -> torch.Tensor:
         return made.requires_grad_(tensor.requires_grad)
     inner.copy_(torch.randint(0, 2, inner.shape, generator=generator, device=tensor.device))
     return made
-
-
-def _agrees(form: Writer, inputs: Sequence[torch.Tensor], function: Callable[..., Any], node: OpNode) -> bool:
-    args, keywords = _call(node, inputs)
-    expected = function(*args, **keywords)
-    return _writes(form, inputs, like(expected), expected)
 
 
 # --- ops whose binding has no `out`, or that have a shorter way

@@ -47,6 +47,10 @@ class Movable(Protocol):
         """This launch and then the others as one, which follows when they are moved."""
 
 
+class HalfwayError(RuntimeError):
+    """A launch has failed after it may have written: it is not to run again."""
+
+
 class Bound:
     """A kernel on these tensors, some of which each call brings."""
 
@@ -117,6 +121,8 @@ class Chain:
             for launch in self._launches:
                 launch()
                 number += 1
+        except HalfwayError:
+            raise
         except Exception as error:
             self._go_on(number, error, brought)
 

@@ -199,7 +199,7 @@ class Builder(Script):
     def _resolved(self, step: Step, form: Form, given: Sequence[Ref]) -> bool:
         """Make a view of what exists beforehand, once and for all."""
         value = self._value(step.fills[0])
-        if not all(name in self.namespace for name in given) or value.group in self._escaping:
+        if not self.exists(*given) or value.group in self._escaping:
             return False
         if not self._survey.groups[value.group].plain:
             return False

@@ -98,7 +98,7 @@ class Script:
             FusionError: all of its operands exist, and do not fit it.
         """
         fixed = None
-        if all(name in self.namespace for name in (*inputs, *outputs)):
+        if self.exists(*inputs, *outputs):
             fixed = Bound(kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs])
         self._pending.append(Kernel(self.label, kernel, tuple(inputs), tuple(outputs), fixed))
 
@@ -128,6 +128,10 @@ class Script:
         return f"{self.static('kernels', Chain(bound))}({', '.join(brought)})"
 
     # --- variables
+
+    def exists(self, *names: Ref) -> bool:
+        """Whether these are the same values at each call."""
+        return all(name in self.namespace for name in names)
 
     def name(self, wish: str) -> Ref:
         """A new variable, called like `wish`."""

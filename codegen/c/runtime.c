@@ -32,6 +32,8 @@ extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, un
 extern int omp_get_max_threads(void);
 extern int omp_in_parallel(void);
 
+int failures; /* of bodies, so far */
+
 int alone; /* set in a forked child: its parent's threads are not there */
 
 /* How many threads a call can use at most. */
@@ -109,11 +111,20 @@ static void run_all(const struct launch *const *launches, int64_t count) {
     }
 }
 
-void run(const struct launch *launch) { run_all(&launch, 1); }
+/* These return whether a body has failed meanwhile, here or in a call at the same time. */
+int run(const struct launch *launch) {
+    int before = __atomic_load_n(&failures, __ATOMIC_RELAXED);
+    run_all(&launch, 1);
+    return __atomic_load_n(&failures, __ATOMIC_RELAXED) != before;
+}
 
 struct chain {
     const struct launch *const *launches;
     int64_t count;
 };
 
-void run_chain(const struct chain *chain) { run_all(chain->launches, chain->count); }
+int run_chain(const struct chain *chain) {
+    int before = __atomic_load_n(&failures, __ATOMIC_RELAXED);
+    run_all(chain->launches, chain->count);
+    return __atomic_load_n(&failures, __ATOMIC_RELAXED) != before;
+}

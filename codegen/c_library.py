@@ -1,0 +1,205 @@
+"""Torch's own ops as parts of C launches, with the same bits: without Python and the dispatcher between them, small
+ops cost what they compute.
+
+Elementwise ops are those whose float32 result IEEE 754 defines (``c/library.c``). Matrix products of few rows are
+torch's own, called through AOTInductor's C shim; threads share the columns of one, which the library computes on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from graph_capture.codegen import c_host as host
+from graph_capture.codegen.geometry import arrange
+
+from graph_capture.cachedir import DiskCache
+from graph_capture.errors import FusionError
+from graph_capture.forms import Emit, Writer
+from graph_capture.graph import OpNode
+from graph_capture.launches import Launch, Tensors
+
+SMALL = 2**14  # elements of an output, beyond which calling an op costs little
+ROWS = 8  # of a matrix product that reads its weight once, and does little else
+PIECE = 2**17  # bytes of a weight that are worth a thread
+MOST = 2  # pieces for each thread: one that is held up holds up little
+ALIGNED = 16  # columns
+COPY, NEGATE, MAGNITUDE, ROOT, RECIPROCAL, RECIPROCAL_ROOT, ADD, SUBTRACT, MULTIPLY, DIVIDE = range(10)
+UNARY = {"neg": NEGATE, "abs": MAGNITUDE, "sqrt": ROOT, "reciprocal": RECIPROCAL, "rsqrt": RECIPROCAL_ROOT}
+UNARY |= {"cast": COPY, "aten.clone.default": COPY}
+BINARY = {"add": ADD, "sub": SUBTRACT, "mul": MULTIPLY, "div": DIVIDE}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BITS16, NUMBER = 3, 4
+NO_THREADS = 2**62  # the grain of what one thread does
+
+
+def writer(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | None:
+    """A form of the op as C launches; None where there is none. Its bits are still to be compared."""
+    tensors = (*inputs, result)
+    if not all(t.is_cpu and t.layout is torch.strided and t.dtype in KINDS for t in tensors) or not result.numel():
+        return None
+    if node.op_type == "linear":
+        return _linear(node, inputs, result)
+    if result.numel() > SMALL:
+        return None
+    if node.op_type == "aten.cat.default":
+        return _cat(node, inputs)
+    found = _elementwise(node, inputs)
+    return None if found is None else _launching(*found)
+
+
+def _elementwise(node: OpNode, inputs: Tensors) -> tuple[SmallOp, tuple[int, ...]] | None:
+    """An op on each element, and the inputs that it reads, by position."""
+    kind, number = node.op_type, node.attr("other")
+    if kind in UNARY and len(inputs) == 1:
+        return SmallOp(UNARY[kind]), (0,)
+    if kind == "pow" and len(inputs) == 1 and node.attr("exponent") == 2:
+        return SmallOp(MULTIPLY), (0, 0)
+    if kind not in BINARY or node.attr("alpha", 1) != 1 or node.attr("rounding_mode") is not None:
+        return None
+    if len(inputs) == 2:
+        return SmallOp(BINARY[kind]), (0, 1)
+    return (SmallOp(BINARY[kind], float(number)), (0,)) if type(number) in (int, float) else None
+
+
+def _launching(kernel: SmallOp, reads: Sequence[int]) -> Writer:
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        emit.launch(kernel, [inputs[index] for index in reads], [out])
+
+    return form
+
+
+def _cat(node: OpNode, inputs: Tensors) -> Writer | None:
+    dim = node.attr("dim", 0)
+    sizes = [tensor.shape[dim] if tensor.dim() else 0 for tensor in inputs]
+    if 0 in sizes or len({tensor.dtype for tensor in inputs}) > 1:
+        return None
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        first = 0
+        for tensor, size in zip(inputs, sizes, strict=True):
+            emit.launch(SmallOp(COPY), [tensor], [emit.view(torch.narrow, out, dim, first, size)])
+            first += size
+
+    return form if len(node.inputs) == len(inputs) else None
+
+
+def _linear(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | None:
+    rows = inputs[0].shape[:-1].numel()
+    if node.attr("transposed") or len(inputs) != 2 or inputs[0].dim() < 2 or rows > ROWS or _shim() is None:
+        return None
+    wide, narrow = inputs[1].shape
+
+    def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
+        x, out = emit.view(torch.Tensor.view, inputs[0], (rows, narrow)), emit.view(torch.Tensor.view, out, (rows, wide))
+        emit.launch(Product(), [x, emit.view(torch.t, inputs[1])], [out])
+
+    return form
+
+
+class _Library:
+    """What is bound to addresses, and is not expected to fail."""
+
+    movable = False
+
+    def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:
+        """See `graph_capture.launches.Prepares`: there is nothing in its place."""
+        raise error
+
+
+@dataclass(frozen=True)
+class SmallOp(_Library):
+    """An op on each element of one tensor, or of two, or of one and a number."""
+
+    op: int
+    number: float | None = None
+
+    def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
+        """See `graph_capture.launches.Prepares`."""
+        left, right, out = inputs[0], inputs[-1], outputs[0]
+        kinds = [KINDS[tensor.dtype] for tensor in (left, right, out)]
+        if self.op == COPY and left.dtype == out.dtype and left.itemsize == 2:
+            kinds = [BITS16] * 3
+        elif self.number is not None:
+            kinds[1] = NUMBER
+        tensors = (left, right, out)
+        over = arrange(out.shape, [t.shape for t in tensors], [t.stride() for t in tensors], flat=True, rows=False)
+        bits = ctypes.c_int64.from_buffer(ctypes.c_double(self.number or 0.0)).value
+        strides = [step for operand in over.strides for step in operand]
+        numbers = (self.op, *kinds, bits, len(over.sizes), *over.sizes, *strides)
+        units = over.elements // over.sizes[-1]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return host.call(_toolchain().runtime.small_op, addresses, numbers, units, NO_THREADS)
+
+
+class Product(_Library):
+    """A matrix product: left, right -> output."""
+
+    def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
+        """See `graph_capture.launches.Prepares`."""
+        shim, (left, right), (out,) = _shim(), inputs, outputs
+        if shim is None:
+            raise FusionError("this torch has no C shim of mm")
+        columns = right.shape[1]
+        pieces = max(1, min(MOST * torch.get_num_threads(), right.nbytes // PIECE, columns // ALIGNED))
+        bounds = [columns * piece // pieces // ALIGNED * ALIGNED for piece in range(pieces)] + [columns]
+        handles = Handles(shim)
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            for tensor in (out[:, first:last], left, right[:, first:last]):
+                handles.add(tensor)
+        grain = 1 if pieces > 1 else NO_THREADS
+        body, function = _toolchain().runtime.products, ctypes.cast(shim.mm, ctypes.c_void_p).value
+        assert function is not None
+        return host.call(body, handles.addresses, [function], pieces, grain, handles)
+
+
+@dataclass(frozen=True)
+class Shim:
+    """What this torch offers to C: `mm` of three handles, and `delete` of one."""
+
+    mm: Any
+    delete: Any
+
+
+@functools.cache
+def _shim() -> Shim | None:
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        mm, delete = library.aoti_torch_cpu_mm_out, library.aoti_torch_delete_tensor_object
+        _ = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
+        return None
+    delete.argtypes = [ctypes.c_void_p]
+    return Shim(mm, delete)
+
+
+class Handles:
+    """Tensors as the shim knows them, for as long as this lives."""
+
+    def __init__(self, shim: Shim) -> None:
+        self.addresses: list[int] = []
+        weakref.finalize(self, _delete, shim.delete, self.addresses)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """One more; no gradient is ever asked of it."""
+        (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor.detach()])  # type: ignore[attr-defined]
+        self.addresses.append(_pointer(capsule, None))
+
+
+def _delete(delete: Any, addresses: Sequence[int]) -> None:
+    for address in addresses:
+        delete(address)
+
+
+_pointer: Callable[[Any, None], int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _toolchain() -> host.Toolchain:
+    return host.toolchain(DiskCache("kernels"))
