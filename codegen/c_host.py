@@ -86,7 +86,7 @@ def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolc
     raise FusionError(failure)
 
 
-def _raised(failed: int, *_: Any) -> None:
+def _raised(failed: Any, *_: Any) -> Any:
     if failed:
         raise HalfwayError("an op of torch's failed, called from C; what it said is in the standard error output")
 

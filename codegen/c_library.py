@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from graph_capture.codegen.geometry import arrange
 
 from graph_capture.cachedir import DiskCache
 from graph_capture.errors import FusionError
-from graph_capture.forms import Emit, Writer
+from graph_capture.forms import Emit, Writer, call_of, same_bits
 from graph_capture.graph import OpNode
 from graph_capture.launches import Launch, Tensors
+from graph_capture.ops import op
 
 SMALL = 2**14  # elements of an output, beyond which calling an op costs little
 ROWS = 8  # of a matrix product that reads its weight once, and does little else
@@ -35,11 +37,12 @@ UNARY |= {"cast": COPY, "aten.clone.default": COPY}
 BINARY = {"add": ADD, "sub": SUBTRACT, "mul": MULTIPLY, "div": DIVIDE}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS16, NUMBER = 3, 4
+PROBE = 1003  # values: many vectors, and some that are left over
 NO_THREADS = 2**62  # the grain of what one thread does
 
 
 def writer(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | None:
-    """A form of the op as C launches; None where there is none. Its bits are still to be compared."""
+    """A form of the op as C launches, which has torch's bits as far as probes show; None where there is none."""
     tensors = (*inputs, result)
     if not all(t.is_cpu and t.layout is torch.strided and t.dtype in KINDS for t in tensors) or not result.numel():
         return None
@@ -49,11 +52,11 @@ def writer(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | None
         return None
     if node.op_type == "aten.cat.default":
         return _cat(node, inputs)
-    found = _elementwise(node, inputs)
-    return None if found is None else _launching(*found)
+    found = _elementwise(node, inputs, result.dtype)
+    return _launching(*found) if found is not None and _has_torchs_bits(node, *found, tuple(inputs)) else None
 
 
-def _elementwise(node: OpNode, inputs: Tensors) -> tuple[SmallOp, tuple[int, ...]] | None:
+def _elementwise(node: OpNode, inputs: Tensors, dtype: torch.dtype) -> tuple[SmallOp, tuple[int, ...]] | None:
     """An op on each element, and the inputs that it reads, by position."""
     kind, number = node.op_type, node.attr("other")
     if kind in UNARY and len(inputs) == 1:
@@ -62,9 +65,34 @@ def _elementwise(node: OpNode, inputs: Tensors) -> tuple[SmallOp, tuple[int, ...
         return SmallOp(MULTIPLY), (0, 0)
     if kind not in BINARY or node.attr("alpha", 1) != 1 or node.attr("rounding_mode") is not None:
         return None
-    if len(inputs) == 2:
+    if len(inputs) == 2 and (inputs[0].dtype == inputs[1].dtype or dtype == torch.float32):
         return SmallOp(BINARY[kind]), (0, 1)
-    return (SmallOp(BINARY[kind], float(number)), (0,)) if type(number) in (int, float) else None
+    if len(inputs) != 1 or type(number) not in (int, float):
+        return None
+    rounded = torch.tensor(number, dtype=dtype).item() if kind in ("add", "sub") else number  # as torch does
+    return SmallOp(BINARY[kind], float(rounded)), (0,)
+
+
+_probed: dict[Any, bool] = {}
+
+
+def _has_torchs_bits(node: OpNode, kernel: SmallOp, reads: Sequence[int], inputs: Tensors) -> bool:
+    """Whether torch, by vectors and one by one, gives the bits of the kernel: tried once a process."""
+    key = (node.op_type, repr(node.attrs), tuple(tensor.dtype for tensor in inputs))
+    if key not in _probed:
+        given = [_magnitudes(PROBE, seed).to(tensor.dtype) for seed, tensor in enumerate(inputs)]
+        args, keywords = call_of(node, given)
+        want = op(node.op_type).function(*args, **keywords)
+        out = torch.empty_like(want)
+        kernel.prepare([given[index] for index in reads], [out])()
+        _probed[key] = same_bits(out.nan_to_num(nan=1.0), want.nan_to_num(nan=1.0))
+    return _probed[key]
+
+
+def _magnitudes(count: int, seed: int, spread: float = 8.0) -> torch.Tensor:
+    """Noise over many powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, generator=generator) * torch.exp2(spread * torch.randn(count, generator=generator))
 
 
 def _launching(kernel: SmallOp, reads: Sequence[int]) -> Writer:
@@ -94,12 +122,31 @@ def _linear(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | Non
     if node.attr("transposed") or len(inputs) != 2 or inputs[0].dim() < 2 or rows > ROWS or _shim() is None:
         return None
     wide, narrow = inputs[1].shape
+    if not _adds_in_torchs_order(rows, wide, narrow, result.dtype, torch.get_num_threads()):
+        return None
 
     def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
-        x, out = emit.view(torch.Tensor.view, inputs[0], (rows, narrow)), emit.view(torch.Tensor.view, out, (rows, wide))
+        x, out = (
+            emit.view(torch.Tensor.view, inputs[0], (rows, narrow)),
+            emit.view(torch.Tensor.view, out, (rows, wide)),
+        )
         emit.launch(Product(), [x, emit.view(torch.t, inputs[1])], [out])
 
     return form
+
+
+@functools.cache
+def _adds_in_torchs_order(rows: int, wide: int, narrow: int, dtype: torch.dtype, threads: int) -> bool:
+    """Whether the pieces of a product have the whole one's bits, where nothing is left of a sum but its rounding."""
+    spread = 1.5 if dtype == torch.float16 else 8.0
+    x, weight = _magnitudes(narrow // 2, 0, spread), _magnitudes(narrow // 2 * ALIGNED, 1, spread).view(ALIGNED, -1)
+    left = torch.cat([x, -x.flip(0), x.new_zeros(narrow % 2)]).to(dtype).expand(rows, narrow).contiguous()
+    right = torch.cat([weight, weight.flip(1), weight.new_zeros(ALIGNED, narrow % 2)], 1).to(dtype)
+    right = right.repeat(-(-wide // ALIGNED), 1)[:wide].t()
+    out = left.new_empty(rows, wide)
+    Product().prepare([left, right], [out])()
+    want = torch.mm(left, right)
+    return same_bits(out, want) and bool(want.isfinite().all())
 
 
 class _Library:
@@ -149,7 +196,7 @@ class Product(_Library):
         pieces = max(1, min(MOST * torch.get_num_threads(), right.nbytes // PIECE, columns // ALIGNED))
         bounds = [columns * piece // pieces // ALIGNED * ALIGNED for piece in range(pieces)] + [columns]
         handles = Handles(shim)
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in itertools.pairwise(bounds):
             for tensor in (out[:, first:last], left, right[:, first:last]):
                 handles.add(tensor)
         grain = 1 if pieces > 1 else NO_THREADS
@@ -171,7 +218,7 @@ def _shim() -> Shim | None:
     try:
         library = ctypes.CDLL(torch._C.__file__)
         mm, delete = library.aoti_torch_cpu_mm_out, library.aoti_torch_delete_tensor_object
-        _ = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors  # type: ignore[attr-defined]
+        _ = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
     except (AttributeError, OSError):
         return None
     delete.argtypes = [ctypes.c_void_p]
@@ -187,7 +234,7 @@ class Handles:
 
     def add(self, tensor: torch.Tensor) -> None:
         """One more; no gradient is ever asked of it."""
-        (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor.detach()])  # type: ignore[attr-defined]
+        (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor.detach()])
         self.addresses.append(_pointer(capsule, None))
 
 

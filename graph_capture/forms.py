@@ -106,7 +106,7 @@ def direct(node: OpNode, inputs: Sequence[torch.Tensor]) -> Callable[..., Any] |
     overload = op(node.op_type).overload
     if overload is None or overload.namespace != "aten":
         return None
-    args, keywords = _call(node, inputs)
+    args, keywords = call_of(node, inputs)
     return next((f for f in _bindings(overload) if _reaches(f, overload, args, keywords)), None)
 
 
@@ -138,7 +138,7 @@ def _calling(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor)
     into = _out_overload(overload)
     if into is None:
         return None
-    args, keywords = _call(node, inputs)
+    args, keywords = call_of(node, inputs)
     trial = like(result)
     function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
     form = _OutForm(node, function)
@@ -150,7 +150,7 @@ def _is_exact(form: Writer, node: OpNode, inputs: Sequence[torch.Tensor], result
     if not _writes(form, inputs, like(result), result):
         return False
     noise = [_noise(tensor) for tensor in inputs]
-    args, keywords = _call(node, noise)
+    args, keywords = call_of(node, noise)
     expected = op(node.op_type).function(*args, **keywords)
     return _writes(form, noise, like(expected), expected)
 
@@ -172,7 +172,7 @@ class _OutForm:
         self._function, self._node = function, node
 
     def __call__(self, emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
-        args, keywords = _call(self._node, inputs)
+        args, keywords = call_of(self._node, inputs)
         emit.call(self._function, *args, **keywords, out=out)
 
 
@@ -181,7 +181,8 @@ _UNSUITED = frozenset(
 )
 
 
-def _call(node: OpNode, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+def call_of(node: OpNode, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a node's call on these inputs."""
     positional, keywords = template(node)
     return [filled(value, inputs) for value in positional], {k: filled(v, inputs) for k, v in keywords.items()}
 

@@ -22,7 +22,7 @@ class Ref(str):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that the plan calls: its region, its operands, and the two together where these are always the same."""
+    """A kernel that the plan calls: its region or op, its operands, and the two together where these never change."""
 
     label: str
     kernel: Prepares
@@ -100,7 +100,7 @@ class Script:
         fixed = None
         if self.exists(*inputs, *outputs):
             fixed = Bound(kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs])
-        self._pending.append(Kernel(self.label, kernel, tuple(inputs), tuple(outputs), fixed))
+        self._pending.append(Kernel(self.label or self.doing, kernel, tuple(inputs), tuple(outputs), fixed))
 
     def drop(self, names: Sequence[Ref] = ()) -> None:
         """Delete variables that nothing needs any more; not before the kernels that read them have run."""
