@@ -89,12 +89,23 @@ class Scalars:
         halves: whether all that is read and written has half precision.
     """
 
+    float_type, one_plus_exp = "float", "float"
+
     def __init__(self, halves: bool = False) -> None:
         self.halves = halves
+        if halves:
+            self.one_plus_exp = "half"
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._wide: dict[str, str] = {}  # the float64 behind a float32 that is computed once a row
         self._exponents: dict[str, str] = {}  # of what was last defined as an exponential
+
+    def vectors(self) -> Scalars:
+        """These variables, for code in which those to come are vectors."""
+        made = Scalars()
+        made.float_type = made.one_plus_exp = "lanes"
+        made.names, made.dtypes, made._wide = dict(self.names), dict(self.dtypes), self._wide
+        return made
 
     def define(self, variable: str, name: str, dtype: torch.dtype) -> None:
         """From here on `variable` is called `name`."""
@@ -104,7 +115,8 @@ class Scalars:
     def declared(self, target: str, dtype: torch.dtype, value: str) -> str:
         """The declaration of a statement's target."""
         self.define(target, variable(target), dtype)
-        return f"const {VALUES[dtype]} {self.names[target]} = {value};"
+        kind = self.float_type if VALUES[dtype] == "float" else VALUES[dtype]
+        return f"const {kind} {self.names[target]} = {value};"
 
     def assign(self, statement: Statement) -> str:
         """A statement that is no reduction."""
@@ -155,7 +167,7 @@ class Scalars:
         if function == "+" and dtype is torch.float32 and statement.arguments.count(1) == 1:
             (other,) = (a for a in statement.arguments if a != 1)
             if other in self._exponents:
-                return f"one_plus_exp_{'half' if self.halves else 'float'}({self._exponents[other]})"
+                return f"one_plus_exp_{self.one_plus_exp}({self._exponents[other]})"
         if function[0].isalpha():
             return f"{function}_{'double' if dtype is torch.float64 else 'float'}({', '.join(args)})"
         return f"{args[0]} {function} {args[1]}"
@@ -164,6 +176,8 @@ class Scalars:
         narrow = target.itemsize < 4 and not target.is_floating_point
         if source.is_floating_point and narrow:  # as torch does; C leaves it open
             return f"({VALUES[target]})({'int64_t' if target is torch.uint8 else 'int32_t'}){value}"
+        if self.float_type != "float" and VALUES[target] == VALUES[source]:  # vectors have no conversions
+            return value
         return f"({VALUES[target]}){value}"
 
 

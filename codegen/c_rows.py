@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from graph_capture.codegen import c_print
+from graph_capture.codegen import c_lanes, c_print
 from graph_capture.codegen.c_host import Layout
-from graph_capture.codegen.spec import INDEX, KernelSpec, Operand, Pass, Statement
+from graph_capture.codegen.c_sweeps import WIDE, Sweeps
+from graph_capture.codegen.spec import INDEX, KernelSpec, Operand, Statement
 
 FLAT = 1024  # elements in a unit of work of a flat kernel
-WIDE = 8192  # columns of a row in a unit of work, where nothing is reduced
-KEPT_BYTES = 65536  # of a row in buffers on the stack
-COSTLY = 3  # from here on a value is kept rather than computed again
 PIECE = 256  # columns whose results are brought to memory at a time
 STREAMED = 2**24  # bytes of results from where on they are written past the caches
 
@@ -32,7 +30,7 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
     geometry = spec.geometry(tensors)
     streamed = sum(tensor.nbytes for tensor in tensors[len(spec.inputs) :]) >= STREAMED
     numbers = (*geometry.sizes, *(step for steps in geometry.strides for step in steps), int(streamed))
-    blocks = _Plan(spec).blocks
+    blocks = Sweeps(spec).blocks
     if spec.columns is None:
         units, elements = -(-geometry.sizes[0] // FLAT), FLAT
     else:
@@ -50,77 +48,9 @@ def source(spec: KernelSpec, name: str) -> str:
     return _Printer(spec).function(name)
 
 
-class _Plan:
-    """What is decided before printing: how rows are cut, and what is kept between sweeps."""
-
-    def __init__(self, spec: KernelSpec) -> None:
-        self.spec = spec
-        self.made = {statement.target: statement for statement in spec.statements}
-
-    @property
-    def blocks(self) -> int:
-        """The units of work that a row is cut into."""
-        columns = self.spec.columns
-        return 1 if self.spec.reduces or columns is None else max(1, -(-columns // WIDE))
-
-    @cached_property
-    def kept(self) -> dict[str, int]:
-        """Variable -> the sweep that keeps it for later ones."""
-        spec, found = self.spec, dict[str, int]()
-        room = KEPT_BYTES // max(1, spec.columns or 1)
-        known: dict[str, int] = {}
-        for number, sweep in enumerate(spec.passes):
-            if number:
-                for name in self._frontier(number, sweep, known):
-                    size = c_print.VALUES[self.made[name].dtype]
-                    room -= {"double": 8, "int64_t": 8}.get(size, 4)
-                    if self._cost(name) >= COSTLY and name not in found and room >= 0:
-                        found[name] = known[name]
-            for statement in sweep.element:
-                known.setdefault(statement.target, number)
-        return found
-
-    def _frontier(self, number: int, sweep: Pass, known: dict[str, int]) -> list[str]:
-        """What a sweep has in common with earlier ones, as far as it uses that directly."""
-        new = [s for s in sweep.element if s.target not in known]
-        wanted = {a for s in (*new, *sweep.reductions) for a in s.arguments if isinstance(a, str)}
-        if number == len(self.spec.passes) - 1:
-            wanted |= set(self.spec.stores)
-        return [name for name in known if name in wanted]
-
-    def _cost(self, name: str) -> int:
-        """Of a variable, from what is in memory or the same for the row."""
-        statements, loads, pending, seen = [], 0, [name], set[str]()
-        while pending:
-            name = pending.pop()
-            if name in seen or name in self.spec.per_row:
-                continue
-            seen.add(name)
-            if name in self.made:
-                statements.append(self.made[name])
-                pending += [a for a in self.made[name].arguments if isinstance(a, str)]
-            else:
-                loads += 1
-        return c_print.weight(statements, loads)
-
-    def element(self, number: int) -> tuple[list[Statement], set[str]]:
-        """The statements of a sweep over each element, given what is kept; and the variables that it reads."""
-        spec, sweep, last = self.spec, self.spec.passes[number], number == len(self.spec.passes) - 1
-        read = {a for s in sweep.reductions for a in s.arguments if isinstance(a, str)}
-        if last:
-            read |= {name for operand, name in zip(spec.outputs, spec.stores, strict=True) if not operand.per_row}
-        read |= {name for name, when in self.kept.items() if when == number}
-        statements = []
-        for statement in reversed(sweep.element):
-            if statement.target in read and self.kept.get(statement.target, number) >= number:
-                statements.append(statement)
-                read |= {a for a in statement.arguments if isinstance(a, str)}
-        return statements[::-1], read
-
-
 class _Printer:
     def __init__(self, spec: KernelSpec) -> None:
-        self.spec, self.plan = spec, _Plan(spec)
+        self.spec, self.sweeps = spec, Sweeps(spec)
         self.rank = len(spec.operands[0].over)
         self.pointers = dict(zip((o.name for o in spec.operands), c_print.identifiers(spec.operands), strict=True))
         self.scalars = c_print.Scalars(all(operand.dtype in c_print.HALVES for operand in spec.operands))
@@ -148,7 +78,7 @@ class _Printer:
         return lines + self._per_row_stores("begin == 0")
 
     def _rows(self) -> list[str]:
-        spec, outer, blocks = self.spec, self.rank - 1, self.plan.blocks
+        spec, outer, blocks = self.spec, self.rank - 1, self.sweeps.blocks
         names = [f"i{dim}" for dim in range(outer)]
         sizes = [f"geometry[{dim}]" for dim in range(outer)]
         if blocks > 1:
@@ -168,8 +98,8 @@ class _Printer:
             body.append(f"const int64_t first = block * {WIDE};")
             body.append(f"const int64_t stop = first + {WIDE} < {spec.columns} ? first + {WIDE} : {spec.columns};")
         body += self._per_row_loads()
-        for name in self.plan.kept:
-            dtype = self.plan.made[name].dtype
+        for name in self.sweeps.kept:
+            dtype = self.sweeps.made[name].dtype
             size = max(1, spec.columns or 0)
             body.append(f"{c_print.VALUES[dtype]} kept_{c_print.variable(name)}[{size}] __attribute__((aligned(64)));")
         for number, sweep in enumerate(spec.passes):
@@ -249,19 +179,22 @@ class _Printer:
         if not body:
             return []
         lines = [total.start() for total in totals]
+        around: tuple[list[str], list[str]] = ([], [])  # a piece
         for total in totals:
-            total.piece(before, after)
-        if before and 0 < number == len(spec.passes) - 1:
-            before += self._ahead()
+            total.piece(*around)
+        around[0].extend(self._ahead(number))
         if self.paired:
             before.append("const int64_t half = (until - start) / 2;")
             if spec.columns is None:
                 tail = ["const int64_t j = until - 1;", *self._body(number)]
                 after += ["if ((until - start) % 2) {", *(f"    {line}" for line in tail), "}"]
-            loop = _loop("i", "0", "half", self._pairs(number, body), totals)
-            lines += _pieces(first, stop, [*before, *loop, *after])
-        elif before or after:
-            lines += _pieces(first, stop, [*before, *_loop("j", "start", "until", body, totals), *after])
+            loop = [*before, *_loop("i", "0", "half", self._pairs(number, body), totals), *after]
+            if self.vectorised:
+                loop = self._by_vectors(number, totals, loop)
+            lines += _pieces(first, stop, [*around[0], *loop, *around[1]])
+        elif before or after or any(around):
+            loop = [*before, *_loop("j", "start", "until", body, totals), *after]
+            lines += _pieces(first, stop, [*around[0], *loop, *around[1]])
         else:
             lines += _loop("j", first, stop, body, totals)
         for total in totals:
@@ -270,15 +203,15 @@ class _Printer:
 
     def _body(self, number: int, before: list[str] | None = None, after: list[str] | None = None) -> list[str]:
         """What a sweep does with one element; what comes `before` and `after` a piece, unless it is one by itself."""
-        spec, plan, last = self.spec, self.plan, number == len(self.spec.passes) - 1
-        statements, read = plan.element(number)
+        spec, sweeps, last = self.spec, self.sweeps, number == len(self.spec.passes) - 1
+        statements, read = sweeps.element(number)
         body = [self._load(o, self.paired and before is not None) for o in self._full_inputs(read)]
-        for name, when in plan.kept.items():
+        for name, when in sweeps.kept.items():
             if when < number and name in read:
-                dtype = plan.made[name].dtype
+                dtype = sweeps.made[name].dtype
                 body.append(self.scalars.declared(name, dtype, f"kept_{c_print.variable(name)}[j]"))
         body += [self.scalars.assign(statement) for statement in statements]
-        for name, when in plan.kept.items():
+        for name, when in sweeps.kept.items():
             if when == number:
                 body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
         for operand, stored in zip(spec.outputs, spec.stores, strict=True) if last else ():
@@ -291,18 +224,19 @@ class _Printer:
     def _full_inputs(self, read: set[str]) -> list[Operand]:
         return [operand for operand in self.spec.inputs if operand.name in read and not operand.per_row]
 
-    def _ahead(self) -> list[str]:
-        """What fetches a piece of the next row: while a row is in its last sweep, nothing else reads memory."""
-        lines, outer = [], self.rank - 1
-        for index, operand in enumerate(self.spec.inputs if self._staged() else ()):
+    def _ahead(self, number: int) -> list[str]:
+        """What fetches a part of the next row, of which each sweep has as much: memory is never idle."""
+        lines, outer, parts = [], self.rank - 1, len(self.spec.passes)
+        part = [f"({number * (self.spec.columns or 0)} + {bound}) / {parts}" for bound in ("start", "until")]
+        for index, operand in enumerate(self.spec.inputs if self._staged() and parts > 1 else ()):
             if outer and operand.unit and not operand.per_row and operand.over[outer - 1]:
-                name, step = self.pointers[operand.name], f"geometry[{(index + 2) * self.rank - 2}]"
-                lines.append(f"if (streamed) fetch_ahead({name} + {step} + start, {name} + {step} + until);")
+                next_row = f"{self.pointers[operand.name]} + geometry[{(index + 2) * self.rank - 2}]"
+                lines.append(f"if (streamed) fetch_ahead({next_row} + {part[0]}, {next_row} + {part[1]});")
         return lines
 
     def _pairs(self, number: int, body: Sequence[str]) -> list[str]:
         """A sweep's body for two elements that are neighbours in memory; in buffers they are half a piece apart."""
-        names = [self.pointers[operand.name] for operand in self._full_inputs(self.plan.element(number)[1])]
+        names = [self.pointers[operand.name] for operand in self._full_inputs(self.sweeps.element(number)[1])]
         lines = [f"const uint32_t {name}_pair = pair_at({name} + start, i);" for name in names]
         for side in (0, 1):
             head = f"const int64_t side = {side}, j = start + side * half + i;"
@@ -317,6 +251,44 @@ class _Printer:
         plain = all(operand.unit and operand.dtype is torch.bfloat16 for operand in full)
         return plain and (columns or 0) % 2 == 0 and all(statement.function != INDEX for statement in statements)
 
+    @cached_property
+    def vectorised(self) -> bool:
+        """Whether there is a form by whole vectors, for CPUs that round them to bfloat16."""
+        return self.paired and c_lanes.fits(self.spec, list(self.sweeps.kept))
+
+    def _by_vectors(self, number: int, totals: Sequence[_Total], loop: Sequence[str]) -> list[str]:
+        """A sweep over a piece by vectors, where that can be, and `loop` over what is left, or elsewhere."""
+        spec, sweeps = self.spec, self.sweeps
+        statements, read = sweeps.element(number)
+        stored = [
+            (operand, name)
+            for operand, name in zip(spec.outputs, spec.stores, strict=True)
+            if not operand.per_row and self._stored_in(name) == number
+        ]
+        vectors = c_lanes.loop(
+            self.scalars,
+            {operand.name: self.pointers[operand.name] for operand in self._full_inputs(read)},
+            [name for name, when in sweeps.kept.items() if when < number and name in read],
+            statements,
+            [name for name, when in sweeps.kept.items() if when == number],
+            {self.pointers[operand.name]: name for operand, name in stored},
+            {total.running: total.value for total in totals},
+        )
+        guarded = ["#if defined(CONVERTS)", *vectors]
+        if spec.columns is not None and spec.columns % c_lanes.STEP == 0:
+            return [*guarded, "#else", *loop, "#endif"]
+        return [*guarded, "#endif", "if (start < until) {", *(f"    {line}" for line in loop), "}"]
+
+    def _stored_in(self, name: str) -> int:
+        """The sweep that stores a result by vectors: what is kept anyway at once, if no later one reads what it may
+        overwrite."""
+        last = len(self.spec.passes) - 1
+        when = self.sweeps.kept.get(name, last)
+        for later in range(when + 1, last + 1):
+            if any(any(operand.over[:-1]) for operand in self._full_inputs(self.sweeps.element(later)[1])):
+                return last
+        return when
+
     def _staged(self) -> set[str]:
         """The outputs that come from float32, and whose elements lie next to each other."""
         floats = (torch.float32, *c_print.HALVES)
@@ -327,8 +299,8 @@ class _Printer:
         to, when = self.pointers[operand.name], ""
         kind, value = c_print.HALVES.get(operand.dtype, "float"), self.scalars.names[stored]
         source, inside = f"{to}_stage", [f"{to}_to[j - start] = {value};"]
-        kept = self.plan.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1
-        if kept and c_print.VALUES[self.plan.made[stored].dtype] == "float":
+        kept = self.sweeps.kept.get(stored, len(self.spec.passes)) < len(self.spec.passes) - 1
+        if kept and c_print.VALUES[self.sweeps.made[stored].dtype] == "float":
             source, inside = f"kept_{c_print.variable(stored)} + start", []
         else:
             before.append(f"float {source}[{PIECE}] __attribute__((aligned(64)));")
@@ -350,8 +322,9 @@ def _loop(index: str, first: str, stop: str, body: Sequence[str], totals: Sequen
 
 def _pieces(first: str, stop: str, body: Sequence[str]) -> list[str]:
     return [
-        f"for (int64_t start = {first}; start < {stop}; start += {PIECE}) {{",
-        f"    const int64_t until = start + {PIECE} < {stop} ? start + {PIECE} : {stop};",
+        f"for (int64_t piece = {first}; piece < {stop}; piece += {PIECE}) {{",
+        f"    const int64_t until = piece + {PIECE} < {stop} ? piece + {PIECE} : {stop};",
+        "    int64_t start = piece;",
         *(f"    {line}" for line in body),
         "}",
     ]

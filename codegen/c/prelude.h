@@ -434,21 +434,27 @@ CALLED void store_bfloat16(uint16_t *to, const float *from, int64_t count, int s
     for (int64_t k = done; k < count; k++) to[k] = to_bfloat16(from[k]);
 }
 
+#if defined(CONVERTS)
+/* The first of each of LANES pairs, and the second of each, as bfloat16. */
+INLINE lanes interleaved(lanes firsts, lanes seconds, unsigned *subnormal) {
+    static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    lanes in_turns, both = converted(firsts, seconds, subnormal);
+    memcpy(&in_turns, order, sizeof in_turns);
+    __asm__("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(in_turns));
+    return both;
+}
+#endif
+
 /* The first of each pair, then the second of each. */
 CALLED void store_pairs(uint16_t *to, const float *from, int64_t pairs, int streamed) {
     int64_t done = 0;
     streamed = streamed && aligned(to);
 #if defined(CONVERTS)
-    static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    lanes in_turns;
-    memcpy(&in_turns, order, sizeof in_turns);
     unsigned subnormal = 0;
-    for (; done + LANES <= pairs; done += LANES) {
-        lanes both = converted(lanes_float(from + done), lanes_float(from + pairs + done), &subnormal);
-        __asm__("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(in_turns));
-        store_lanes(to + 2 * done, both, streamed);
-    }
+    for (; done + LANES <= pairs; done += LANES)
+        store_lanes(to + 2 * done, interleaved(lanes_float(from + done), lanes_float(from + pairs + done), &subnormal),
+                    streamed);
     if (subnormal) done = 0;
 #endif
 #pragma omp simd
@@ -476,3 +482,39 @@ CALLED void store_float16(uint16_t *to, const float *from, int64_t count, int st
 #pragma omp simd
     for (int64_t k = done; k < count; k++) to[k] = to_float16(from[k]);
 }
+
+/* --- whole vectors of bfloat16 in registers, where they can be rounded there */
+
+#if defined(CONVERTS)
+/* One side of LANES pairs that are neighbours in memory. */
+INLINE lanes lanes_of_pairs(const uint16_t *from, int side) {
+    wide_lanes both;
+    memcpy(&both, from, sizeof both);
+    return (lanes)(side ? both & 0xffff0000u : both << 16);
+}
+
+CALLED void store_exactly(uint16_t *to, lanes firsts, lanes seconds) {
+    for (int k = 0; k < LANES; k++) to[2 * k] = to_bfloat16(firsts[k]), to[2 * k + 1] = to_bfloat16(seconds[k]);
+}
+
+INLINE void store_sides(uint16_t *to, const lanes *sides, int streamed) {
+    unsigned subnormal = 0;
+    lanes both = interleaved(sides[0], sides[1], &subnormal);
+    if (__builtin_expect(subnormal != 0, 0))
+        store_exactly(to, sides[0], sides[1]);
+    else
+        store_lanes(to, both, streamed);
+}
+
+/* `one_plus_exp_half`, from the integer below x / ln 2; of an infinity nothing is left beyond that. */
+INLINE lanes one_plus_exp_lanes(lanes x) {
+    lanes y = x * 1.44269504f, r, power;
+    __asm__("vreduceps $1, %1, %0" : "=v"(r) : "v"(y));
+    lanes p = r * 0.013534168f + 0.05201146f;
+    p = p * r + 0.24144275f;
+    p = p * r + 0.69300383f;
+    p = p * r + 1.0000026f;
+    __asm__("vscalefps %2, %1, %0" : "=v"(power) : "v"(p), "v"(y));
+    return power + 1.0f;
+}
+#endif
