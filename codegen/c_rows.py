@@ -203,7 +203,7 @@ class _Printer:
 
     def _body(self, number: int, before: list[str] | None = None, after: list[str] | None = None) -> list[str]:
         """What a sweep does with one element; what comes `before` and `after` a piece, unless it is one by itself."""
-        spec, sweeps, last = self.spec, self.sweeps, number == len(self.spec.passes) - 1
+        sweeps = self.sweeps
         statements, read = sweeps.element(number)
         body = [self._load(o, self.paired and before is not None) for o in self._full_inputs(read)]
         for name, when in sweeps.kept.items():
@@ -214,7 +214,7 @@ class _Printer:
         for name, when in sweeps.kept.items():
             if when == number:
                 body.append(f"kept_{c_print.variable(name)}[j] = {self.scalars.names[name]};")
-        for operand, stored in zip(spec.outputs, spec.stores, strict=True) if last else ():
+        for operand, stored in self._stored(number):
             if before is not None and after is not None and operand.name in self._staged():
                 body += self._stage(operand, stored, before, after)
             elif not operand.per_row:
@@ -260,18 +260,13 @@ class _Printer:
         """A sweep over a piece by vectors, where that can be, and `loop` over what is left, or elsewhere."""
         spec, sweeps = self.spec, self.sweeps
         statements, read = sweeps.element(number)
-        stored = [
-            (operand, name)
-            for operand, name in zip(spec.outputs, spec.stores, strict=True)
-            if not operand.per_row and self._stored_in(name) == number
-        ]
         vectors = c_lanes.loop(
             self.scalars,
             {operand.name: self.pointers[operand.name] for operand in self._full_inputs(read)},
             [name for name, when in sweeps.kept.items() if when < number and name in read],
             statements,
             [name for name, when in sweeps.kept.items() if when == number],
-            {self.pointers[operand.name]: name for operand, name in stored},
+            {self.pointers[operand.name]: name for operand, name in self._stored(number) if not operand.per_row},
             {total.running: total.value for total in totals},
         )
         guarded = ["#if defined(CONVERTS)", *vectors]
@@ -279,15 +274,19 @@ class _Printer:
             return [*guarded, "#else", *loop, "#endif"]
         return [*guarded, "#endif", "if (start < until) {", *(f"    {line}" for line in loop), "}"]
 
-    def _stored_in(self, name: str) -> int:
-        """The sweep that stores a result by vectors: what is kept anyway at once, if no later one reads what it may
-        overwrite."""
-        last = len(self.spec.passes) - 1
-        when = self.sweeps.kept.get(name, last)
-        for later in range(when + 1, last + 1):
-            if any(any(operand.over[:-1]) for operand in self._full_inputs(self.sweeps.element(later)[1])):
-                return last
-        return when
+    def _stored(self, number: int) -> list[tuple[Operand, str]]:
+        """The outputs that a sweep brings to memory, and the variables that hold them.
+
+        What is kept is stored at once, if no later sweep reads what it may overwrite: so writes are spread out as well.
+        """
+        spec, last, found = self.spec, len(self.spec.passes) - 1, []
+        for operand, name in zip(spec.outputs, spec.stores, strict=True):
+            when = self.sweeps.kept.get(name, last)
+            reads = [o for later in range(when + 1, last + 1) for o in self._full_inputs(self.sweeps.element(later)[1])]
+            early = operand.name in self._staged() and not any(self.rank == 1 or any(o.over[:-1]) for o in reads)
+            if number == (when if early else last):
+                found.append((operand, name))
+        return found
 
     def _staged(self) -> set[str]:
         """The outputs that come from float32, and whose elements lie next to each other."""
