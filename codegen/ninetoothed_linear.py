@@ -13,15 +13,14 @@ from graph_capture.codegen.ninetoothed_host import Program
 
 def program(spec: LinearSpec, interpreted: bool) -> Program:
     """The program of a spec."""
-    if matmul.fits(spec):
-        return _program(spec, matmul.choose_blocks(spec, interpreted)[0], interpreted)
-    return _program(spec, matvec.choose_blocks(spec, interpreted), interpreted)
+    way = matmul if matmul.fits(spec) else matvec
+    return _program(spec, way.choose_blocks(spec, interpreted)[0], interpreted)
 
 
 def candidates(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
     """Programs for tensors (inputs, then outputs) of this size, at most four; the expected fastest first."""
     if not matmul.fits(spec):
-        return [program(spec, False)]
+        return [_program(spec, blocks, False) for blocks in matvec.choose_blocks(spec, False)]
     (x,) = spec.matrices(tensors)["x"]
     return [_program(spec, blocks, False) for blocks in matmul.choose_blocks(spec, False, x.shape[0])]
 

@@ -35,7 +35,7 @@ class Blocks:
 
 
 TILES = (  # up to so many rows: what measured fastest at Llama-3-8B's shapes on an H100, the most promising first
-    (16, (Blocks(16, 16, 256, 1, 4), Blocks(16, 16, 512, 2, 3), Blocks(16, 32, 256, 4, 3), Blocks(16, 64, 128, 4, 4))),
+    (16, (Blocks(16, 16, 256, 2, 4), Blocks(16, 32, 256, 4, 3), Blocks(16, 64, 128, 4, 6), Blocks(16, 32, 512, 4, 3))),
     (32, (Blocks(32, 32, 256, 4, 3), Blocks(32, 64, 128, 4, 3), Blocks(32, 32, 128, 4, 4), Blocks(32, 16, 256, 2, 3))),
     (64, (Blocks(64, 64, 128, 4, 3), Blocks(64, 64, 64, 4, 5), Blocks(64, 32, 128, 4, 4))),
     (128, (Blocks(128, 64, 64, 8, 4), Blocks(128, 64, 128, 8, 3), Blocks(64, 128, 64, 4, 4))),

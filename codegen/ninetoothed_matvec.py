@@ -35,24 +35,25 @@ class Blocks:
     stages: int = 1
 
 
-def choose_blocks(spec: LinearSpec, interpreted: bool) -> Blocks:
-    """What measured fastest at Llama-3-8B's shapes on an H100; the interpreter wants few blocks."""
+def choose_blocks(spec: LinearSpec, interpreted: bool) -> list[Blocks]:
+    """What measured fastest at Llama-3-8B's shapes on an H100, the most promising first; the interpreter wants few."""
     width = WIDTH // spec.dtype.itemsize
     along_k, along_n = power_of_two(spec.inner), power_of_two(spec.columns)
     if interpreted:
         inner = max(16, min(along_k, 4096))
-        return Blocks(max(16, min(along_n, 65536 // inner)), inner, width, 4)
+        return [Blocks(max(16, min(along_n, 65536 // inner)), inner, width, 4)]
     if not all(product.unit for product in spec.products):
-        return Blocks(min(along_n, 64), min(along_k, 32), width, 4)
+        return [Blocks(min(along_n, 64), min(along_k, 32), width, 4)]
     warp = 32 * width  # elements of K
     if spec.few == 1:
-        columns, warps, inner = 2, 8, 8 * warp
+        columns, steps, warps = 2, 8, [8]
     elif spec.few == 2:
-        columns, warps, inner = 2, 4, 8 * warp
+        columns, steps, warps = 2, 8, [4, 8]
     else:
-        columns, warps, inner = 2 if spec.few <= 4 else 4, 4, 4 * warp
-    inner = min(inner, max(warp, along_k))
-    return Blocks(min(along_n, columns), inner, width, min(warps, inner // warp))
+        columns, steps, warps = 2 if spec.few <= 4 else 4, 4, [4]
+    inner = min(steps * warp, max(warp, along_k))
+    found = [Blocks(min(along_n, columns), inner, width, min(count, inner // warp)) for count in warps]
+    return list(dict.fromkeys(found))
 
 
 def power_of_two(size: int) -> int:
