@@ -29,7 +29,7 @@ import tempfile
 import traceback
 import types
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,6 +106,7 @@ def make(
     warps: int,
     stages: int,
     overlapped: bool,
+    instructions: bool,
     folder: Path,
 ) -> tuple[Callable[..., Any], str]:
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
@@ -136,6 +137,8 @@ def make(
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
     tree = ast.parse(Path(handle._source).read_text("utf-8"))
     _beside("simplify").simplify(tree)
+    if instructions:
+        _beside("instructions").use_instructions(tree)
     if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
         _beside("overlap").overlap(tree)
     simplified = load_source(name, ast.unparse(tree) + "\n", folder)
@@ -291,10 +294,44 @@ def _number(argument: str) -> int:
 # --- processes
 
 
+# What is imported, loaded and cached for a first kernel need not be so by each worker.
+_SAMPLE = """import ninetoothed.language as ntl
+
+
+def arrangement(x, y):
+    return x.tile((1, 64)), y.tile((1, 64))
+
+
+def application(x, y):
+    y = ntl.exp(x - ntl.max(x, axis=1, keep_dims=True))
+"""
+
+
+@contextlib.contextmanager
+def _workplace() -> Iterator[Path]:
+    """A folder for what is made, and Triton set up to compile once and keep nothing."""
+    with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as folder:
+        os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
+        os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # not what lies between source and machine code
+        os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # of files that end with this process
+        # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
+        triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
+        yield Path(folder)
+
+
+def _warm_up() -> None:
+    """Compile a kernel."""
+    operands = [{"dtype": "bfloat16", "shape": (4, 64), "strides": (64, 1)}] * 2
+    settings = {"ranks": (2, 2), "other": None, "warps": 1, "stages": 1, "overlapped": True, "instructions": True}
+    job = {"name": "sample", "capability": 90, "program": {"source": _SAMPLE, **settings}, "operands": operands}
+    with _workplace() as folder:
+        compile_job(job, folder)
+
+
 def _serve(control: socket.socket) -> None:
     """Fork a worker for each connection that comes."""
-    with contextlib.suppress(ImportError):  # a job says so
-        import ninetoothed  # noqa: F401
+    with contextlib.suppress(Exception):  # a job says so
+        _warm_up()
     gc.freeze()  # what is imported is not looked through, or copied, by each worker
     gc.disable()
 
@@ -330,16 +367,11 @@ def _work(connection: socket.socket) -> NoReturn:
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with tempfile.TemporaryDirectory(prefix="graph_capture_worker_") as folder:
-            os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
-            os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # not what lies between source and machine code
-            os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # of files that end with this process
-            # Triton's own cache is new and goes with this process: its keys, digests of half a gigabyte, are of no use.
-            triton.runtime.cache.triton_key = triton.compiler.compiler.triton_key = functools.cache(lambda: "")
+        with _workplace() as folder:
             lines = connection.makefile("rw", encoding="utf-8")
             while select.select([connection], [], [], PATIENCE)[0] and (line := lines.readline()):
                 try:
-                    answer = compile_job(json.loads(line), Path(folder))
+                    answer = compile_job(json.loads(line), folder)
                 except BaseException:
                     answer = {"error": traceback.format_exc()}
                 print(json.dumps(answer), file=lines, flush=True)

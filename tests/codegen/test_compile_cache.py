@@ -153,7 +153,7 @@ def test_a_worker_that_dies_fails_its_job_alone():
     pool.start()
     worker = pool._take()
     server = pool._server._process.pid
-    eventually(lambda: children(server))
+    worker.ask(MISSING)  # from here on it is the server's only child
     os.kill(children(server)[0], signal.SIGKILL)
     assert worker.ask(MISSING) == {"error": "the compiling process ended"}
     assert not worker.alive
