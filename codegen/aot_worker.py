@@ -106,7 +106,6 @@ def make(
     warps: int,
     stages: int,
     overlapped: bool,
-    instructions: bool,
     folder: Path,
 ) -> tuple[Callable[..., Any], str]:
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
@@ -137,8 +136,6 @@ def make(
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
     tree = ast.parse(Path(handle._source).read_text("utf-8"))
     _beside("simplify").simplify(tree)
-    if instructions:
-        _beside("instructions").use_instructions(tree)
     if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
         _beside("overlap").overlap(tree)
     simplified = load_source(name, ast.unparse(tree) + "\n", folder)
@@ -226,7 +223,9 @@ def _compile_program(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"source": Path(file).read_text(encoding="utf-8")}
 
     def compiled(src: Any, target: Any, options: Mapping[str, Any]) -> Any:
-        result = triton.compile(src, target=target, options=options)
+        result = triton.compile(
+            src, target=target, options=options | _beside("libdevice").without(found["source"], folder)
+        )
         paths = map(Path, result.metadata_group.values())
         files = {path.suffix: base64.b64encode(path.read_bytes()).decode() for path in paths}
         found.update(digest=digest(src, target, options), files={name: files[name] for name in (".json", ".cubin")})
@@ -322,7 +321,7 @@ def _workplace() -> Iterator[Path]:
 def _warm_up() -> None:
     """Compile a kernel."""
     operands = [{"dtype": "bfloat16", "shape": (4, 64), "strides": (64, 1)}] * 2
-    settings = {"ranks": (2, 2), "other": None, "warps": 1, "stages": 1, "overlapped": True, "instructions": True}
+    settings = {"ranks": (2, 2), "other": None, "warps": 1, "stages": 1, "overlapped": True}
     job = {"name": "sample", "capability": 90, "program": {"source": _SAMPLE, **settings}, "operands": operands}
     with _workplace() as folder:
         compile_job(job, folder)

@@ -150,8 +150,7 @@ class Program:
     def made_of(self) -> dict[str, Any]:
         """What `aot_worker.make` takes, but for the name."""
         names = ("source", "ranks", "other", "warps", "stages", "overlapped")
-        plain = torch.float64 not in self.dtypes and torch.version.hip is None and not interpreted()
-        return {name: getattr(self, name) for name in names} | {"instructions": plain}
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
