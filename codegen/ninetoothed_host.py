@@ -298,14 +298,16 @@ def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
         }
         for job in missing
     ]
-    for job, answer in zip(missing, POOL.run(requests), strict=True):
+    kernels = []
+    for job, answer in zip(missing, POOL.answers(requests), strict=True):
         if "error" in answer:
             log.debug("%s was not compiled ahead: %s", job.kernel_name, answer["error"])
             continue
         store_source(job.program, job.kernel_name, cache, answer["source"])
         files = {suffix: base64.b64decode(data) for suffix, data in answer["files"].items()}
         store_kernel(answer["source"], answer["digest"], cache, files)
-    _make_launchers([kernel for job in missing if (kernel := _stored(job, cache)) is not None])
+        kernels.append(_stored(job, cache))
+    _make_launchers([kernel for kernel in kernels if kernel is not None])
 
 
 def _stored(job: Job, cache: DiskCache) -> Any:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,13 @@ class Pool:
 
     def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answers to `jobs`, in their order; ``{"error": text}`` where one fails."""
-        if not jobs:
-            return []
-        with ThreadPoolExecutor(min(self.size, len(jobs))) as threads:
-            return list(threads.map(self._ask, jobs))
+        return list(self.answers(jobs))
+
+    def answers(self, jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """What `run` returns, one by one, while the others are worked on."""
+        if jobs:
+            with ThreadPoolExecutor(min(self.size, len(jobs))) as threads:
+                yield from threads.map(self._ask, jobs)
 
     def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         worker = self._take()
