@@ -38,7 +38,7 @@ test-latest:
 
 # The generated C under the address and undefined-behaviour sanitizers. Leaks are Python's own; torch is not instrumented.
 # Instrumented sums are not vectorised and add in order, which is less accurate: two bars of accuracy do not hold for them.
-SANITIZED := tests/codegen/test_c_target.py tests/codegen/test_c_library.py tests/codegen/test_kernels.py tests/codegen/test_rotary.py tests/codegen/test_matvec.py tests/codegen/test_attention.py
+SANITIZED := tests/codegen/test_c_target.py tests/codegen/test_c_library.py tests/codegen/test_c_lanes.py tests/codegen/test_kernels.py tests/codegen/test_rotary.py tests/codegen/test_matvec.py tests/codegen/test_attention.py
 sanitize: $(STAMP)
 	@CC=gcc GRAPH_CAPTURE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
@@ -47,7 +47,7 @@ sanitize: $(STAMP)
 	--deselect tests/codegen/test_matvec.py::test_halves_of_one_projection_are_two_products
 
 # The generated C compiled for aarch64 and run in an emulator, on the same tests. Needs aarch64-linux-gnu-gcc.
-EMULATED := $(filter-out tests/codegen/test_c_target.py tests/codegen/test_c_library.py,$(SANITIZED))
+EMULATED := $(filter-out tests/codegen/test_c_target.py tests/codegen/test_c_library.py tests/codegen/test_c_lanes.py,$(SANITIZED))
 aarch64: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "unicorn>=2.1"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -q -p tests.emulation $(EMULATED) -k "not ninetoothed and not machine_code"

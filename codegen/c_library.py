@@ -114,23 +114,22 @@ def _cat(node: OpNode, inputs: Tensors) -> Writer | None:
             emit.launch(SmallOp(COPY), [tensor], [emit.view(torch.narrow, out, dim, first, size)])
             first += size
 
-    return form if len(node.inputs) == len(inputs) else None
+    return form
 
 
 def _linear(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | None:
     rows = inputs[0].shape[:-1].numel()
     if node.attr("transposed") or len(inputs) != 2 or inputs[0].dim() < 2 or rows > ROWS or _shim() is None:
         return None
+    if not all(tensor.is_contiguous() for tensor in inputs):  # as the probe's are
+        return None
     wide, narrow = inputs[1].shape
     if not _adds_in_torchs_order(rows, wide, narrow, result.dtype, torch.get_num_threads()):
         return None
 
     def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
-        x, out = (
-            emit.view(torch.Tensor.view, inputs[0], (rows, narrow)),
-            emit.view(torch.Tensor.view, out, (rows, wide)),
-        )
-        emit.launch(Product(), [x, emit.view(torch.t, inputs[1])], [out])
+        x, weight = emit.view(torch.Tensor.view, inputs[0], (rows, narrow)), emit.view(torch.t, inputs[1])
+        emit.launch(Product(), [x, weight], [emit.view(torch.Tensor.view, out, (rows, wide))])
 
     return form
 
@@ -195,10 +194,8 @@ class Product(_Library):
         columns = right.shape[1]
         pieces = max(1, min(MOST * torch.get_num_threads(), right.nbytes // PIECE, columns // ALIGNED))
         bounds = [columns * piece // pieces // ALIGNED * ALIGNED for piece in range(pieces)] + [columns]
-        handles = Handles(shim)
-        for first, last in itertools.pairwise(bounds):
-            for tensor in (out[:, first:last], left, right[:, first:last]):
-                handles.add(tensor)
+        parts = [(out[:, first:last], left, right[:, first:last]) for first, last in itertools.pairwise(bounds)]
+        handles = Handles(shim, [tensor for part in parts for tensor in part])
         grain = 1 if pieces > 1 else NO_THREADS
         body, function = _toolchain().runtime.products, ctypes.cast(shim.mm, ctypes.c_void_p).value
         assert function is not None
@@ -226,16 +223,12 @@ def _shim() -> Shim | None:
 
 
 class Handles:
-    """Tensors as the shim knows them, for as long as this lives."""
+    """Tensors as the shim knows them, for as long as this lives; no gradient is ever asked of them."""
 
-    def __init__(self, shim: Shim) -> None:
-        self.addresses: list[int] = []
+    def __init__(self, shim: Shim, tensors: Sequence[torch.Tensor]) -> None:
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor.detach() for tensor in tensors])
+        self.addresses = [_pointer(capsule, None) for capsule in capsules]
         weakref.finalize(self, _delete, shim.delete, self.addresses)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """One more; no gradient is ever asked of it."""
-        (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor.detach()])
-        self.addresses.append(_pointer(capsule, None))
 
 
 def _delete(delete: Any, addresses: Sequence[int]) -> None:

@@ -283,7 +283,7 @@ class _Printer:
         for operand, name in zip(spec.outputs, spec.stores, strict=True):
             when = self.sweeps.kept.get(name, last)
             reads = [o for later in range(when + 1, last + 1) for o in self._full_inputs(self.sweeps.element(later)[1])]
-            early = operand.name in self._staged() and not any(self.rank == 1 or any(o.over[:-1]) for o in reads)
+            early = operand.name in self._staged() and not any(any(o.over[:-1]) for o in reads)
             if number == (when if early else last):
                 found.append((operand, name))
         return found

@@ -1,5 +1,6 @@
 """Sweeps by whole vectors, beside those that compilers vectorise: the same numbers, whatever is left over."""
 
+import os
 import platform
 
 import pytest
@@ -26,7 +27,7 @@ COLUMNS = [2, 30, 32, 34, 64, 94, 256, 290, 514, 4096]
 def compiler(request, monkeypatch):
     if request.param and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("there are no such vectors here")
-    monkeypatch.setenv(c_host.CFLAGS, request.param)
+    monkeypatch.setenv(c_host.CFLAGS, f"{os.environ.get(c_host.CFLAGS, '')} {request.param}")
     return KernelCompiler("c")
 
 
@@ -94,6 +95,22 @@ def test_a_sum_over_one_of_its_inputs(compiler, columns):
     kernel.prepare([x, residual, weight], [residual, out])()
     assert distance(residual, want[0]) < 2**-8
     assert distance(out, want[1]) < 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (3, 290)])
+def test_a_sum_over_an_input_that_a_later_sweep_reads(compiler, dtype, shape):
+    """It is not stored before."""
+    x, residual, weight = (noise(*shape, seed=seed).to(dtype) for seed in range(3))
+    inputs = [x, residual, weight.view(-1, shape[-1])[0].clone()]
+    scaled = OpNode("mul", ("y", "x"), ("z",))
+    graph = SubGraph((*ADD_RMS_NORM.nodes, scaled), ADD_RMS_NORM.input_names, ("sum", "z"))
+    kernel = kernel_of(compiler, graph, inputs)
+    want = [tensor.clone() for tensor in kernel(*inputs)]
+    out = torch.empty_like(x)
+    kernel.prepare(inputs, [x, out])()
+    assert torch.equal(x, want[0])
+    assert torch.equal(out, want[1])
 
 
 def test_large_results_and_odd_addresses(compiler):

@@ -155,6 +155,7 @@ def test_what_is_not_taken():
     assert c_library.writer(node_of("mul", 2), [x[:0], x[:0]], x[:0]) is None
     large = torch.zeros(SMALL + 1)
     assert c_library.writer(node_of("neg", 1), [large], large) is None
+    assert c_library.writer(node_of("linear", 2), [noise(2, 16), noise(16, 4).t()], noise(2, 4)) is None
     rows = noise(1, 9, 16)
     assert c_library.writer(node_of("linear", 2), [rows, noise(4, 16)], noise(1, 9, 4)) is None
 
@@ -175,6 +176,18 @@ def test_a_replay_calls_them_in_one_go():
     assert "op_neg" not in text
     assert "op_cat" not in text
     assert "kernels" in text
+
+
+def test_a_profile_names_them():
+    x, weight = noise(1, 1, 16), noise(64, 32)
+    graph = graph_of(lambda x: step(x, weight), x)
+    for _ in range(3):
+        graph.run(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        graph.run(x)
+    names = {event.name for event in trace.events()}
+    assert {"neg", "aten.cat.default", "linear"} <= names
+    assert "aten::mm" not in names  # it is called, below the dispatcher
 
 
 def test_without_a_compiler_ops_are_called(monkeypatch, tmp_path):
