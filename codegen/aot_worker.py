@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -93,9 +94,12 @@ def _load_file(name: str, path: Path) -> Any:
 
 
 @functools.cache
-def _beside(name: str) -> Any:
-    """A module of this folder, without the package around it."""
-    return _load_file(name, Path(__file__).with_name(f"{name}.py"))
+def _rewriting(name: str) -> Any:
+    """A module of the folder `triton_source`, without the package around it."""
+    package = types.ModuleType("triton_source")
+    package.__path__ = [str(Path(__file__).with_name("triton_source"))]
+    sys.modules.setdefault("triton_source", package)
+    return importlib.import_module(f"triton_source.{name}")
 
 
 def make(
@@ -135,9 +139,9 @@ def make(
         generation.CACHE_DIR, jit.import_from_path = before[0], before[2]
         ninetoothed.Tensor.num_instances = max(before[1], ninetoothed.Tensor.num_instances)
     tree = ast.parse(Path(handle._source).read_text("utf-8"))
-    _beside("simplify").simplify(tree)
+    _rewriting("simplify").simplify(tree)
     if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
-        _beside("overlap").overlap(tree)
+        _rewriting("overlap").overlap(tree)
     simplified = load_source(name, ast.unparse(tree) + "\n", folder)
     return getattr(simplified, f"launch_{name}"), simplified.__file__
 
@@ -224,7 +228,7 @@ def _compile_program(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     def compiled(src: Any, target: Any, options: Mapping[str, Any]) -> Any:
         result = triton.compile(
-            src, target=target, options=options | _beside("libdevice").without(found["source"], folder)
+            src, target=target, options=options | _rewriting("libdevice").without(found["source"], folder)
         )
         paths = map(Path, result.metadata_group.values())
         files = {path.suffix: base64.b64encode(path.read_bytes()).decode() for path in paths}

@@ -289,25 +289,34 @@ def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
     target = sys.modules["triton"].runtime.driver.active.get_current_target() if missing else None
     if target is None or target.backend != "cuda":
         return
+    kernels = []
+    while missing:
+        # A program once: the other operands may need the same machine code, which its source alone can tell.
+        round_ = list({(job.program, job.kernel_name): job for job in reversed(missing)}.values())[::-1]
+        kernels += [kernel for kernel in _compile(round_, target.arch, cache) if kernel is not None]
+        missing = [job for job in missing if job not in round_ and _stored(job, cache) is None]
+    _make_launchers(kernels)
+
+
+def _compile(jobs: Sequence[Job], architecture: int, cache: DiskCache) -> Iterator[Any]:
+    """The kernels of jobs, loaded, once they are compiled and stored; None for one that could not be."""
     requests = [
         {
             "program": job.program.made_of(),
             "name": job.kernel_name,
             "operands": [asdict(operand) for operand in job.operands],
-            "capability": target.arch,
+            "capability": architecture,
         }
-        for job in missing
+        for job in jobs
     ]
-    kernels = []
-    for job, answer in zip(missing, POOL.answers(requests), strict=True):
+    for job, answer in zip(jobs, POOL.answers(requests), strict=True):
         if "error" in answer:
             log.debug("%s was not compiled ahead: %s", job.kernel_name, answer["error"])
             continue
         store_source(job.program, job.kernel_name, cache, answer["source"])
         files = {suffix: base64.b64decode(data) for suffix, data in answer["files"].items()}
         store_kernel(answer["source"], answer["digest"], cache, files)
-        kernels.append(_stored(job, cache))
-    _make_launchers([kernel for kernel in kernels if kernel is not None])
+        yield _stored(job, cache)
 
 
 def _stored(job: Job, cache: DiskCache) -> Any:

@@ -146,7 +146,8 @@ class _Printer:
                 track, heads = spec.tracks[number], self.heads[number]
                 slots = f"{name}.shape[1]" if kind == "out" and track.cached else length
                 lines.append(f"{name}.shape = ({batch}, {slots}, {track.heads}, {size})")
-                tile = f"{name}.tile((1, 1, {heads}, {block}))"
+                lines += self._tile(name, heads, block)
+                tile = f"{name}_tile"
                 if kind == "out" and track.cached:
                     lines.append(f"{name}_slots = {tile}.tile((1, -1, 1, 1)).expand((-1, grid[1], -1, -1))")
                     lines += [f"{name}_slots.dtype = {name}_slots.dtype.squeeze({dim})" for dim in (0, 1, 1)]
@@ -154,12 +155,20 @@ class _Printer:
             else:
                 table, moves = kind in ("cos", "sin"), kind in ("cos", "sin", "position")
                 lines.append(f"{name}.shape = ({batch if table else 1}, {length if moves else 1}, 1, {size})")
+                lines += self._tile(name, 1, block)
                 wide = ("-1" if table else "grid[0]", "-1" if moves else "grid[1]", "grid[2]", "-1")
-                tile = f"{name}.tile((1, 1, 1, {block})).expand(({', '.join(wide)}))"
+                tile = f"{name}_tile.expand(({', '.join(wide)}))"
             if not tiles:
                 lines.append(f"grid = {tile}.shape")
             tiles.append(tile)
         return [*lines, "return (", *(f"    {tile}," for tile in tiles), ")"]
+
+    def _tile(self, name: str, heads: int, block: int) -> list[str]:
+        """The tiles of an operand: heads x width, of one token."""
+        return [
+            f"{name}_tile = {name}.tile((1, 1, {heads}, {block}))",
+            f"{name}_tile.dtype = {name}_tile.dtype.squeeze((0, 1))",
+        ]
 
     def _application(self) -> list[str]:
         spec, lines = self.spec, []
@@ -184,7 +193,7 @@ class _Printer:
         lines = []
         if track.norm is not None:
             squares = [
-                f"ntl.sum({self._inside(part, f'{value} * {value}')}, axis=3, keep_dims=True)"
+                f"ntl.sum({self._inside(part, f'{value} * {value}')}, axis=1, keep_dims=True)"
                 for part, value in zip(parts, values, strict=True)
             ]
             lines.append(f"scale{number} = ntl.rsqrt(({' + '.join(squares)}) / {spec.width} + {track.norm.eps!r})")
@@ -213,7 +222,7 @@ class _Printer:
         """`value`, with 0 in the place of padding."""
         if self.blocks[part] == self.sizes[part]:
             return value
-        columns = f"ntl.arange(0, {self.blocks[part]})[None, None, None, :]"
+        columns = f"ntl.arange(0, {self.blocks[part]})[None, :]"
         return f"ntl.where({columns} < {self.sizes[part]}, {value}, 0.0)"
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from graph_capture.codegen import aot_worker, ninetoothed_rows
-from graph_capture.codegen.libdevice import without
+from graph_capture.codegen.triton_source.libdevice import without
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
 
@@ -38,8 +38,8 @@ from pathlib import Path
 worker = types.SimpleNamespace(**runpy.run_path(sys.argv[1], run_name="worker"))
 job, codes = json.loads(sys.argv[2]), []
 with worker._workplace() as folder:
-    for plain in (worker._beside("libdevice").PLAIN, frozenset()):
-        worker._beside("libdevice").PLAIN = plain
+    for plain in (worker._rewriting("libdevice").PLAIN, frozenset()):
+        worker._rewriting("libdevice").PLAIN = plain
         (folder / "norm.cubin").write_bytes(base64.b64decode(worker.compile_job(job, folder)["files"][".cubin"]))
         command = [worker.triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", folder / "norm.cubin"]
         codes.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
