@@ -110,6 +110,7 @@ def make(
     warps: int,
     stages: int,
     overlapped: bool,
+    light: bool,
     folder: Path,
 ) -> tuple[Callable[..., Any], str]:
     """Have ninetoothed make a kernel of a module; its launch function, and the file of Triton source behind it.
@@ -141,7 +142,7 @@ def make(
     tree = ast.parse(Path(handle._source).read_text("utf-8"))
     _rewriting("simplify").simplify(tree)
     if overlapped and hasattr(triton.language.extra.cuda, "gdc_wait"):  # Triton 3.4
-        _rewriting("overlap").overlap(tree)
+        _rewriting("overlap").overlap(tree, light)
     simplified = load_source(name, ast.unparse(tree) + "\n", folder)
     return getattr(simplified, f"launch_{name}"), simplified.__file__
 
@@ -325,7 +326,7 @@ def _workplace() -> Iterator[Path]:
 def _warm_up() -> None:
     """Compile a kernel."""
     operands = [{"dtype": "bfloat16", "shape": (4, 64), "strides": (64, 1)}] * 2
-    settings = {"ranks": (2, 2), "other": None, "warps": 1, "stages": 1, "overlapped": True}
+    settings = {"ranks": (2, 2), "other": None, "warps": 1, "stages": 1, "overlapped": True, "light": True}
     job = {"name": "sample", "capability": 90, "program": {"source": _SAMPLE, **settings}, "operands": operands}
     with _workplace() as folder:
         compile_job(job, folder)

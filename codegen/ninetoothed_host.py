@@ -136,6 +136,7 @@ class Program:
         stages: of software pipelining.
         other: what is read beyond the end of an operand; None where nobody looks.
         overlapped: whether it starts while the kernel before it still runs, and waits for that itself (from sm_90 on).
+        light: whether the kernel after it may start even before that wait: its blocks leave room for them.
     """
 
     source: str
@@ -146,10 +147,11 @@ class Program:
     stages: int = 1
     other: float | None = None
     overlapped: bool = False
+    light: bool = False
 
     def made_of(self) -> dict[str, Any]:
         """What `aot_worker.make` takes, but for the name."""
-        names = ("source", "ranks", "other", "warps", "stages", "overlapped")
+        names = ("source", "ranks", "other", "warps", "stages", "overlapped", "light")
         return {name: getattr(self, name) for name in names}
 
 

@@ -52,6 +52,7 @@ def _program(spec: RotarySpec, groups: int, warps: int) -> Program:
         tuple(_real(dtypes.get(operand.tensor, torch.complex64)) for operand in operands),
         tuple(operand.tensor not in (*spec.positions, spec.count) and spec.width % 16 == 0 for operand in operands),
         warps=warps,
+        light=True,
     )
 
 

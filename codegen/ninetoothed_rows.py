@@ -117,6 +117,7 @@ def _program(spec: KernelSpec, blocks: Blocks) -> Program:
         tuple(operand.dtype for operand in spec.operands),
         aligned,
         blocks.warps,
+        light=True,
     )
 
 

@@ -2,7 +2,6 @@
 
 Triton reads and links the whole library for each kernel, which takes as long as the rest of compiling a small one. The
 function has the blocks that libdevice's has, so that the machine code is the same; Triton sets the flag.
-Imports neither the package nor torch (see `aot_worker`).
 """
 
 from __future__ import annotations

@@ -71,11 +71,20 @@ def test_kernels_are_as_good_as_hand_written_ones(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_wait_for_the_one_before(architecture):
-    """From sm_90 on they start early: nothing may touch memory before the wait, and what follows starts after it."""
-    for binary in rope().compile_for(architecture) + kernel_of("add_rms_norm").compile_for(architecture):
+    """From sm_90 on they start early: nothing may touch memory before the wait. What follows starts before it where
+    blocks are light, else after it."""
+    linear = SubGraph((OpNode("linear", ("x", "w"), ("y",)),), ("x", "w"), ("y",))
+    heavy = KernelCompiler("ninetoothed").compile(linear, [torch.bfloat16] * 2, [(1, 4096), (4096, 4096)])
+    orders = {
+        rope(): ["PREEXIT", "ACQBULK"],
+        kernel_of("add_rms_norm"): ["PREEXIT", "ACQBULK"],
+        heavy: ["ACQBULK", "PREEXIT"],
+    }
+    binaries = compile_for(list(orders), architecture)
+    for (binary,), order in zip(binaries, orders.values(), strict=True):
         found = re.findall(r"\b(ACQBULK|PREEXIT|LDG|STG|ATOMG|RED)\b", binary.sass)
-        assert found[:2] == (["ACQBULK", "PREEXIT"] if architecture == "sm_90" else ["LDG", "LDG"])
-        assert len([each for each in found if each in ("ACQBULK", "PREEXIT")]) == 2 * (architecture == "sm_90")
+        assert found[:2] == (order if architecture == "sm_90" else ["LDG", "LDG"])
+        assert len([each for each in found if each in order]) == 2 * (architecture == "sm_90")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
