@@ -131,11 +131,13 @@ class _Printer:
     def _arrangement(self) -> list[str]:
         """The grid is batch x length x groups of heads; a cache's slots are a list inside.
 
-        Batch and length are those of the first operand for all, so that places in the grid are computed once.
+        Batch and length are those of the first operand for all, so that places in the grid are computed once, and not
+        at all where they are 1.
         """
         spec = self.spec
         first = next(_operands(spec)).parameter
-        batch, length = f"{first}.shape[0]", f"{first}.shape[1]"
+        batch = "1" if spec.unbatched else f"{first}.shape[0]"
+        length = "1" if spec.single else f"{first}.shape[1]"
         lines: list[str] = []
         tiles: list[str] = []
         for operand in _operands(spec):
@@ -145,7 +147,7 @@ class _Printer:
             if kind in ("x", "out"):
                 number = int(name.removeprefix(kind).split("_")[0])
                 track, heads = spec.tracks[number], self.heads[number]
-                slots = f"{name}.shape[1]" if kind == "out" and track.cached else length
+                slots = f"out{number}_{_parts(spec, track)[0]}.shape[1]" if kind == "out" and track.cached else length
                 lines.append(f"{name}.shape = ({batch}, {slots}, {track.heads}, {size})")
                 lines += self._tile(name, heads, block)
                 tile = f"{name}_tile"

@@ -230,6 +230,7 @@ class _Reader:
             wraps=self.wraps,
             count=self.count,
             step=self.step,
+            unbatched=next(iter(tokens))[0] == 1,
             single=next(iter(tokens)) == (1, 1),
             aliases=tuple(self.aliases.get(name, "") for name in self.graph.output_names),
         )

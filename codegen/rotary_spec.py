@@ -71,6 +71,7 @@ class RotarySpec:
             is outside the cache is not written.
         wraps: whether negative slots count from the end.
         count: the name of an int64 scalar that `step` is added to afterwards, or empty.
+        unbatched: whether there is one sequence only.
         single: whether there is one token only.
         aliases: for each output that is an input written in place, that input's name; else empty.
     """
@@ -89,6 +90,7 @@ class RotarySpec:
     wraps: bool
     count: str
     step: int
+    unbatched: bool
     single: bool
     aliases: tuple[str, ...]
 
@@ -131,6 +133,8 @@ class RotarySpec:
         given = dict(zip(names, tensors, strict=True))
         first = _canonical(given[self.tracks[0].source], self.tracks[0].axes)
         batch, length = first.shape[:2]
+        if self.unbatched and batch != 1:
+            raise FusionError(f"it is made for one sequence, not for {batch}")
         if self.single and batch * length != 1:
             raise FusionError(f"it is made for one token, not for {batch} x {length}")
         found: dict[str, torch.Tensor] = {}

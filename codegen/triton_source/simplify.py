@@ -170,6 +170,8 @@ class _Folder(_Rewriter):
                 return None if first is None or second is None else self._values.made(first, comparison, second)
             case ast.Call(func=ast.Attribute(attr="program_id")):
                 bound = self._programs if ast.unparse(node.args[0]) == "0" else None
+                if bound == Product(1):
+                    return self._values.constant(0)
                 return self._values.leaf(ast.unparse(node), node, NATURAL, bound=bound)
             case ast.Call() | ast.Subscript(value=ast.Call()) if (bounds := _range(node)) is not None:
                 if bounds == Interval(0, 0) and self._single:

@@ -170,6 +170,7 @@ def test_a_cache_that_counts(normed, batch, length):
     norms = (1 + noise(16, seed=6) / 5, 1 + noise(16, seed=9) / 5)
     region = one_kernel(step, query, key, value, cos, sin, *caches(batch), steps, count, *norms)
     assert region.kind == ("qk_norm_rope_cache" if normed else "rope_cache")
+    assert region.kernel.spec.unbatched == (batch == 1)
     assert region.kernel.spec.single == (batch * length == 1)
 
 
@@ -188,16 +189,20 @@ def test_slots_outside_the_cache_are_left_alone():
 
 
 def test_a_kernel_serves_every_length_and_says_what_does_not_fit():
-    args = inputs(1, 2)
-    region = one_kernel(lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin)), *args)
-    longer = inputs(2, 3)
-    body = [longer[0], longer[2], longer[3], longer[1]]
-    by_name = dict(zip(("x0", "x1", "x2", "x3"), body, strict=True))
-    results = region.kernel(*[by_name[operand.name] for operand in region.kernel.spec.inputs])
-    torch.testing.assert_close(results[0], rotate(longer[0], longer[2], longer[3]))
-    torch.testing.assert_close(results[1], rotate(longer[1], longer[2], longer[3]))
-    with pytest.raises(FusionError, match="expected"):
-        region.kernel(longer[0][:, :3], longer[2], longer[3], longer[1])
+    def run(kernel, *args):
+        by_name = dict(zip(("x0", "x1", "x2", "x3"), (args[0], args[2], args[3], args[1]), strict=True))
+        return kernel(*[by_name[operand.name] for operand in kernel.spec.inputs])
+
+    for batch, others in ((1, [(1, 3), (1, 1)]), (2, [(3, 4), (1, 2), (1, 1)])):
+        kernel = one_kernel(lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin)), *inputs(batch, 2)).kernel
+        for other in others:
+            query, key, cos, sin = inputs(*other)
+            results = run(kernel, query, key, cos, sin)
+            torch.testing.assert_close(results[0], rotate(query, cos, sin))
+            torch.testing.assert_close(results[1], rotate(key, cos, sin))
+        query, key, cos, sin = inputs(2, 3)
+        with pytest.raises(FusionError, match="expected" if batch > 1 else "one sequence, not for 2"):
+            run(kernel, query[:, :3], key, cos, sin)
 
 
 def unlike(query, key, cos, sin):
