@@ -96,10 +96,10 @@ def _load_file(name: str, path: Path) -> Any:
 @functools.cache
 def _rewriting(name: str) -> Any:
     """A module of the folder `triton_source`, without the package around it."""
-    package = types.ModuleType("triton_source")
+    package = types.ModuleType("graph_capture_triton_source")
     package.__path__ = [str(Path(__file__).with_name("triton_source"))]
-    sys.modules.setdefault("triton_source", package)
-    return importlib.import_module(f"triton_source.{name}")
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 def make(
