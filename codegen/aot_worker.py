@@ -15,7 +15,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import importlib
 import importlib.util
 import itertools
 import json

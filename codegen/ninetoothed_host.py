@@ -291,17 +291,20 @@ def compile_side_by_side(jobs: Sequence[Job], cache: DiskCache) -> None:
     target = sys.modules["triton"].runtime.driver.active.get_current_target() if missing else None
     if target is None or target.backend != "cuda":
         return
-    kernels = []
+    kernels: list[Any] = []
     while missing:
         # A program once: the other operands may need the same machine code, which its source alone can tell.
-        round_ = list({(job.program, job.kernel_name): job for job in reversed(missing)}.values())[::-1]
-        kernels += [kernel for kernel in _compile(round_, target.arch, cache) if kernel is not None]
-        missing = [job for job in missing if job not in round_ and _stored(job, cache) is None]
+        first: dict[Any, Job] = {}
+        for job in missing:
+            first.setdefault((job.program, job.kernel_name), job)
+        tried = set(first.values())
+        kernels += _compile(list(first.values()), target.arch, cache)
+        missing = [job for job in missing if job not in tried and _stored(job, cache) is None]
     _make_launchers(kernels)
 
 
 def _compile(jobs: Sequence[Job], architecture: int, cache: DiskCache) -> Iterator[Any]:
-    """The kernels of jobs, loaded, once they are compiled and stored; None for one that could not be."""
+    """The kernels of jobs, loaded, once they are compiled and stored; not those that could not be."""
     requests = [
         {
             "program": job.program.made_of(),
@@ -318,7 +321,8 @@ def _compile(jobs: Sequence[Job], architecture: int, cache: DiskCache) -> Iterat
         store_source(job.program, job.kernel_name, cache, answer["source"])
         files = {suffix: base64.b64decode(data) for suffix, data in answer["files"].items()}
         store_kernel(answer["source"], answer["digest"], cache, files)
-        yield _stored(job, cache)
+        if (kernel := _stored(job, cache)) is not None:
+            yield kernel
 
 
 def _stored(job: Job, cache: DiskCache) -> Any:
