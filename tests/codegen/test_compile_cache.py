@@ -46,6 +46,7 @@ empty = TensorMeta((0, 256), (256, 1), torch.bfloat16, cuda)
 wanted = [(silu, (row, row), 0), (softmax, (row,), None), (broken, (row,), 0), (softmax, (empty,), 0)]
 maker = KernelCompiler("ninetoothed", cache)
 maker.prepare(wanted)
+asked = len(jobs)
 
 def ready(graph, *metas):
     target_, spec, key, name = maker._described(graph, metas)
@@ -54,10 +55,15 @@ def ready(graph, *metas):
     return all(host._stored(job, cache) is not None for job in jobs_)
 
 found = [ready(silu, row, row), ready(softmax, row)]
-rows = ready(softmax, TensorMeta((7, 256), (256, 1), torch.bfloat16, cuda))
-odd = ready(silu, *[TensorMeta((63, 255), (255, 1), torch.bfloat16, cuda)] * 2)
+seven = TensorMeta((7, 256), (256, 1), torch.bfloat16, cuda)
+rows = ready(softmax, seven)
+odd_row = TensorMeta((63, 255), (255, 1), torch.bfloat16, cuda)
+odd = ready(silu, odd_row, odd_row)
+KernelCompiler("ninetoothed", DiskCache("kernels", sys.argv[1] + "/both")).prepare(
+    [(softmax, (row,), 0), (softmax, (seven,), 0), (silu, (row, row), 0), (silu, (odd_row, odd_row), 0)]
+)
 print(json.dumps({
-    "jobs": len(jobs), "here": len(compiled), "ready": found, "rows": rows, "odd": odd,
+    "jobs": asked, "both": jobs[asked:], "here": len(compiled), "ready": found, "rows": rows, "odd": odd,
     "imported": "ninetoothed" in sys.modules,
 }))
 """
@@ -84,6 +90,9 @@ def test_kernels_are_compiled_by_workers_and_found_by_the_launch(filled):
     assert first["here"] == 0
     assert first["ready"] == [True, True]
     assert first["rows"]  # how many there are is the grid's matter alone
+    softmax, *others = sorted(first["both"], key=lambda name: "softmax" not in name)
+    assert "softmax" in softmax  # once for both numbers of rows
+    assert len(others) == len(set(others)) + 1 == 2  # SwiGLU for each
     assert not first["odd"]  # where a condition looks at a size that is no multiple of 16, it is another kernel
 
 
