@@ -1,12 +1,10 @@
-"""From a fused region to a kernel."""
+"""From a region to a kernel: the compiler, the specs, and a folder for each target.
 
-from graph_capture.codegen import c_library
-from graph_capture.codegen.aot import Binary
+Imports `graph_capture.record` and what lies below it; passes and frontends stand beside it.
+"""
+
 from graph_capture.codegen.compiler import CompiledKernel, KernelCompiler, compile_for, is_native
-from graph_capture.codegen.lower import infer_values, supports
-
-from graph_capture.forms import NATIVE
+from graph_capture.codegen.ninetoothed.aot import Binary
+from graph_capture.codegen.spec.lower import infer_values, supports
 
 __all__ = ["Binary", "CompiledKernel", "KernelCompiler", "compile_for", "infer_values", "is_native", "supports"]
-
-NATIVE.append(c_library.writer)

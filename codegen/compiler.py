@@ -12,19 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from graph_capture.codegen import c_target, ninetoothed_target
-from graph_capture.codegen.aot import Binary
-from graph_capture.codegen.geometry import dense_strides
-from graph_capture.codegen.lower import lower, supports
-from graph_capture.codegen.op_library import OpLibrary
-from graph_capture.codegen.spec import Operand, Request, Spec
-from graph_capture.codegen.workers import POOL
 
-from graph_capture.cachedir import DiskCache
+from graph_capture.cache import DiskCache
+from graph_capture.codegen.c import target as c_target
+from graph_capture.codegen.ninetoothed import target as ninetoothed_target
+from graph_capture.codegen.ninetoothed.aot import Binary
+from graph_capture.codegen.ninetoothed.op_library import OpLibrary
+from graph_capture.codegen.ninetoothed.workers import POOL
+from graph_capture.codegen.spec.geometry import dense_strides
+from graph_capture.codegen.spec.kernel import Operand, Request, Spec
+from graph_capture.codegen.spec.lower import lower, supports
 from graph_capture.errors import FusionError
-from graph_capture.graph import SubGraph, TensorMeta
+from graph_capture.ir.binding import expression
+from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
-from graph_capture.ops import expression
 
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
@@ -32,7 +34,7 @@ Launch = Callable[[], Any]
 
 class Target(Protocol):
     """What makes specs run somewhere: a module with these names; `movable` is whether its launches are (see
-    `graph_capture.launches.Movable`)."""
+    `graph_capture.codegen.launches.Movable`)."""
 
     name: str
     movable: bool

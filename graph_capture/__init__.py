@@ -3,7 +3,6 @@
 from importlib.metadata import version
 
 from graph_capture.codegen import CompiledKernel, KernelCompiler
-from graph_capture.convert import convert_recorded_graph_to_subgraph
 from graph_capture.errors import (
     CacheError,
     CaptureError,
@@ -12,21 +11,15 @@ from graph_capture.errors import (
     SignatureMismatchError,
     UnrecordedWriteError,
 )
-from graph_capture.graph import OpNode, SubGraph, TensorMeta, check_subgraph
+from graph_capture.ir.graph import OpNode, SubGraph, check_subgraph
+from graph_capture.ir.values import TensorMeta
 from graph_capture.log import configure
 from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern, pattern
-from graph_capture.recorded import RecordedGraph
-from graph_capture.recorder import record, start_graph_recording, stop_graph_recording
-from graph_capture.runtime import (
-    Bucket,
-    FusedGraph,
-    FusionConfig,
-    FusionHeuristics,
-    FusionScheduler,
-    capture,
-    fuse,
-    load,
-)
+from graph_capture.record.convert import convert_recorded_graph_to_subgraph
+from graph_capture.record.recorded import RecordedGraph
+from graph_capture.record.recorder import record, start_graph_recording, stop_graph_recording
+from graph_capture.runtime import Bucket, FusedGraph, FusionConfig, FusionHeuristics, FusionScheduler, fuse, load
+from graph_capture.runtime.capture.capture import capture
 from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate
 
 configure()

@@ -1,4 +1,7 @@
-"""SubGraph -> SubGraph rewrites."""
+"""Rewrites, SubGraph -> SubGraph: clean-up, canonical ops, patterns, regions.
+
+Imports `graph_capture.record` and what lies below it; codegen and frontends stand beside it.
+"""
 
 from graph_capture.passes.canonicalize import canonicalize
 from graph_capture.passes.cleanup import clean_up

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import op
 from graph_capture.passes.cleanup import CLEAN_UP
 from graph_capture.passes.match import Match, Miss, candidates, match_at
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, Dependencies, common_source, contract, exposed
 from graph_capture.passes.spellings import ROUNDS, Found, Rule, Unfit
-
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.ops import op
 
 
 def canonicalize(graph: SubGraph, rounds: Iterable[Sequence[Rule]] = ROUNDS) -> SubGraph:

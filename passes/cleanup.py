@@ -13,11 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from graph_capture.passes.writes import forward_writes
 
-from graph_capture.graph import OpNode, SubGraph, TensorMeta, alias_set
-from graph_capture.layouts import is_contiguous
-from graph_capture.ops import EXTERNAL, GUARD, Kind, is_random, op, written_inputs
+from graph_capture.ir.effects import alias_set, is_random, written_inputs
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.layouts import is_contiguous
+from graph_capture.ir.ops import EXTERNAL, GUARD, Kind, op
+from graph_capture.ir.values import TensorMeta
+from graph_capture.passes.writes import forward_writes
 
 MAX_CONSTANT = 2**20  # bytes of a constant that is kept without being asked for
 

@@ -10,10 +10,10 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
+from graph_capture.ir.effects import is_random, written_inputs
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import ATTENTION_OPS, FUSED, Kind, op
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
-
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.ops import ATTENTION_OPS, FUSED, Kind, is_random, op, written_inputs
 
 RULE = "linear_epilogue"
 ALONE = "skinny_linear"  # a linear with nothing behind it that its kernel could take

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graph_capture.passes.registry import DEFAULT, pattern
 
-from graph_capture.graph import SubGraph
+from graph_capture.ir.graph import SubGraph
+from graph_capture.passes.registry import DEFAULT, pattern
 
 _VECTOR = ({"weight": (8,), "bias": (8,), "first": (8,), "second": (8,)},)
 _NO_VALUE: frozenset[str] = frozenset({"offset"})

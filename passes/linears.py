@@ -10,13 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+
+from graph_capture.errors import FusionError
+from graph_capture.ir.binding import flatten_outputs, prepare
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import FUSED, Kind, op
+from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import Memory
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
-
-from graph_capture.errors import FusionError
-from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED, Kind, flatten_outputs, op, prepare
 
 RULE = "parallel_linear"
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import op
+from graph_capture.ir.values import same_value
 from graph_capture.passes.pattern import Hole, Template
-
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.ops import op, same_value
 
 NEAREST = 8  # readers of a shared value, on either side, that are tried for a template's other results
 

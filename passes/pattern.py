@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from graph_capture.errors import CaptureError
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.recorder import Recording
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.record.recorder import Recording
 
 _PROBE = 0.0123456789  # stands for a hole while a pattern is recorded; found again in the attributes
 _WIDTH = 8

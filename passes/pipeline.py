@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from graph_capture.ir.graph import SubGraph
+from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.decode import RULES as DECODE
@@ -16,9 +18,6 @@ from graph_capture.passes.receipts import Receipt
 from graph_capture.passes.regions import GROWN, Supports, find_regions
 from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.spellings import ROUNDS
-
-from graph_capture.graph import SubGraph
-from graph_capture.log import log
 
 CONSTANTS = "constants"
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from graph_capture.graph import OpNode, SubGraph
+from graph_capture.ir.graph import OpNode, SubGraph
 
 
 @dataclass(frozen=True)

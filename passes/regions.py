@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+
+from graph_capture.ir.effects import is_random, written_inputs
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.layouts import is_contiguous
+from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.passes.decode import SMALL, decode_regions, is_merged, small_ops
 from graph_capture.passes.match import Miss, candidates, match_at
 from graph_capture.passes.pattern import Pattern
@@ -27,10 +32,6 @@ from graph_capture.passes.rewrite import (
     unviewable,
     values_of,
 )
-
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.layouts import is_contiguous
-from graph_capture.ops import FUSED, Kind, is_random, op, written_inputs
 
 Supports = Callable[[SubGraph], "str | None"]
 WINDOW = 256  # nodes that a grown region may span, so that its convexity is a local question

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from graph_capture.errors import CaptureError
 from graph_capture.passes.canonicalize import prepare
 from graph_capture.passes.pattern import Function, Pattern
-
-from graph_capture.errors import CaptureError
 
 
 class PatternRegistry:

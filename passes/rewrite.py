@@ -13,8 +13,11 @@ from functools import cached_property
 
 import torch
 
-from graph_capture.graph import OpNode, Source, SubGraph, TensorMeta, order_edges
-from graph_capture.ops import Kind, flatten_outputs, op, prepare
+from graph_capture.ir.binding import flatten_outputs, prepare
+from graph_capture.ir.effects import order_edges
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import Kind, op
+from graph_capture.ir.values import Source, TensorMeta
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 
+from graph_capture.cache import DiskCache
+from graph_capture.errors import CaptureError
+from graph_capture.ir.graph_json import Decoder, Encoder, Extra, as_dict, as_list, text
 from graph_capture.passes.pattern import Hole, Pattern, Template
 from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.spellings import ROUNDS
-
-from graph_capture.cachedir import DiskCache
-from graph_capture.errors import CaptureError
-from graph_capture.serialize import Decoder, Encoder, Extra, as_dict, as_list, text
 
 _HOLE: Extra = {"hole": (Hole, lambda hole: hole.name, lambda name: Hole(text(name)))}
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from graph_capture.graph import OpNode, SubGraph, TensorMeta, alias_set
-from graph_capture.layouts import is_contiguous
-from graph_capture.ops import Kind, op, written_inputs
+from graph_capture.ir.effects import alias_set, written_inputs
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.layouts import is_contiguous
+from graph_capture.ir.ops import Kind, op
+from graph_capture.ir.values import TensorMeta
 
 _COPY = "aten.copy_.default"
 

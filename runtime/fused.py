@@ -11,69 +11,50 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from graph_capture.passes import Rewritten
-from graph_capture.runtime.bisect import Bisection, bisect
+
+from graph_capture.calls.fast_check import Match
+from graph_capture.calls.signature import Bound
+from graph_capture.errors import CaptureError, FusionError
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.interpreter import Call, Executor
+from graph_capture.log import log
+from graph_capture.passes import Receipt
+from graph_capture.record.recorded import RecordedGraph
+from graph_capture.runtime.account.bisect import Bisection, bisect
+from graph_capture.runtime.account.explain import Explanation, Why, explain, why
+from graph_capture.runtime.account.sample import check_sample
+from graph_capture.runtime.account.verify import Verification, verify
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.cudagraph import GraphReplay, Graphs
-from graph_capture.runtime.explain import Explanation, Why, explain, why
-from graph_capture.runtime.heuristics import Decision
 from graph_capture.runtime.library import Bound as BoundLibrary
 from graph_capture.runtime.library import Constants, LibraryKernel
-from graph_capture.runtime.region import Region
-from graph_capture.runtime.sample import check_sample
-from graph_capture.runtime.steps import Inlined, KernelStep, Step, relaid_outputs
-from graph_capture.runtime.verify import Verification, verify
-
-from graph_capture.errors import CaptureError, FusionError
-from graph_capture.executor import Call, Executor
-from graph_capture.graph import OpNode, SubGraph
-from graph_capture.log import log
-from graph_capture.matcher import Match
-from graph_capture.plan import Plan
-from graph_capture.recorded import RecordedGraph
-from graph_capture.replay import Memory, Replay
-from graph_capture.signature import Bound
+from graph_capture.runtime.program import Program
+from graph_capture.runtime.region import Decision, Region
+from graph_capture.runtime.replay.cuda_graph import GraphReplay, Graphs
+from graph_capture.runtime.replay.plan import Plan
+from graph_capture.runtime.replay.replay import Memory, Replay
+from graph_capture.runtime.replay.steps import Inlined, KernelStep, Step, relaid_outputs
+from graph_capture.runtime.save.write import save
 
 
 class FusedGraph:
-    """A rewritten graph, bound for replay.
+    """A program bound for replay.
 
     Attributes:
-        recorded: the graph it was made from.
-        subgraph: the rewritten graph; each region is one node whose op starts with ``fused.``.
-        constants: what is computed once, from weights or from nothing; its results are inputs of `subgraph`.
-        stages: the graph after each pass, by name.
-        regions: what was found, in graph order, used or not; the parts of a region follow it.
-        receipts: what each rule looked at, matched and refused.
-        config: the configuration it was made with.
+        program: what was recorded, rewritten and decided.
         samples: what `FusionConfig.verify_every` has found lately, oldest first.
-        whole: how the whole graph measured against the one with no kernel; None where that was not measured.
     """
 
-    whole: Decision | None = None
-
-    def __init__(
-        self,
-        recorded: RecordedGraph,
-        rewritten: Rewritten,
-        regions: tuple[Region, ...],
-        config: FusionConfig,
-        memory: Memory | None = None,
-    ) -> None:
-        self.recorded = recorded
-        self.subgraph = rewritten.graph
-        self.constants = rewritten.constants
-        self.stages = rewritten.stages
-        self.receipts = rewritten.receipts
-        self.config = config
+    def __init__(self, program: Program, memory: Memory | None = None) -> None:
         self.samples: deque[Verification] = deque(maxlen=16)
         self._replays = itertools.count(1)
         self._inlines = self._given_up = False  # library calls that were not recorded are steps; one has failed
-        self._regions = {id(region.node): region for region in regions}
+        self.program = program
+        self._regions = dict(program.by_node)
         self._bound: list[Constants] = []  # whose results the replay takes as further inputs
         self._more: list[Constants] = []  # that regions hold themselves
         self._inner_names: list[str] = []
         self._labels: dict[int, str] = {}
+        recorded, config = program.recorded, program.config
         weights = [recorded.captured[name] for name in self.constants.input_names]
         self._constants = Constants(self.constants, weights, share=False) if self.constants.nodes else None
         if self._constants is not None:
@@ -83,15 +64,56 @@ class FusedGraph:
             if label:
                 self._labels[len(steps)] = label
             steps.append((node, call))
-        self.regions = tuple(self._regions[id(region.node)] for region in regions)
+        regions = tuple(self._regions[id(region.node)] for region in program.regions)
+        self.program = replace(program, regions=regions)  # some may not have been bindable
         names = (*self.subgraph.input_names, *self._inner_names)
         executor = Executor(steps, names, self.subgraph.output_names, self._labels)
-        brought = len(recorded.signature.names)
+        dynamic = len(recorded.signature.names)
         on_cuda = any(meta.device.type == "cuda" for meta in self.subgraph.values.values())
         make: Callable[..., Replay] = Replay
         if on_cuda and config.cuda_graph == "auto":
             make = functools.partial(GraphReplay, recorded.undone)
-        self._replay = make(executor, brought, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
+        self._replay = make(executor, dynamic, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
+
+    @property
+    def recorded(self) -> RecordedGraph:
+        """The graph it was made from."""
+        return self.program.recorded
+
+    @property
+    def subgraph(self) -> SubGraph:
+        """The rewritten graph; each region is one node whose op starts with ``fused.``."""
+        return self.program.graph
+
+    @property
+    def constants(self) -> SubGraph:
+        """What is computed once, from weights or from nothing; its results are inputs of `subgraph`."""
+        return self.program.constants
+
+    @property
+    def stages(self) -> tuple[tuple[str, SubGraph], ...]:
+        """The graph after each pass, by name."""
+        return self.program.stages
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What was found, in graph order, used or not; the parts of a region follow it."""
+        return self.program.regions
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """What each rule looked at, matched and refused."""
+        return self.program.receipts
+
+    @property
+    def config(self) -> FusionConfig:
+        """The configuration it was made with."""
+        return self.program.config
+
+    @property
+    def whole(self) -> Decision | None:
+        """How the whole graph measured against the one with no kernel; None where that was not measured."""
+        return self.program.whole
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
@@ -138,14 +160,14 @@ class FusedGraph:
     def replay(self, call: Bound | Match) -> Any:
         """Replay on a call that is known to fit."""
         every = self.config.verify_every
-        if every and next(self._replays) % every == 0 and (sample := check_sample(self, call)) is not None:
-            self.samples.append(sample)
+        if every and next(self._replays) % every == 0:
+            sample = check_sample(self.program, self.tensors(call))
+            if sample is not None:
+                self.samples.append(sample)
         if self._given_up:
             return self.recorded.replay(call)
-        constants = [tensor for bound in self._bound for tensor in bound()]
-        version = sum([bound.version for bound in self._bound])
         try:
-            return self.recorded.replay(call, self._replay, constants, version)
+            return self.recorded.replay(call, self._execute)
         except (CaptureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -156,6 +178,11 @@ class FusedGraph:
             notes = "; ".join([str(error), *getattr(error, "__notes__", ())])
             log.warning("a replay failed, and the ops run as recorded from now on: %s: %s", type(error).__name__, notes)
             return result
+
+    def _execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        constants = [tensor for bound in self._bound for tensor in bound()]
+        version = sum([bound.version for bound in self._bound])
+        return self._replay.run(dynamic, [*static, *constants], (self.recorded.ledger.moves, version))
 
     @property
     def cuda_graphs(self) -> Graphs | None:
@@ -183,11 +210,11 @@ class FusedGraph:
     @property
     def constant_bytes(self) -> int:
         """Memory that the results of `constants` take, in bytes."""
-        return sum(self.subgraph.values[name].nbytes for name in self.constants.output_names)
+        return self.program.constant_bytes
 
     def explain(self) -> Explanation:
         """The receipts: what was found, where, what it saves, what was measured and decided."""
-        return explain(self)
+        return explain(self.program, self.plan, self.cuda_graphs)
 
     def why(self, what: str) -> Why:
         """Why the ops of a module (``layers.3.mlp``), a value or a region are fused, or are not.
@@ -195,7 +222,7 @@ class FusedGraph:
         Raises:
             KeyError: there is no such module, value or region.
         """
-        return why(self, what)
+        return why(self.program, what)
 
     def bisect(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Bisection:
         """The first pass or region after which the result differs from the recording's by more than `tolerance`.
@@ -206,7 +233,7 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
-        return bisect(self, self.recorded.bind(args, kwargs), tolerance)
+        return bisect(self.program, self.recorded.bind(args, kwargs), self.constant_tensors(), tolerance)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Run the graph once on these arguments and compare each region's kernel, used or not, with float64.
@@ -216,7 +243,7 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
-        return verify(self, self.tensors(self.recorded.bind(args, kwargs)))
+        return verify(self.program, self.tensors(self.recorded.bind(args, kwargs)))
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.
@@ -230,9 +257,7 @@ class FusedGraph:
             CaptureError: the graph takes or gives something other than tensors, plain values, tuples, lists and dicts;
                 or runs an op that is not torch's.
         """
-        from graph_capture.runtime.save import save
-
-        save(self, path, weights)
+        save(self.program, path, weights)
 
     def tensors(self, call: Bound | Match) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""

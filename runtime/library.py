@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from graph_capture.codegen import CompiledKernel
-from graph_capture.passes.cleanup import split_constants
 
+from graph_capture.codegen import CompiledKernel
 from graph_capture.errors import FusionError
-from graph_capture.executor import Executor
-from graph_capture.graph import SubGraph
-from graph_capture.ledger import move
+from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.interpreter import Executor
+from graph_capture.passes.cleanup import split_constants
+from graph_capture.record.guards import move
 
 Tensors = Sequence[torch.Tensor]
 

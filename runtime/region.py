@@ -5,11 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graph_capture.codegen import CompiledKernel
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.ops import FUSED
+from graph_capture.ir.values import TensorMeta
 from graph_capture.passes.regions import moved_bytes
-from graph_capture.runtime.heuristics import Decision, Kernel
+from graph_capture.runtime.library import LibraryKernel
 
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
-from graph_capture.ops import FUSED
+Kernel = CompiledKernel | LibraryKernel
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a fused kernel is used, why, and what was measured (seconds a call; None: not measured).
+
+    Attributes:
+        cached: whether the times were measured by an earlier process.
+        choice: which of the kernel's `candidates` was the fastest.
+    """
+
+    use: bool
+    reason: str
+    t_fallback: float | None = None
+    t_fused: float | None = None
+    cached: bool = False
+    choice: int = 0
+
+    def __bool__(self) -> bool:
+        return self.use
 
 
 @dataclass(frozen=True)

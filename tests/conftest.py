@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from graph_capture.cachedir import VARIABLE
+from graph_capture.cache import VARIABLE
 from tests.models import tiny_llama
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 import unicorn
-from graph_capture.codegen import c_host, c_target
-from graph_capture.codegen.c_host import Layout
 from unicorn import arm64_const as arm64
+
+from graph_capture.codegen.c import host as c_host
+from graph_capture.codegen.c import target as c_target
+from graph_capture.codegen.c.host import Layout
 
 COMPILER = "aarch64-linux-gnu-gcc"
 PAGE = 4096

@@ -5,10 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from graph_capture import bench
-from graph_capture.cli import app
-from graph_capture.models import build_model, load_config
-from graph_capture.ways import FUSED, Setting
+from graph_capture.cli import bench
+from graph_capture.cli.main import app
+from graph_capture.cli.ways import FUSED, Setting
+from graph_capture.runtime.llm.models import build_model, load_config
 
 SMALL = ["bench", "--config", "llama-tiny", "--prompt", "9", "--tokens", "4", "--rounds", "2", "--device", "cpu"]
 

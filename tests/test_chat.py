@@ -12,13 +12,13 @@ import sys
 import time
 
 import pytest
-from graph_capture.runtime.llm import Completion
 from rich.console import Console
 from typer.testing import CliRunner
 
-from graph_capture.chat import Chat, Progress
-from graph_capture.cli import app
+from graph_capture.cli.chat import Chat, Progress
+from graph_capture.cli.main import app
 from graph_capture.errors import CaptureError
+from graph_capture.runtime.llm import Completion
 
 
 class Tokenizer:
@@ -231,7 +231,7 @@ class Terminal:
 
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "graph_capture.cli", "chat", *args],
+            [sys.executable, "-m", "graph_capture.cli.main", "chat", *args],
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import graph_capture
-from graph_capture import demo
-from graph_capture.cli import app
+from graph_capture.cli import demo
+from graph_capture.cli.main import app
 
 SMALL = [
     "--layers",

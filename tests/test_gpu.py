@@ -5,8 +5,6 @@ import gc
 
 import pytest
 import torch
-from graph_capture.runtime import cudagraph
-from graph_capture.runtime.verify import distance
 from torch import nn
 from transformers import StaticCache
 
@@ -20,6 +18,8 @@ from graph_capture import (
     fuse,
     record,
 )
+from graph_capture.ir.numerics import distance
+from graph_capture.runtime.replay import cuda_graph as cudagraph
 from tests import llm
 from tests.models import forward, recorded, tiny_llama, token_ids
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from graph_capture import FusionConfig, fuse
-from graph_capture.cli import app
+from graph_capture.cli.main import app
 from tests.models import recorded, tiny_llama, token_ids
 
 

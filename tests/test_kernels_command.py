@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from graph_capture import CaptureError, FusionConfig, fuse
-from graph_capture.cli import app
-from graph_capture.models import CONFIGURATIONS, build_model, load_config
+from graph_capture.cli.main import app
+from graph_capture.runtime.llm.models import CONFIGURATIONS, build_model, load_config
 from tests.models import recorded, tiny_llama, token_ids
 
 

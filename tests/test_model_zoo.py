@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from graph_capture import FusionConfig, capture, record
-from graph_capture.structure import Walk
+from graph_capture.calls.structure import Walk
 from tests import zoo
 
 UNFUSED = FusionConfig(enable_fusion=False)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graph_capture import InferEngine
-from graph_capture.tiny import FOLDER, evaluate, text, tokens, train
+from graph_capture.tiny import FOLDER
+from tests.tiny import evaluate, text, tokens, train
 
 STATEFUL = {"identity", "introduce", "recall"}  # the answer depends on more than the question
 QUESTIONS = {

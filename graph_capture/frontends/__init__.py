@@ -1,1 +1,4 @@
-"""Recording what other libraries compute: one module for each library; see `graph_capture.foreign`."""
+"""Other libraries whose calls are recorded: one folder for each.
+
+Imports `graph_capture.record` and what lies below it; passes and codegen stand beside it and know nothing of it.
+"""

@@ -1,4 +1,4 @@
-"""The tiny Llama that comes with the package: it knows what `text` asks, and was trained by `train`."""
+"""The tiny Llama that comes with the package: `tests/tiny` trained it."""
 
 from pathlib import Path
 

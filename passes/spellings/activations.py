@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+
 from graph_capture.passes.pattern import Function
 from graph_capture.passes.spellings.rule import Attributes, Found, floats, near, rule
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from graph_capture.passes.pattern import Function
 from graph_capture.passes.spellings.rule import (
     CASTS,

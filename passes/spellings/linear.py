@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from graph_capture.passes.spellings.rule import Attributes, Found, require, rule
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from graph_capture.passes.pattern import Function
 from graph_capture.passes.spellings.rule import CASTS, HALF, Attributes, Found, floats, require, rule
 

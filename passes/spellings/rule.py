@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.values import TensorMeta
 from graph_capture.passes.cleanup import clean_up
 from graph_capture.passes.pattern import Function, Pattern
-
-from graph_capture.graph import OpNode, SubGraph, TensorMeta
 
 
 class Unfit(Exception):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.llm.engine import InferEnginePython
-from graph_capture.runtime.llm.session import Progress
 
 from graph_capture.errors import CaptureError
 from graph_capture.log import log
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.llm.engine import InferEnginePython
+from graph_capture.runtime.llm.session import Progress
 
 # What generate() is asked for that steps of fixed memory do not give.
 _REFUSED = (

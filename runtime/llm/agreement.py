@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from graph_capture.runtime.bisect import ROUNDINGS
+
+from graph_capture.runtime.account.bisect import ROUNDINGS
 from graph_capture.runtime.llm.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
-from graph_capture.runtime.capture import Captured, capture
+
+from graph_capture.errors import CaptureError
+from graph_capture.runtime.capture.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.llm.agreement import Agreement, agreement
+from graph_capture.runtime.llm.models import load_model, load_tokenizer
 from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request
 from graph_capture.runtime.llm.session import Pending, Progress, Session, bucket
 from graph_capture.runtime.llm.text import Detokenizer
-from graph_capture.runtime.scheduler import FusionScheduler
-
-from graph_capture.errors import CaptureError
-from graph_capture.models import load_model, load_tokenizer
 
 SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 SESSIONS = 2  # batch sizes whose caches are kept
@@ -61,8 +61,8 @@ class InferEnginePython:
     answers one call at a time.
 
     Args:
-        model_path: a folder of safetensors, a name of `graph_capture.models.CONFIGURATIONS` (random weights), a name on
-            the hub; or a model that is there already.
+        model_path: a folder of safetensors, a name of `runtime.llm.models.CONFIGURATIONS` (random weights), a name
+            on the hub; or a model that is there already.
         device: of the model (default: CUDA where there is one).
         enable_fusion: False runs the model as it is; so does ``"enable_fusion": false`` in the model's config. Can be
             changed at any time, as an attribute.

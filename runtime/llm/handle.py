@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from graph_capture.runtime.llm.engine import InferEnginePython
-from graph_capture.runtime.llm.session import Session
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graph_capture.errors import CaptureError
+from graph_capture.runtime.llm.engine import InferEnginePython
+from graph_capture.runtime.llm.session import Session
 
 
 class NotServed(CaptureError):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graph_capture.runtime.llm.sampling import Sampling
 
 from graph_capture.errors import CaptureError
+from graph_capture.runtime.llm.sampling import Sampling
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | Messages

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graph_capture.runtime.fused import FusedGraph
-from graph_capture.runtime.llm.sampling import Kind, Sampler
-from graph_capture.runtime.scheduler import FusionScheduler
 
 from graph_capture.errors import CaptureError, DataDependentError, SignatureMismatchError
 from graph_capture.log import log
-from graph_capture.recorder import record
+from graph_capture.record.recorder import record
+from graph_capture.runtime.fuse import FusionScheduler
+from graph_capture.runtime.fused import FusedGraph
+from graph_capture.runtime.llm.sampling import Kind, Sampler
 
 Progress = Callable[[str], None]
 SHORTEST = 16  # tokens of the smallest bucket

@@ -23,17 +23,17 @@ import time
 def measure(model: str, folder: str, timed: bool) -> dict[str, float]:
     """Seconds that kernels take to be ready in this process, how many there are, and how many were compiled."""
     import torch
-    from graph_capture.codegen import KernelCompiler, aot_worker
-    from graph_capture.codegen import ninetoothed_host as host
-    from graph_capture.codegen import ninetoothed_target as target
+
+    from graph_capture.codegen import KernelCompiler
+    from graph_capture.codegen.ninetoothed import aot_worker, host, target
 
     host.interpreted = target.interpreted = lambda: False  # type: ignore[assignment]
     host.import_triton()
     import triton
 
-    from graph_capture.cachedir import DiskCache, environment_key
-    from graph_capture.kernels import _steps, kernel_for
-    from graph_capture.ops import FUSED
+    from graph_capture.cache import DiskCache, environment_key
+    from graph_capture.cli.kernels import _steps, kernel_for
+    from graph_capture.ir.ops import FUSED
 
     if not torch.cuda.is_available():
         triton.runtime.driver.set_active(aot_worker.NoDevice(90))

@@ -14,12 +14,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import CompiledKernel
-from graph_capture.codegen.linear import ALONE_ROWS
-from graph_capture.passes import create_swiglu_pattern
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
-from graph_capture.graph import TensorMeta
+from graph_capture.codegen import CompiledKernel
+from graph_capture.codegen.spec.linear import ALONE_ROWS
+from graph_capture.ir.values import TensorMeta
+from graph_capture.passes import create_swiglu_pattern
 from tests.benchmarks.bench_gpu import WORKING_SET, in_graph
 
 LINEARS = {  # columns, inner, whether two of them gate each other

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
 
 from graph_capture import FusionConfig, KernelCompiler, OpNode, SubGraph, fuse, record
+from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
 
 WORKING_SET = 512 * 2**20  # bytes of inputs to rotate over, several times the L2
 MERGED = "SwiGLU, one projection"  # its gate and up are halves of one tensor

@@ -10,12 +10,12 @@ import statistics
 import time
 
 import torch
-from graph_capture.codegen import supports
-from graph_capture.passes import DEFAULT, Passes, Rewritten, rewrite
-from graph_capture.passes.spellings import ROUNDS
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from graph_capture import RecordedGraph, record
+from graph_capture.codegen import supports
+from graph_capture.passes import DEFAULT, Passes, Rewritten, rewrite
+from graph_capture.passes.spellings import ROUNDS
 
 
 def decode_step(layers: int) -> RecordedGraph:

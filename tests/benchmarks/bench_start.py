@@ -42,10 +42,10 @@ def child(layers: int, hidden: int) -> dict[str, float]:
         eager = _timed(lambda: model(input_ids=ids, use_cache=False).logits)
         spent["import"] = _timed(lambda: __import__("graph_capture"))
 
-        from graph_capture.codegen import KernelCompiler
-        from graph_capture.runtime import heuristics, scheduler, whole
-
         from graph_capture import fuse, record
+        from graph_capture.codegen import KernelCompiler
+        from graph_capture.runtime import fuse as scheduler
+        from graph_capture.runtime.decide import heuristics, whole
 
         _count(spent, "passes", scheduler, "rewrite", "load_templates", "store_templates")
         _count(spent, "compile", KernelCompiler, "compile")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import c_attention
-from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionConfig, FusionError, fuse, record
+from graph_capture.codegen.c import attention as c_attention
+from graph_capture.ir.numerics import distance, in_float64
 from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

@@ -5,10 +5,12 @@ import platform
 
 import pytest
 import torch
-from graph_capture.codegen import c_host, c_lanes, c_rows
-from graph_capture.runtime.verify import distance
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
+from graph_capture.codegen.c import host as c_host
+from graph_capture.codegen.c import lanes as c_lanes
+from graph_capture.codegen.c import rows as c_rows
+from graph_capture.ir.numerics import distance
 from tests.replaying import noise
 
 SWIGLU = SubGraph((OpNode("silu", ("gate",), ("s",)), OpNode("mul", ("s", "up"), ("y",))), ("gate", "up"), ("y",))

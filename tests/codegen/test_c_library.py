@@ -5,13 +5,15 @@ import threading
 
 import pytest
 import torch
-from graph_capture.codegen import c_host, c_library
-from graph_capture.codegen.c_library import BINARY, SMALL, UNARY, Product, SmallOp
 
 from graph_capture import OpNode
-from graph_capture.forms import same_bits, writer
-from graph_capture.launches import Chain, HalfwayError
-from graph_capture.ops import op
+from graph_capture.codegen.c import host as c_host
+from graph_capture.codegen.c import library as c_library
+from graph_capture.codegen.c.library import BINARY, SMALL, UNARY, Product, SmallOp
+from graph_capture.codegen.launches import Chain, HalfwayError
+from graph_capture.ir.numerics import same_bits
+from graph_capture.ir.ops import op
+from graph_capture.runtime.replay.forms import writer
 from tests.replaying import graph_of, noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -236,7 +238,7 @@ def test_a_chain_does_not_go_on_after_one_that_failed_halfway():
         runs.append(1)
         raise HalfwayError("no memory")
 
-    from graph_capture.launches import Bound
+    from graph_capture.codegen.launches import Bound
 
     chain = Chain([Bound(Kernel(), [], [])])
     for _ in range(2):

@@ -10,12 +10,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import c_host, c_rows, c_target, compiler
-from graph_capture.codegen.c_print import identifier, literal
-from graph_capture.runtime.verify import distance
 
-from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, cachedir, fuse, record
-from graph_capture.cachedir import DiskCache
+from graph_capture import FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, fuse, record
+from graph_capture import cache as cachedir
+from graph_capture.cache import DiskCache
+from graph_capture.codegen import compiler
+from graph_capture.codegen.c import host as c_host
+from graph_capture.codegen.c import rows as c_rows
+from graph_capture.codegen.c import target as c_target
+from graph_capture.codegen.c.printing import identifier, literal
+from graph_capture.ir.numerics import distance
 
 COMPILER = KernelCompiler("c")
 
@@ -268,7 +272,7 @@ def test_the_cache_keeps_what_was_compiled(tmp_path):
     assert list((tmp_path / "kernels").glob("*.so"))
     code = f"""
 import subprocess, torch
-from graph_capture.cachedir import DiskCache
+from graph_capture.cache import DiskCache
 from graph_capture import KernelCompiler
 from tests.codegen.test_c_target import noise, one
 run, compiled = subprocess.run, []
@@ -296,7 +300,7 @@ def test_kernels_are_prepared_side_by_side():
 
 
 def record_meta(tensor):
-    from graph_capture.graph import TensorMeta
+    from graph_capture.ir.values import TensorMeta
 
     return TensorMeta.of(tensor)
 

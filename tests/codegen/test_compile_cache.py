@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_capture.codegen.workers import Pool
 
 from graph_capture import FusionConfig, fuse, record
+from graph_capture.codegen.ninetoothed.workers import Pool
 from tests.models import recorded, tiny_llama, token_ids
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,10 +22,13 @@ ROOT = Path(__file__).parent.parent.parent
 CHILD = """
 import json, sys
 import torch
-from graph_capture.codegen import KernelCompiler, aot_worker, ninetoothed_host as host, ninetoothed_target as target
+from graph_capture.codegen import KernelCompiler
+from graph_capture.codegen.ninetoothed import aot_worker
+from graph_capture.codegen.ninetoothed import host
+from graph_capture.codegen.ninetoothed import target
 from graph_capture import OpNode, SubGraph
-from graph_capture.cachedir import DiskCache
-from graph_capture.graph import TensorMeta
+from graph_capture.cache import DiskCache
+from graph_capture.ir.graph import TensorMeta
 
 host.interpreted = target.interpreted = lambda: False
 host.import_triton()
@@ -188,7 +191,7 @@ def test_workers_end_with_the_process_that_asked(how):
     code = f"""
 import os
 import signal
-from graph_capture.codegen.workers import Pool
+from graph_capture.codegen.ninetoothed.workers import Pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 pool = Pool(2)
 pool.run([{MISSING!r}] * 2)

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import infer_values, ninetoothed_host, ninetoothed_rows, supports
-from graph_capture.codegen.geometry import Geometry
-from graph_capture.runtime.heuristics import fallback_of
-from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, OpNode, SubGraph
-from graph_capture.graph import Arg, TensorMeta
-from graph_capture.ops import Kind, op
-from graph_capture.optable import TABLE
+from graph_capture.codegen import infer_values, supports
+from graph_capture.codegen.ninetoothed import host as ninetoothed_host
+from graph_capture.codegen.ninetoothed import rows as ninetoothed_rows
+from graph_capture.codegen.spec.geometry import Geometry
+from graph_capture.ir.numerics import distance, in_float64
+from graph_capture.ir.ops import TABLE, Kind, op
+from graph_capture.ir.values import Arg, TensorMeta
+from graph_capture.runtime.decide.heuristics import fallback_of
 from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

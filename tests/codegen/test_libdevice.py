@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from graph_capture.codegen import aot_worker, ninetoothed_rows
-from graph_capture.codegen.triton_source.libdevice import without
 
 from graph_capture import KernelCompiler, OpNode, SubGraph
+from graph_capture.codegen.ninetoothed import aot_worker
+from graph_capture.codegen.ninetoothed import rows as ninetoothed_rows
+from graph_capture.codegen.ninetoothed.triton_source.libdevice import without
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_capture.codegen import compile_for
-from graph_capture.codegen.aot import compile_jobs
 
 from graph_capture import CompiledKernel, FusionConfig, FusionError, KernelCompiler, OpNode, SubGraph, fuse, record
-from graph_capture.optable import TABLE
+from graph_capture.codegen import compile_for
+from graph_capture.codegen.ninetoothed.aot import compile_jobs
+from graph_capture.ir.ops import TABLE
 from tests.codegen.test_kernels import EXPRESSIBLE, add_rms_norm, call_of, swiglu
 from tests.models import tiny_llama, token_ids
 
@@ -167,7 +167,7 @@ def test_an_intermediate_touches_no_memory():
 
 
 def test_machine_code_is_kept_on_disk(monkeypatch):
-    from graph_capture.codegen import ninetoothed_target
+    from graph_capture.codegen.ninetoothed import target as ninetoothed_target
 
     kernel = KernelCompiler("ninetoothed").compile(swiglu(), [torch.float32] * 2, [(64, 48)] * 2)
     first = kernel.compile_for("sm_90")

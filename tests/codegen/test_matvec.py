@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import aot, compile_for
-from graph_capture.codegen import ninetoothed_host as host
-from graph_capture.runtime.heuristics import fallback_of
-from graph_capture.runtime.verify import distance, in_float64
 
 from graph_capture import FusionError, KernelCompiler, OpNode, SubGraph, record
+from graph_capture.codegen import compile_for
+from graph_capture.codegen.ninetoothed import aot, host
+from graph_capture.ir.numerics import distance, in_float64
+from graph_capture.runtime.decide.heuristics import fallback_of
 from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

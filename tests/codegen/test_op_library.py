@@ -7,10 +7,10 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen.op_library import OpLibrary
 
 from graph_capture import FusionConfig, FusionError, KernelCompiler, fuse, record
-from graph_capture.ops import expression
+from graph_capture.codegen.ninetoothed.op_library import OpLibrary
+from graph_capture.ir.binding import expression
 from tests.codegen.test_kernels import DEVICE, EXPRESSIBLE, call_of, noise
 from tests.codegen.test_kernels import check as check_with
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen.rotary_spec import RotarySpec
-from graph_capture.runtime.verify import distance
 
 from graph_capture import CompiledKernel, FusionConfig, FusionError, fuse, record
+from graph_capture.codegen.spec.rotary import RotarySpec
+from graph_capture.ir.numerics import distance
 
 ALWAYS = FusionConfig(profile="always", min_nodes_for_fusion=1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

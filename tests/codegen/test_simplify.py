@@ -6,9 +6,10 @@ import types
 
 import numpy
 import pytest
-from graph_capture.codegen.triton_source.simplify import simplify
 from hypothesis import given
 from hypothesis import strategies as st
+
+from graph_capture.codegen.ninetoothed.triton_source.simplify import simplify
 
 KERNEL = """
 import triton

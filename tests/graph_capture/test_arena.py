@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph_capture.arena import Lifetime, _greedy, live_peak, place
+from graph_capture.runtime.replay.arena import Lifetime, _greedy, live_peak, place
 
 
 def lifetimes(most):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from graph_capture.codegen import ninetoothed_host as target
 
 from graph_capture import FusionConfig, UnrecordedWriteError, capture, fuse, record
-from graph_capture.graph import order_edges
+from graph_capture.codegen.ninetoothed import host as target
+from graph_capture.ir.effects import order_edges
 from tests import foreign
 
 DEVICE = "cpu" if target.interpreted() else "cuda"

@@ -6,10 +6,12 @@ import networkx
 import pytest
 import torch
 
-from graph_capture.convert import convert_recorded_graph_to_subgraph
 from graph_capture.errors import CaptureError
-from graph_capture.graph import Arg, OpNode, SubGraph, TensorMeta, order_edges
-from graph_capture.recorder import record
+from graph_capture.ir.effects import order_edges
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.values import Arg, TensorMeta
+from graph_capture.record.convert import convert_recorded_graph_to_subgraph
+from graph_capture.record.recorder import record
 from tests.replaying import printed_by_processes
 
 
@@ -62,7 +64,7 @@ def test_the_key_is_blind_to_names_and_sees_everything_else():
 def test_the_key_is_the_same_in_every_process():
     program = """
 import torch
-from graph_capture.graph import OpNode, SubGraph
+from graph_capture.ir.graph import OpNode, SubGraph
 nodes = (OpNode("cast", ("x",), ("a",), {"dtype": torch.float32}), OpNode("softmax", ("a",), ("b",), {"dim": -1}))
 print(SubGraph(nodes, ("x",), ("b",)).cache_key([torch.bfloat16], [(2, 8)]))
 """

@@ -7,12 +7,12 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.passes import DEFAULT
-from graph_capture.runtime.verify import distance
 
 from graph_capture import FusionConfig, SignatureMismatchError, fuse, record
-from graph_capture.frontends.infinicore import to_torch
-from graph_capture.frontends.infinicore_ops import OPS
+from graph_capture.frontends.infinicore.frontend import to_torch
+from graph_capture.frontends.infinicore.ops import OPS
+from graph_capture.ir.numerics import distance
+from graph_capture.passes import DEFAULT
 from tests.infinicore_models import ops, options, recorded, regions, tensors
 from tests.replaying import noise
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graph_capture import CaptureError, FusionConfig, SignatureMismatchError, fuse, record
-from graph_capture.frontends.infinicore import to_torch
+from graph_capture.frontends.infinicore.frontend import to_torch
 from tests.infinicore_models import ops, options, recorded, tensors, zeros
 from tests.replaying import noise
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.runtime.verify import distance
 
 from graph_capture import FusionConfig, SignatureMismatchError, capture, fuse
-from graph_capture.frontends.infinicore import to_torch
+from graph_capture.frontends.infinicore.frontend import to_torch
+from graph_capture.ir.numerics import distance
 from tests.infinicore_models import ic_model, ops, options, randomised, recorded, regions, tensors, torch_layer, zeros
 from tests.replaying import noise
 

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from graph_capture.runtime.verify import distance
 
 from graph_capture import CaptureError, FusionConfig, convert_recorded_graph_to_subgraph, fuse, record
-from graph_capture.frontends.infinicore import to_torch
+from graph_capture.frontends.infinicore.frontend import to_torch
+from graph_capture.ir.numerics import distance
 from tests.infinicore_models import tensors, zeros
 from tests.replaying import noise
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from graph_capture.errors import CaptureError
-from graph_capture.graph import Arg, OpNode
-from graph_capture.ops import Kind, arguments, is_random, op, op_of, pack, prepare, same_value, written_inputs
-from graph_capture.optable import TABLE
+from graph_capture.ir.binding import arguments, pack, prepare
+from graph_capture.ir.effects import is_random, written_inputs
+from graph_capture.ir.graph import OpNode
+from graph_capture.ir.ops import TABLE, Kind, op, op_of
+from graph_capture.ir.values import Arg, same_value
 
 aten = torch.ops.aten
 a, b, c = torch.randn(2, 3), torch.randn(2, 3), torch.randn(3)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from graph_capture.errors import CaptureError, DataDependentError, SignatureMismatchError
-from graph_capture.graph import order_edges
-from graph_capture.recorder import record, start_graph_recording, stop_graph_recording
+from graph_capture.ir.effects import order_edges
+from graph_capture.record.recorder import record, start_graph_recording, stop_graph_recording
 
 
 def ops(graph):

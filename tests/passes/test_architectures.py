@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.passes import DEFAULT
 
 from graph_capture import FusionConfig, fuse, record
-from graph_capture.ops import Kind, op
+from graph_capture.ir.ops import Kind, op
+from graph_capture.passes import DEFAULT
 from tests import zoo
 from tests.benchmarks.bench_passes import analyse, decode_step
 

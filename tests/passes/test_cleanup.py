@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from graph_capture import FusionConfig, capture, fuse, record
 from graph_capture.passes import clean_up
 from graph_capture.passes.cleanup import (
     arguments,
@@ -14,8 +16,6 @@ from graph_capture.passes.cleanup import (
     split_constants,
 )
 from graph_capture.runtime.library import run
-
-from graph_capture import FusionConfig, capture, fuse, record
 from tests.replaying import printed_by_processes
 
 X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.runtime import heuristics
 
 from graph_capture import FusionConfig, fuse, record
+from graph_capture.runtime.decide import heuristics
 from tests.targets import DEVICE
 
 ALWAYS = FusionConfig(profile="always")
@@ -106,14 +106,14 @@ def test_many_rows_are_a_kernel_of_tensor_cores():
 @pytest.mark.parametrize(("whole", "apart"), [(0.5, True), (0.3, False)])
 def test_a_product_and_what_follows_are_apart_where_that_is_faster(whole, apart, monkeypatch):
     """The parts: the library's product, and a kernel of the rest, used or not."""
-    monkeypatch.setattr("graph_capture.runtime.scheduler.is_native", lambda *_: True)
+    monkeypatch.setattr("graph_capture.runtime.fuse.is_native", lambda *_: True)
 
     def decide(self, graph, metas, tensors, fallback=None, ops=None, libraries=()):
         t_fused = 0.3 if libraries else whole if graph.by_op.get("linear") else 0.1
         return heuristics.Decision(True, "measured", 1.0, t_fused), [*libraries, None][0] or self.kernel(graph, metas)
 
     monkeypatch.setattr(heuristics.FusionHeuristics, "decide", decide)
-    monkeypatch.setattr("graph_capture.runtime.scheduler.decide_whole", lambda *_: None)
+    monkeypatch.setattr("graph_capture.runtime.fuse.decide_whole", lambda *_: None)
     half = {"dtype": torch.bfloat16, "device": DEVICE}
     weights = torch.nn.ParameterList([torch.randn(24, 64, **half) for _ in range(2)])
 
@@ -162,7 +162,7 @@ def test_a_result_that_is_written_in_place():
 
 def test_what_is_not_used_falls_apart_into_what_may_be(monkeypatch):
     """Linears that were merged are merged still, and the gate is a region of its own."""
-    monkeypatch.setattr("graph_capture.runtime.scheduler.is_native", lambda *_: True)
+    monkeypatch.setattr("graph_capture.runtime.fuse.is_native", lambda *_: True)
     weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(24, 64)])
 
     def gated(x):
@@ -184,7 +184,7 @@ def test_merged_linears_are_apart_where_that_is_faster(each, apart, monkeypatch)
         return [1.0, *(each if call.func is heuristics._launch else 0.5 for call in functions[1:])]
 
     monkeypatch.setattr(heuristics, "compare", compare)
-    monkeypatch.setattr("graph_capture.runtime.whole.compare", lambda *_: (1.0, 0.1))
+    monkeypatch.setattr("graph_capture.runtime.decide.whole.compare", lambda *_: (1.0, 0.1))
     weights = torch.nn.ParameterList([torch.randn(24, 64), torch.randn(16, 64)])
 
     def both(x):

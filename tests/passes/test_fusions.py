@@ -3,7 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from graph_capture import CaptureError, FusionConfig, fuse, record
 from graph_capture.codegen import supports
+from graph_capture.ir.effects import order_edges
+from graph_capture.ir.numerics import distance
 from graph_capture.passes import (
     DEFAULT,
     Pattern,
@@ -15,10 +19,6 @@ from graph_capture.passes import (
     pattern,
 )
 from graph_capture.passes.rewrite import Dependencies
-from graph_capture.runtime.verify import distance
-
-from graph_capture import CaptureError, FusionConfig, fuse, record
-from graph_capture.graph import order_edges
 
 ALWAYS = FusionConfig(profile="always")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -222,7 +222,7 @@ def test_the_weight_must_span_the_row():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)], ids=str)
 def test_linear_is_found_where_only_its_parts_were_recorded(shape, bias):
-    from graph_capture.recorder import Recording
+    from graph_capture.record.recorder import Recording
 
     layer, x = torch.nn.Linear(8, 5, bias=bias), torch.randn(shape)
     with Recording((x,), {}, keep_whole=False) as recording:
@@ -234,7 +234,7 @@ def test_linear_is_found_where_only_its_parts_were_recorded(shape, bias):
 
 
 def test_a_view_that_is_not_a_linear():
-    from graph_capture.recorder import Recording
+    from graph_capture.record.recorder import Recording
 
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
     with Recording((x, weight), {}, keep_whole=False) as recording:

@@ -5,10 +5,10 @@ import gc
 
 import pytest
 import torch
-from graph_capture.runtime import scheduler
-from graph_capture.runtime.library import LibraryKernel
 
 from graph_capture import FusionConfig, SignatureMismatchError, capture, fuse, load, record
+from graph_capture.runtime import fuse as scheduler
+from graph_capture.runtime.library import LibraryKernel
 
 ALWAYS = FusionConfig(profile="always")
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))

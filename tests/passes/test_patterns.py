@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.passes import DEFAULT
-from graph_capture.runtime.verify import distance
 
 from graph_capture import FusionConfig, fuse, record
+from graph_capture.ir.numerics import distance
+from graph_capture.passes import DEFAULT
 
 ALWAYS = FusionConfig(profile="always")
 GENERATOR = torch.Generator()

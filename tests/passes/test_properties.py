@@ -2,16 +2,17 @@
 
 import networkx
 import torch
-from graph_capture.passes import find_regions
-from graph_capture.passes.cleanup import CLEAN_UP
-from graph_capture.passes.pipeline import CONSTANTS, pass_names
-from graph_capture.passes.rewrite import Dependencies
-from graph_capture.runtime.verify import distance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graph_capture import FusionConfig, fuse, record
-from graph_capture.graph import check_subgraph, order_edges
+from graph_capture.ir.effects import order_edges
+from graph_capture.ir.graph import check_subgraph
+from graph_capture.ir.numerics import distance
+from graph_capture.passes import find_regions
+from graph_capture.passes.cleanup import CLEAN_UP
+from graph_capture.passes.pipeline import CONSTANTS, pass_names
+from graph_capture.passes.rewrite import Dependencies
 
 ROWS, COLUMNS = 4, 8
 UNARY = [torch.sin, torch.exp, torch.tanh, torch.sigmoid, torch.relu, torch.neg, torch.nn.functional.silu]

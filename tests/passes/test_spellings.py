@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.passes import canonicalize, clean_up
-from graph_capture.runtime.library import run
-from graph_capture.runtime.verify import distance
 
 from graph_capture import record
+from graph_capture.ir.numerics import distance
+from graph_capture.passes import canonicalize, clean_up
+from graph_capture.runtime.library import run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 torch.manual_seed(0)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graph_capture.passes.writes import forward_writes
 
+from graph_capture.passes.writes import forward_writes
 from tests.passes.test_cleanup import X, cleaned, recorded
 
 COPY = "aten.copy_.default"

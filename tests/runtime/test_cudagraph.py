@@ -6,12 +6,12 @@ import logging
 
 import pytest
 import torch
-from graph_capture.runtime import cudagraph
-from graph_capture.runtime.cudagraph import GraphReplay
 
 from graph_capture import FusionConfig, capture, fuse, record
-from graph_capture.executor import Executor
-from graph_capture.replay import Memory
+from graph_capture.ir.interpreter import Executor
+from graph_capture.runtime.replay import cuda_graph as cudagraph
+from graph_capture.runtime.replay.cuda_graph import GraphReplay
+from graph_capture.runtime.replay.replay import Memory
 from tests.replaying import graph_of, noise
 
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from graph_capture.runtime.verify import distance
 
 from graph_capture import FusionConfig, fuse
+from graph_capture.ir.numerics import distance
 from tests.models import forward, recorded, tiny_llama, token_ids
 
 ALWAYS = FusionConfig(profile="always")

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from graph_capture.runtime import measure
-from graph_capture.runtime.measure import compare, example_inputs
 
-from graph_capture.graph import TensorMeta
+from graph_capture.ir.values import TensorMeta
+from graph_capture.runtime.decide import measure
+from graph_capture.runtime.decide.measure import compare, example_inputs
 
 CPU = torch.device("cpu")
 

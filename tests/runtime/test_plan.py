@@ -7,11 +7,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import CompiledKernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import StaticCache
 
 from graph_capture import FusionConfig, capture, fuse
+from graph_capture.codegen import CompiledKernel
 from tests.models import forward, recorded, token_ids
 from tests.replaying import UNFUSED, graph_of, noise
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import CompiledKernel
-from graph_capture.passes import DEFAULT, PatternRegistry, pattern
 
 from graph_capture import FusionConfig, OpNode, fuse, record
+from graph_capture.codegen import CompiledKernel
 from graph_capture.log import configure
+from graph_capture.passes import DEFAULT, PatternRegistry, pattern
 from tests.models import recorded, tiny_llama, token_ids
 
 STATIC = FusionConfig(profile="static")

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import CompiledKernel
 
 from graph_capture import FusionConfig, capture, fuse, record
+from graph_capture.codegen import CompiledKernel
 
 
 class Model(torch.nn.Module):
@@ -76,7 +76,7 @@ def test_a_check_that_fails_is_no_failure_of_the_replay(monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise MemoryError("no memory for copies")
 
-    monkeypatch.setattr("graph_capture.runtime.sample.verify", fail)
+    monkeypatch.setattr("graph_capture.runtime.account.sample.verify", fail)
     x = torch.randn(4, 8)
     fast = capture(swiglu_and_more, FusionConfig(profile="always"), verify_every=1)
     first, second = fast(x), fast(x)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.runtime import heuristics, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graph_capture import CacheError, CaptureError, FusionConfig, SignatureMismatchError, capture, fuse, load, record
+from graph_capture.runtime.decide import heuristics, whole
 from tests.models import recorded, tiny_llama, token_ids
 
 UNFUSED = FusionConfig(enable_fusion=False)
@@ -427,7 +427,7 @@ def test_saving_replaces_a_file_as_a_whole(file, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graph_capture.runtime.save.os.replace", fail)
+    monkeypatch.setattr("graph_capture.runtime.save.write.os.replace", fail)
     with pytest.raises(OSError, match="No space"):
         small(file)
     assert file.read_bytes() == before

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.codegen import CompiledKernel
-from graph_capture.runtime import heuristics as heuristics_module
 
 import graph_capture as gc
 from graph_capture import FusionConfig, FusionError, FusionHeuristics, FusionScheduler, OpNode, SubGraph
+from graph_capture.codegen import CompiledKernel
+from graph_capture.runtime.decide import heuristics as heuristics_module
 
 ALWAYS = FusionConfig(profile="always")
 SHAPES = {"gate": (4, 64), "up": (4, 64)}

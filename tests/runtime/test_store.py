@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture.passes.templates import _OURS, load_templates, store_templates
-from graph_capture.runtime import heuristics, whole
-from graph_capture.runtime.store import FILE, DecisionStore, Times
 from typer.testing import CliRunner
 
-from graph_capture import FusionConfig, cachedir, fuse, record
-from graph_capture.cachedir import DiskCache, cache_folder, environment, environment_key
-from graph_capture.cli import app
+from graph_capture import FusionConfig, fuse, record
+from graph_capture import cache as cachedir
+from graph_capture.cache import DiskCache, cache_folder, environment, environment_key
+from graph_capture.cli.main import app
+from graph_capture.passes.templates import _OURS, load_templates, store_templates
+from graph_capture.runtime.decide import heuristics, whole
+from graph_capture.runtime.decide.decision_store import FILE, DecisionStore, Times
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 
@@ -150,7 +151,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog, mon
 
 WRITER = """
 import sys
-from graph_capture.cachedir import DiskCache
+from graph_capture.cache import DiskCache
 cache = DiskCache("kernels", sys.argv[1])
 print("ready", flush=True)
 number = 0
@@ -233,7 +234,7 @@ def test_rows_that_nobody_measured_do_not_count(tmp_path, row):
 
 
 def test_a_locked_database_costs_one_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("graph_capture.runtime.store._WAIT", 0.01)
+    monkeypatch.setattr("graph_capture.runtime.decide.decision_store._WAIT", 0.01)
     store = DecisionStore(tmp_path)
     store.put("a", Times(1.0, 2.0))
     holder = sqlite3.connect(store.path, isolation_level=None)
@@ -252,7 +253,9 @@ def test_a_locked_database_costs_one_warning(tmp_path, caplog, monkeypatch):
 def test_a_database_in_a_read_only_folder_is_read(tmp_path, caplog, monkeypatch):
     store = DecisionStore(tmp_path)
     store.put("a", Times(1.0, 2.0))
-    monkeypatch.setattr("graph_capture.runtime.store.os.access", lambda *_: False)  # root may do everything
+    monkeypatch.setattr(
+        "graph_capture.runtime.decide.decision_store.os.access", lambda *_: False
+    )  # root may do everything
     assert store.get("a") == Times(1.0, 2.0)
     store.put("b", Times(1.0, 2.0))
     assert store.get("b") is None
@@ -274,8 +277,8 @@ def test_a_full_disk_costs_one_warning(tmp_path, caplog, monkeypatch, error):
 
 SHARERS = """
 import os, sys
-from graph_capture.cachedir import DiskCache
-from graph_capture.runtime.store import DecisionStore, Times
+from graph_capture.cache import DiskCache
+from graph_capture.runtime.decide.decision_store import DecisionStore, Times
 folder, processes, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def work(me):
     store, cache = DecisionStore(folder), DiskCache("kernels", folder)
@@ -535,7 +538,8 @@ import torch
 import torch.nn.functional as F
 from graph_capture import fuse, record
 from graph_capture.passes.pattern import Pattern
-from graph_capture.runtime import heuristics, whole
+from graph_capture.runtime.decide import heuristics
+from graph_capture.runtime.decide import whole
 counts = {"compare": 0, "patterns": 0}
 def counting(name, function):
     def call(*args, **kwargs):

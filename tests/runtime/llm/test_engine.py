@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
-from graph_capture.runtime.llm.session import bucket
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from graph_capture import CaptureError, FusionConfig, InferEngine, InferEnginePython
+from graph_capture.runtime.llm.session import bucket
 from tests import llm, zoo
 
 STATIC = FusionConfig(profile="static")  # kernels untimed: what is used does not depend on the machine's load

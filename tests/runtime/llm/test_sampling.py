@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from graph_capture.runtime.llm.sampling import Sampler, Sampling
 
+from graph_capture.runtime.llm.sampling import Sampler, Sampling
 from tests.llm import tokenizer
 
 ROWS = 20000

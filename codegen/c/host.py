@@ -1,0 +1,293 @@
+"""Compiling C with the system's compiler, and calling what comes out: no shell, prebound arguments.
+
+The compiler is what ``CC`` names, or cc, gcc or clang. ``GRAPH_CAPTURE_CFLAGS`` adds flags. Threads are those of the
+OpenMP runtime that torch has loaded (``c/runtime.c``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graph_capture.cache import DiskCache, workspace
+from graph_capture.codegen.launches import HalfwayError
+from graph_capture.errors import FusionError
+
+FOLDER = Path(__file__).parent
+# Reassociation is allowed where a reduction's pragma says so, and nowhere else: infinities, NaN, signed zeros and the
+# reductions of arguments in the prelude stay what they are.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-fno-math-errno", "-fno-trapping-math")
+NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+CFLAGS = "GRAPH_CAPTURE_CFLAGS"
+_lock = threading.Lock()
+_loaded: dict[tuple[str, Toolchain], ctypes.CDLL] = {}  # kernels' texts
+_toolchains: dict[tuple[str, str, str], Toolchain] = {}
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A C compiler (its command, what it says of its version, the flags that it takes), and what runs its kernels."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+    runtime: ctypes.CDLL
+
+
+def toolchain(cache: DiskCache | None = None) -> Toolchain:
+    """The C compiler of this machine.
+
+    Raises:
+        FusionError: there is none, or it cannot compile.
+    """
+    settings = (os.environ.get("CC", ""), os.environ.get("PATH", ""), os.environ.get(CFLAGS, ""))
+    with _lock:
+        if settings not in _toolchains:
+            _toolchains[settings] = _found(*settings, cache)
+        return _toolchains[settings]
+
+
+def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolchain:
+    names = [shlex.split(chosen)] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
+    found = next((found for name in names if (found := shutil.which(name[0], path=path))), None)
+    if found is None:
+        raise FusionError(f"there is no C compiler ({', '.join(name[0] for name in names)}); install one, or set CC")
+    command = (found, *names[0][1:]) if chosen.strip() else (found,)
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise FusionError(f"the C compiler {found} cannot be run: {error}") from error
+    source, failure = prelude() + _text("runtime.c") + _text("library.c"), ""
+    for native in NATIVE:
+        flags = (*FLAGS, *native, *shlex.split(extra))
+        try:
+            runtime = ctypes.CDLL(str(_compiled(source, command, version, flags, cache)))
+        except (FusionError, OSError) as error:
+            failure = failure or str(error)
+            continue
+        for function in (runtime.run, runtime.run_chain):
+            function.argtypes, function.errcheck = [ctypes.c_void_p], _raised
+        os.register_at_fork(after_in_child=functools.partial(_leave_alone, runtime))
+        return Toolchain(command, version, flags, runtime)
+    raise FusionError(failure)
+
+
+def _raised(failed: Any, *_: Any) -> Any:
+    if failed:
+        raise HalfwayError("an op of torch's failed, called from C; what it said is in the standard error output")
+
+
+def _leave_alone(runtime: ctypes.CDLL) -> None:
+    """In a forked child: the parent's threads are not there."""
+    ctypes.c_int.in_dll(runtime, "alone").value = 1
+
+
+def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None) -> Path:
+    """`source` as a shared library, in the cache or in this process's folder.
+
+    Raises:
+        FusionError: the compiler fails; the message is its own.
+    """
+    key = DiskCache.key(source, *command, version, *flags)
+    if cache is not None and (known := cache.get(key, ".so")) is not None:
+        return known
+    path = _built(source, command, flags)
+    if cache is not None:
+        cache.put(key, {".so": path.read_bytes()})
+    return path
+
+
+def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
+    """`source` as a shared library in this process's folder.
+
+    Raises:
+        FusionError: the compiler fails; the message is its own.
+    """
+    descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
+    os.close(descriptor)
+    line = [*command, *flags, "-x", "c", "-", "-o", name, "-lm"]
+    try:
+        done = subprocess.run(line, input=source, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise FusionError(f"the C compiler cannot be run: {error}") from error
+    if done.returncode:
+        raise FusionError(f"the C compiler failed: {done.stderr.strip()[:2000]}")
+    return Path(name)
+
+
+def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:
+    """A kernel's `text`, which follows the prelude, compiled and loaded; equal ones once a process.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    chosen = toolchain(cache)
+    with _lock:
+        if (known := _loaded.get((text, chosen))) is not None:
+            return known
+    try:
+        path = _compiled(prelude() + text, chosen.command, chosen.version, chosen.flags, cache)
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
+    with _lock:
+        return _loaded.setdefault((text, chosen), found)
+
+
+def compile_ahead(texts: Sequence[str], cache: DiskCache | None = None) -> None:
+    """Compile several kernels for `library` to find: on each core one compiler, which starts once.
+
+    What cannot be compiled is passed over, with what was to be compiled along with it; `library` says why.
+
+    Raises:
+        FusionError: there is no compiler.
+    """
+    chosen = toolchain(cache)
+    keys = {t: DiskCache.key(prelude() + t, *chosen.command, chosen.version, *chosen.flags) for t in texts}
+    missing = [t for t, key in keys.items() if (t, chosen) not in _loaded and not (cache and cache.get(key, ".so"))]
+    if not missing:
+        return
+    groups: list[list[str]] = [[] for _ in range(min(len(missing), os.cpu_count() or 1))]
+    for text in sorted(missing, key=len, reverse=True):
+        min(groups, key=lambda group: sum(map(len, group))).append(text)
+
+    def build(group: Sequence[str]) -> None:
+        try:
+            path = _built(prelude() + "".join(group), chosen.command, chosen.flags)
+            found = ctypes.CDLL(str(path))
+        except (FusionError, OSError):
+            return
+        for text in group:
+            if cache is not None:
+                cache.put(keys[text], {".so": path.read_bytes()})
+            with _lock:
+                _loaded.setdefault((text, chosen), found)
+
+    with ThreadPoolExecutor(len(groups)) as pool:
+        list(pool.map(build, groups))
+
+
+@functools.cache
+def prelude() -> str:
+    """The text that every kernel starts with."""
+    return _text("prelude.h")
+
+
+def _text(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+# --- launches
+
+
+class _Work(ctypes.Structure):
+    """``struct launch`` of the runtime."""
+
+    _fields_ = (
+        ("body", ctypes.c_void_p),
+        ("operands", ctypes.c_void_p),
+        ("geometry", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
+        ("grain", ctypes.c_int64),
+    )
+
+
+class _Works(ctypes.Structure):
+    """``struct chain`` of the runtime."""
+
+    _fields_ = (("launches", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a launch passes.
+
+    Attributes:
+        numbers: sizes and strides, as the function expects them.
+        units: of work.
+        grain: the fewest units that are worth a thread.
+        operands: for each address, the tensor of the call and an offset in bytes.
+        part: what the function's name ends in, where a kernel has several.
+        scratch: float32 elements that the launches share, which come after the call's tensors.
+    """
+
+    numbers: tuple[int, ...]
+    units: int
+    grain: int
+    operands: tuple[tuple[int, int], ...]
+    part: str = ""
+    scratch: int = 0
+
+
+class Launch(functools.partial[None]):
+    """A foreign call whose arguments are bound: calling it is one call of C.
+
+    Attributes:
+        works: what it runs, in order.
+        held: what must live as long: the memory of its arguments, not that of the tensors.
+        places: for each tensor, the arrays of addresses that it is in: array, index, offset in bytes.
+    """
+
+    works: tuple[_Work, ...]
+    held: tuple[Any, ...]
+    places: dict[int, list[tuple[Any, int, int]]]
+
+    def move(self, tensor: int, address: int) -> None:
+        """From now on the tensor of this number lies there."""
+        for array, index, offset in self.places.get(tensor, ()):
+            array[index] = address + offset
+
+    def join(self, others: Sequence[Launch]) -> Launch:
+        """This launch and then the others, in one foreign call, which follows when they are moved."""
+        return chain([self, *others])
+
+
+def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> Launch:
+    """A launch of a kernel's functions on the memory of these tensors, which the caller keeps alive."""
+    shared = torch.empty(sum(layout.scratch for layout in layouts))
+    base = [tensor.data_ptr() for tensor in (*tensors, shared)]
+    parts, places = [], dict[int, list[tuple[Any, int, int]]]()
+    for function, layout in zip(functions, layouts, strict=True):
+        addresses = [base[index] + offset for index, offset in layout.operands]
+        made = call(function, addresses, layout.numbers, layout.units, layout.grain, shared)
+        for place, (index, offset) in enumerate(layout.operands):
+            places.setdefault(index, []).append((made.held[0], place, offset))
+        parts.append(made)
+    made = parts[0] if len(parts) == 1 else chain(parts)
+    made.places = places
+    return made
+
+
+def call(
+    function: Any, addresses: Sequence[int], numbers: Sequence[int], units: int, grain: int, held: Any = None
+) -> Launch:
+    """A launch of one function with these operands; it keeps `held` alive."""
+    operands, geometry = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(numbers))(*numbers)
+    body = ctypes.cast(function, ctypes.c_void_p)
+    work = _Work(body, ctypes.addressof(operands), ctypes.addressof(geometry), units, grain)
+    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
+    made.works, made.held, made.places = (work,), (operands, geometry, function, held), {}
+    return made
+
+
+def chain(launches: Sequence[Launch]) -> Launch:
+    """Several launches, in order, in one foreign call."""
+    works = tuple(work for one in launches for work in one.works)
+    addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
+    listed = _Works(ctypes.addressof(addresses), len(works))
+    made = Launch(toolchain().runtime.run_chain, ctypes.addressof(listed))
+    made.works, made.held, made.places = works, (addresses, listed, *(one.held for one in launches)), {}
+    return made

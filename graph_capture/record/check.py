@@ -1,0 +1,228 @@
+"""Checks a recording against what really happened: replays it once and compares.
+
+A `Witness` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured tensors.
+It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters, which
+are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares with
+the state after, and leaves everything as the code left it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graph_capture.errors import UnrecordedWriteError
+from graph_capture.ir.binding import prepare
+from graph_capture.ir.effects import is_random
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.interpreter import Call, Executor
+from graph_capture.ir.memory import RandomState, storage_bytes
+from graph_capture.ir.numerics import alike
+
+_HINT = (
+    "Something ran that torch does not see: a raw Triton or ctypes kernel, numpy on shared memory, a seed set inside. "
+    "Wrap it as a torch.library custom op; record(..., verify=False) leaves this check out"
+)
+_UNINITIALISED = frozenset(
+    f"aten.{name}"
+    for name in ("empty.memory_format", "empty_like.default", "empty_strided.default", "empty_permuted.default")
+) | {"aten.new_empty.default", "aten.new_empty_strided.default"}
+
+
+SAMPLE = 1024  # how many of a parameter's 8-byte words go into its checksum
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the check of a recording cost: seconds, and bytes of memory copied while it ran."""
+
+    seconds: float
+    bytes: int
+
+
+class Witness:
+    """Watches one recording; call the methods with recording suspended."""
+
+    def __init__(self) -> None:
+        self._random = RandomState()
+        self._generators: dict[torch.Generator, torch.Tensor] = {}
+        self._unwritten: dict[int, tuple[str, torch.Tensor, _Checksum]] = {}  # storage -> name, bytes, checksum
+        self._copies: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}  # storage -> name, bytes, copy
+        self._broken: str | None = None
+
+    def sees(self, name: str, tensor: torch.Tensor, storage: int) -> None:
+        """`tensor` exists outside the recording."""
+        if storage < 0 or storage in self._unwritten or storage in self._copies or tensor.is_meta:
+            return
+        data = storage_bytes(tensor)
+        step = max(1, data.numel() // 8 // SAMPLE) if isinstance(tensor, torch.nn.Parameter) else 1
+        checksum = _Checksum(data, step)
+        self._unwritten[storage] = (name, data, checksum)
+
+    def before_write(self, storage: int) -> None:
+        """A recorded op is about to write into `storage`."""
+        if storage in self._unwritten:
+            name, data, checksum = self._unwritten.pop(storage)
+            self._expect(name, checksum)
+            self._copies[storage] = (name, data, data.clone())
+
+    def draws(self, generator: Any) -> None:
+        """A recorded op is about to draw from `generator`."""
+        if isinstance(generator, torch.Generator) and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
+
+    def rollback(self, random: bool) -> None:
+        """Put memory back as it was before the recording; and the random generators, if `random`."""
+        for _, data, copy in self._copies.values():
+            data.copy_(copy)
+        if random:  # they belong to all threads: not touched without need
+            self._random.restore()
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+
+    def check(
+        self,
+        graph: SubGraph,
+        inputs: Sequence[torch.Tensor],
+        captured: Mapping[str, torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> Verification:
+        """Replay `graph` and compare with `outputs` and with what was written.
+
+        Raises:
+            UnrecordedWriteError: the replay computes something else than the code did.
+        """
+        start = time.perf_counter()
+        for name, _, checksum in self._unwritten.values():
+            self._expect(name, checksum)
+        if self._broken is not None:
+            raise UnrecordedWriteError(
+                f"the memory of {self._broken!r} changed while recording, but no recorded op wrote it. {_HINT}"
+            )
+        after = {storage: data.clone() for storage, (_, data, _) in self._copies.items()}
+        random = any(map(is_random, graph.nodes))
+        drawn, generators = RandomState(), {g: g.get_state() for g in self._generators}
+        steps: list[tuple[OpNode, Call | None]] = [(node, _poisoned(node)) for node in graph.nodes]
+        try:
+            self.rollback(random)
+            replayed = Executor(steps, graph.input_names, graph.output_names).run([*inputs, *captured.values()])
+            self._compare(graph, outputs, replayed, after)
+            if random and RandomState() != drawn:
+                raise UnrecordedWriteError(
+                    f"the recorded ops drew another amount from the random generator than the code did. {_HINT}"
+                )
+        finally:
+            for storage, (_, data, _) in self._copies.items():
+                data.copy_(after[storage])
+            if random:
+                drawn.restore()
+            for generator, state in generators.items():
+                generator.set_state(state)
+        copied = sum(2 * copy.numel() for _, _, copy in self._copies.values())
+        return Verification(time.perf_counter() - start, copied)
+
+    def _compare(
+        self,
+        graph: SubGraph,
+        outputs: Sequence[torch.Tensor],
+        replayed: Sequence[torch.Tensor],
+        after: Mapping[int, torch.Tensor],
+    ) -> None:
+        for name, expected, found in zip(graph.output_names, outputs, replayed, strict=True):
+            if not alike(expected, found):
+                raise UnrecordedWriteError(
+                    f"replaying the recording gives another {name!r} than the code did{_blame(graph, name)}. {_HINT}"
+                )
+        for storage, (name, data, _) in self._copies.items():
+            if not torch.equal(data, after[storage]) and not self._same_values(graph, name, after[storage]):
+                raise UnrecordedWriteError(
+                    f"replaying the recording leaves other values in {name!r} than the code did. {_HINT}"
+                )
+
+    def _same_values(self, graph: SubGraph, name: str, after: torch.Tensor) -> bool:
+        """Whether two byte images of a written storage agree up to the rounding of ops that are not deterministic."""
+        dtype = graph.values[name].dtype
+        data = next(data for written, data, _ in self._copies.values() if written == name)
+        size = data.numel() - data.numel() % dtype.itemsize
+        return alike(after[:size].view(dtype), data[:size].view(dtype))
+
+    def _expect(self, name: str, checksum: _Checksum) -> None:
+        if self._broken is None and not checksum.holds():
+            self._broken = name
+
+
+class _Checksum:
+    """The sum of a memory's 8-byte words, or of every `step`-th of them; of a small memory on the CPU, its bytes."""
+
+    def __init__(self, data: torch.Tensor, step: int) -> None:
+        self._small = data if data.is_cpu and data.numel() <= 4096 else None
+        if self._small is not None:
+            self._bytes = _read(data)
+            return
+        words = data.numel() // 8 if data.data_ptr() % 8 == 0 else 0
+        parts = (data[: words * 8].view(torch.int64)[::step], data[words * 8 :])
+        self._parts = [part for part in parts if part.numel()]
+        self._sums = [part.sum() for part in self._parts]
+
+    def holds(self) -> bool:
+        """Whether the memory still has that sum."""
+        if self._small is not None:
+            return _read(self._small) == self._bytes
+        return all(torch.equal(part.sum(), total) for part, total in zip(self._parts, self._sums, strict=True))
+
+
+def _read(data: torch.Tensor) -> bytes:
+    return ctypes.string_at(data.data_ptr(), data.numel())  # numpy() would pin the storage's size
+
+
+def orphaned(captured: Mapping[str, torch.Tensor], name: str) -> bool:
+    """Whether `captured` is all that holds the tensor `name`.
+
+    Such a tensor was replaced while the code ran (``self.state = self.state + 1``): at the next call the code would
+    read another one. Memory that torch does not own (numpy's) is somebody else's to hold.
+    """
+    if _references(captured, name) > _references({name: torch.empty(0)}, name):
+        return False
+    tensor = captured[name]
+    return tensor.layout == torch.strided and bool(tensor.untyped_storage().resizable())
+
+
+def _references(table: Mapping[str, torch.Tensor], name: str) -> int:
+    return sys.getrefcount(table[name])
+
+
+def _poisoned(node: OpNode) -> Call | None:
+    """For an op that leaves memory uninitialised: fill it with what no kernel would leave there."""
+    if node.op_type not in _UNINITIALISED:
+        return None
+    call = prepare(node)
+
+    def run(tensors: list[torch.Tensor]) -> torch.Tensor:
+        result = call(tensors)
+        if result.dtype is torch.bool:
+            return result.fill_(True)
+        return result.fill_(float("nan") if result.is_floating_point() or result.is_complex() else 77)
+
+    return run
+
+
+def _blame(graph: SubGraph, name: str) -> str:
+    """Where the value `name` could have come from without a recorded op: memory that none of them filled."""
+    needed, pending = set(), [name]
+    while pending:
+        index = graph.producers.get(pending.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            pending.extend(graph.nodes[index].inputs)
+    for index in sorted(needed):
+        node = graph.nodes[index]
+        if node.op_type in _UNINITIALISED:
+            return f"; it comes from {node.outputs[0]!r}, uninitialised memory made at {node.source}"
+    last = graph.producers.get(name)
+    return f", made at {graph.nodes[last].source}" if last is not None else ""

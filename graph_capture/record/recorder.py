@@ -1,0 +1,321 @@
+"""The recorder: runs the user's code as it is and writes down every op it calls.
+
+Two torch modes do the work. The dispatch mode sees each ATen op after autograd and autocast; the function mode above it
+keeps a few calls whole (`graph_capture.record.whole_calls.SEMANTIC`). `graph_capture.record.builder` turns the calls
+into nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graph_capture.calls.signature import Surroundings
+from graph_capture.errors import CaptureError
+from graph_capture.ir.ops import op, op_of
+from graph_capture.record.builder import Writer
+from graph_capture.record.recorded import RecordedGraph
+from graph_capture.record.whole_calls import SEMANTIC
+
+_active = threading.local()
+_patching = threading.Lock()
+_recordings = 0  # how many are active in all threads
+aten = torch.ops.aten
+
+# Methods that hand a tensor's data to Python below the dispatcher.
+_READS_DATA = {
+    torch.Tensor.tolist: "tolist()",
+    torch.Tensor.numpy: "numpy()",
+    torch.Tensor.__array__: "numpy.asarray()",
+}
+
+_SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+DataDependent = Literal["error", "guard"]
+
+
+class Recording:
+    """What `record` yields. Call `output` inside the context; read `graph` after it."""
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        keep_whole: bool = True,
+        data_dependent: DataDependent = "error",
+        verify: bool = False,
+        surroundings: Surroundings | None = None,
+        rollback: bool = False,
+    ) -> None:
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        self._surroundings = surroundings
+        self._rollback = rollback
+        self._keep_whole = keep_whole
+        self._data_dependent = data_dependent
+        self._verify = verify
+        self._output: Any = None
+        self._has_output = False
+        self._graph: RecordedGraph | None = None
+        self._writer: Writer | None = None
+        self._stack = contextlib.ExitStack()
+
+    def output(self, value: Any) -> None:
+        """Declare what `RecordedGraph.run` returns: tensors, Python values, containers and objects of them.
+
+        Raises:
+            CaptureError: called outside the context, or twice.
+        """
+        if self._writer is None:
+            raise CaptureError("recording.output() must be called inside the recording context")
+        if self._has_output:
+            raise CaptureError("recording.output() was called twice; pass all outputs at once, as a tuple or a dict")
+        self._output, self._has_output = value, True
+
+    @property
+    def graph(self) -> RecordedGraph:
+        """The recorded graph.
+
+        Raises:
+            CaptureError: the context has not ended, or ended with an exception.
+        """
+        if self._graph is None:
+            raise CaptureError("there is no graph: the recording has not ended, or it ended with an exception")
+        return self._graph
+
+    def __enter__(self) -> Recording:
+        if is_recording():
+            raise CaptureError("a recording is already active in this thread; end it before you start another")
+        if self._arguments is None:
+            raise CaptureError("a recording can be entered once; call record() again")
+        (args, kwargs), self._arguments = self._arguments, None
+        guard = self._data_dependent == "guard"
+        writer = Writer(args, kwargs, self._surroundings, guard=guard, verify=self._verify or self._rollback)
+        with contextlib.ExitStack() as stack:
+            if not torch.is_inference_mode_enabled():
+                stack.enter_context(torch.no_grad())
+            stack.enter_context(writer.modules)
+            stack.enter_context(_foreign_kernels())
+            for adapter in writer.exposures.adapters:
+                stack.enter_context(adapter.recording(current_writer))
+            stack.enter_context(_DispatchMode(writer))
+            if self._keep_whole:
+                stack.enter_context(_FunctionMode(writer))
+            self._stack = stack.pop_all()
+        self._writer = writer
+        _active.recording = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        writer, self._writer = self._writer, None
+        _active.recording = None
+        self._stack.close()
+        assert writer is not None
+        output, self._output = self._output, None
+        if error is None:
+            with contextlib.nullcontext() if torch.is_inference_mode_enabled() else torch.no_grad():
+                self._graph = writer.finish(output if self._has_output else writer.alive(), rollback=self._rollback)
+
+
+def record(*args: Any, data_dependent: DataDependent = "error", verify: bool = True, **kwargs: Any) -> Recording:
+    """Record every op called inside ``with record(...) as recording``.
+
+    Args:
+        args, kwargs: example inputs, of any structure; `RecordedGraph.run` later takes the same. Objects among them (a
+            cache) are opened: their tensors are inputs, and what the code changes in them a replay changes too. A
+            tensor used inside that is not one of them is captured by reference, like a weight.
+        data_dependent: what to do where Python reads a value that depends on data: refuse, or keep it as a guard that
+            each replay checks.
+        verify: replay the graph once when the context ends and compare with what the code returned and wrote. Costs
+            about one more forward and a copy of what was written; see `RecordedGraph.verification`.
+
+    Raises (on entry, inside the context, or at its end):
+        CaptureError: a recording is already active in this thread; nothing was produced that could be an output.
+        DataDependentError: the code reads a tensor's value into Python.
+        UnrecordedWriteError: the recorded ops do not explain what the code returned or wrote.
+    """
+    return Recording(args, kwargs, data_dependent=data_dependent, verify=verify)
+
+
+def is_recording() -> bool:
+    """Whether a recording is active in this thread."""
+    return getattr(_active, "recording", None) is not None
+
+
+def current_writer() -> Writer | None:
+    """What writes down this thread's calls, if any are to be."""
+    recording = getattr(_active, "recording", None)
+    writer = recording._writer if recording is not None else None
+    return None if writer is None or writer.suspended else writer
+
+
+def emit(name: str, *args: Any) -> Any:
+    """Call an op of the table by its name; a recording keeps it whole."""
+    target, writer = op(name), current_writer()
+    if writer is None:
+        return target.function(*args)
+    return writer.call(target, args, {}, lambda: _whole(target.function, args, {}))
+
+
+def start_graph_recording(*args: Any, **kwargs: Any) -> None:
+    """Begin a recording that `stop_graph_recording` ends; the arguments are those of `record`.
+
+    Raises:
+        CaptureError: a recording is already active in this thread.
+    """
+    record(*args, **kwargs).__enter__()
+
+
+def stop_graph_recording() -> RecordedGraph:
+    """End the recording that `start_graph_recording` began, and return its graph.
+
+    Raises:
+        CaptureError: no recording is active, or nothing was produced that could be an output.
+        UnrecordedWriteError: as `record`.
+    """
+    recording = getattr(_active, "recording", None)
+    if recording is None:
+        raise CaptureError("no recording is active in this thread; call start_graph_recording() first")
+    recording.__exit__(None, None, None)
+    return recording.graph
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self.writer = writer
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper costs microseconds an op, and nothing here is compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        writer = self.writer
+        treatment = _treatment(func)
+        if writer.suspended or treatment is _Treatment.RUN:
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd's keys have done it
+            with self:
+                return func.decompose(*args, **kwargs)
+        if treatment is _Treatment.RECORD:
+            return writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        if treatment is _Treatment.CONSTANT:
+            return writer.constant(args[0])
+        if treatment is _Treatment.READ:
+            return writer.reads(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        depends = _by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
+        result = writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        if depends:
+            writer.guard_shapes(result)
+        return result
+
+
+class _Treatment(enum.Enum):
+    RUN = "run it unrecorded"
+    RECORD = "record it"
+    CONSTANT = "its result is a literal of the code"
+    READ = "its result is a Python value"
+    SHAPE = "the shape of its result may depend on data"
+
+
+@functools.cache
+def _treatment(func: Any) -> _Treatment:
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace == "profiler":
+        return _Treatment.RUN
+    if func is aten.lift_fresh.default:
+        return _Treatment.CONSTANT
+    if torch.Tag.data_dependent_output in func.tags:
+        return _Treatment.READ
+    return _Treatment.SHAPE if torch.Tag.dynamic_output_shape in func.tags else _Treatment.RECORD
+
+
+def _by_values(func: Any, args: Any) -> bool:
+    """Whether the shape of the result does depend on values: of ``aten.index``, only with a mask among the indices."""
+    return func is not aten.index.Tensor or any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self.writer = writer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        writer = self.writer
+        if func in _READS_DATA:
+            return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=_READS_DATA[func])
+        if func == _SETS_DATA:
+            writer.replaces_memory(args[0])
+        if func is torch.Tensor.__repr__:  # for people's eyes
+            with writer.suspend():
+                return func(*args, **kwargs)
+        adapter = SEMANTIC.get(func)
+        # Under autocast the casts belong to the context, not to the call: record what happens inside.
+        if adapter is None or writer.suspended or torch._C._is_any_autocast_enabled():
+            return func(*args, **kwargs)
+        call = adapter(*args, **kwargs)
+        if call is None:
+            return func(*args, **kwargs)
+        name, arguments, keywords = call if len(call) == 3 else (*call, {})
+        return writer.call(op(name), arguments, keywords, lambda: _whole(func, args, kwargs))
+
+
+def _whole(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C._DisableTorchDispatch():  # also keeps composite functions from choosing another algorithm
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _foreign_kernels() -> Iterator[None]:
+    """While any recording is active, calls of ninetoothed's kernel handles are recorded by the caller's recording."""
+    global _recordings
+    with _patching:
+        _recordings += 1
+        if _recordings == 1:
+            _patch(_handle_class(), True)
+    try:
+        yield
+    finally:
+        with _patching:
+            _recordings -= 1
+            if _recordings == 0:
+                _patch(_handle_class(), False)
+
+
+def _handle_class() -> Any:
+    import sys
+
+    module = sys.modules.get("ninetoothed.jit")  # where it was never imported, there is no handle
+    return getattr(module, "_Handle", None)
+
+
+def _patch(kind: Any, on: bool) -> None:
+    if kind is None:
+        return
+    launch = getattr(kind.__call__, "__wrapped__", kind.__call__)
+    kind.__call__ = _recorded_launch(launch) if on else launch
+
+
+def _recorded_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(launch)
+    def call(handle: Any, *args: Any, **kwargs: Any) -> Any:
+        writer = current_writer()
+        if writer is None:
+            return launch(handle, *args, **kwargs)
+        return writer.external(functools.partial(launch, handle), args, kwargs)
+
+    return call

@@ -1,0 +1,73 @@
+"""A static plan: the steps of an executor as one straight piece of Python, over buffers that exist beforehand.
+
+Buffers of intermediate values are placed by lifetime in one arena for each device. Views of them and of the weights are
+made once. What a call brings along, and what ops allocate themselves, are arguments and local variables of the
+function, so that nothing of a call outlives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from graph_capture.ir.interpreter import Executor
+from graph_capture.runtime.replay.first_run import Survey
+from graph_capture.runtime.replay.planner import Builder, Take
+
+
+class Plan:
+    """A bound replay.
+
+    Args:
+        executor: what to replay.
+        survey: what a run of it has shown.
+        fixed: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
+        take: gives an arena of a size in bytes.
+        keep_outputs: results get memory of their own; otherwise they lie in buffers of the plan, until the next replay.
+
+    Attributes:
+        function: takes a tensor for each other input, in order, and returns the outputs.
+        source: the function as Python.
+        peak_bytes: what intermediate values take of the arena, by device.
+        eager_bytes: what the same values take at most, where each is allocated for as long as it lives.
+        counts: what became of how many steps.
+        cuda: the CUDA devices that it uses.
+        lent: the storages of results that the next replay overwrites.
+        written: the positions of those of the function's arguments that it writes.
+    """
+
+    def __init__(
+        self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], take: Take, keep_outputs: bool
+    ) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._builder = Builder(executor, survey, fixed, take, keep_outputs)
+        self.counts, self.lent = self._builder.counts, self._builder.lent
+        self.cuda = sorted({v.device for v in survey.values if v is not None and v.device.type == "cuda"}, key=str)
+        brought = [survey.values[slot] for slot in executor.inputs if slot not in fixed]
+        self.written = frozenset(i for i, v in enumerate(brought) if v is not None and survey.groups[v.group].written)
+        self.peak_bytes, self.eager_bytes = self._builder.peak_bytes, self._builder.eager_bytes
+        self.source = self._builder.text(traced=False)
+        self._doing = self._builder.places
+        self.function = self._builder.compiled(self.source)
+        self._traced: Callable[..., list[torch.Tensor]] | None = None
+
+    @property
+    def traced(self) -> Callable[..., list[torch.Tensor]]:
+        """`function`, with each region under its name for a profiler."""
+        if self._traced is None:
+            self._traced = self._builder.compiled(self._builder.text(traced=True))
+        return self._traced
+
+    def blame(self, error: Exception) -> None:
+        """Note on an error of `function` which op raised it."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not self.function.__code__:
+            trace = trace.tb_next
+        if trace is not None and (doing := self._doing[trace.tb_lineno - 1]):
+            error.add_note(f"raised in a replay by {doing}")
+
+    def __str__(self) -> str:
+        sizes = [f"{d}: {size:,} bytes (eager: {self.eager_bytes[d]:,})" for d, size in self.peak_bytes.items()]
+        counts = [f"{count} {name}" for name, count in self.counts.items() if count]
+        return f"# arena: {', '.join(sizes) or 'none'}\n# steps: {', '.join(counts)}\n{self.source}"

@@ -1,0 +1,225 @@
+"""Replays an executor's steps: the first time as they are, watching; from then on by a plan made of what was seen."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graph_capture.codegen.launches import Tensors
+from graph_capture.errors import SignatureMismatchError
+from graph_capture.ir.interpreter import Executor, plain_mode
+from graph_capture.ir.layouts import copy_into, like
+from graph_capture.log import log
+from graph_capture.runtime.replay.first_run import Forms, Survey
+from graph_capture.runtime.replay.plan import Plan
+
+
+class Memory:
+    """Arenas that several plans share: one replay at a time has them.
+
+    Attributes:
+        forms: how ops can be called, as far as a replay has tried it.
+        captures: what captures replays as CUDA graphs, if anything does; its private pool is shared as the arenas are.
+    """
+
+    captures: Any = None
+
+    def __init__(self) -> None:
+        self._arenas: dict[torch.device, torch.Tensor] = {}
+        self.forms: Forms = {}
+        self._busy = threading.Lock()
+        self._holder = 0  # the thread whose replay is under way
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # where the latest replay ran
+        _memories.add(self)
+
+    def take(self, device: torch.device, size: int) -> torch.Tensor:
+        """At least `size` bytes, the same ones for every plan that they suffice for."""
+        arena = self._arenas.get(device)
+        if arena is None or arena.numel() < size:
+            arena = self._arenas[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return arena
+
+    def enter(self) -> bool:
+        """Take the arenas for a replay, if nobody has them."""
+        if not self._busy.acquire(blocking=False):
+            return False
+        self._holder = threading.get_ident()
+        return True
+
+    def leave(self) -> None:
+        """Give them back."""
+        self._busy.release()
+
+    def on_this_stream(self, devices: Sequence[torch.device]) -> bool:
+        """Order a replay after the one before, which may have run on another stream; False where that cannot be."""
+        if torch.cuda.is_current_stream_capturing():  # a graph of the caller's must not share buffers with replays
+            return False
+        for device in devices:
+            stream = torch.cuda.current_stream(device)
+            before = self._streams.get(device)
+            if before is not None and before != stream:
+                stream.wait_stream(before)
+            self._streams[device] = stream
+        return True
+
+    def after_fork(self) -> None:
+        """In a child process: the parent's other threads, and their replays, are gone."""
+        if self._busy.locked() and self._holder != threading.get_ident():
+            self._busy = threading.Lock()
+
+
+_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for memory in _memories:
+        memory.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Replay:
+    """Runs an executor, by a plan where that is possible.
+
+    A replay that begins while another has the arenas (in another thread, or inside it) runs the steps as they are.
+
+    Args:
+        executor: the steps.
+        brought: how many of the executor's inputs, the first ones, a call brings along. The others are the same tensors
+            in every call, until `run` is told otherwise.
+        memory: the arenas (default: its own).
+        keep_outputs: see `Plan`.
+        enabled: False never makes a plan.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        brought: int,
+        memory: Memory | None = None,
+        *,
+        keep_outputs: bool = True,
+        enabled: bool = True,
+    ) -> None:
+        self.executor = executor
+        self._memory = memory or Memory()
+        self._brought, self._keep_outputs, self._enabled = brought, keep_outputs, enabled
+        self._survey: Survey | None = None
+        self._plan: Plan | None = None
+        self._fixed: Tensors = ()
+        self._stamp: Any = None
+        self._latest: list[weakref.ref[torch.Tensor]] = []  # results that lie in the plan's buffers
+
+    def run(self, brought: Tensors, fixed: Tensors, stamp: Any = None) -> list[torch.Tensor]:
+        """One tensor for each output.
+
+        Args:
+            brought: a tensor for each of the first inputs.
+            fixed: a tensor for each other input.
+            stamp: a value that changes whenever `fixed` are other tensors, or lie elsewhere.
+
+        Raises:
+            SignatureMismatchError: an input is a result of an earlier replay that a later one has overwritten.
+        """
+        plan = self._plan
+        if plan is None or stamp != self._stamp or torch._C._len_torch_dispatch_stack():
+            return self._without_plan(brought, fixed, stamp)
+        if plan.lent:
+            brought = self._not_lent(plan, brought)
+        memory = self._memory
+        if not memory.enter():
+            return self.executor.run([*brought, *fixed])
+        try:
+            if plan.cuda and not memory.on_this_stream(plan.cuda):
+                return self.executor.run([*brought, *fixed])
+            results = self._run(plan, brought)
+        finally:
+            memory.leave()
+        if plan.lent:
+            self._latest = [weakref.ref(tensor) for tensor in results]
+        return results
+
+    def _run(self, plan: Plan, brought: Tensors) -> list[torch.Tensor]:
+        function = plan.traced if torch.autograd._profiler_enabled() else plan.function
+        try:
+            return self._call(function, brought)
+        except Exception as error:
+            plan.blame(error)
+            raise
+
+    def _call(self, function: Callable[..., list[torch.Tensor]], brought: Tensors) -> list[torch.Tensor]:
+        if torch._C._is_any_autocast_enabled():
+            with plain_mode():
+                return function(*brought)
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*brought)
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def _not_lent(self, plan: Plan, brought: Tensors) -> Tensors:
+        """The inputs, with copies of those that are results of the latest replay: this one will overwrite them."""
+        found = list(brought)
+        for index, tensor in enumerate(brought):
+            if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in plan.lent:
+                continue
+            owner = tensor if tensor._base is None else tensor._base
+            if index in plan.written or not any(ref() is owner for ref in self._latest):
+                what = "is to be written" if index in plan.written else "has been overwritten since"
+                raise SignatureMismatchError(
+                    f"argument {self.executor.names[self.executor.inputs[index]]!r} is the result of an earlier replay "
+                    f"and {what}; clone it, or use clone_outputs=True"
+                )
+            found[index] = copy_into(like(tensor), tensor)
+        return found
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan; None before the first replay, or where there cannot be one."""
+        if self._plan is None and self._survey is not None:
+            self._make()
+        return self._plan
+
+    def forget(self) -> None:
+        """Drop the plan; the next replay watches again."""
+        self._plan = self._survey = None
+
+    def _without_plan(self, brought: Tensors, fixed: Tensors, stamp: Any) -> list[torch.Tensor]:
+        tensors = [*brought, *fixed]
+        if not self._enabled or torch._C._len_torch_dispatch_stack():
+            return self.executor.run(tensors)
+        if stamp != self._stamp:
+            changed, self._stamp = self._stamp is not None, stamp
+            self.forget()
+            if changed:  # what changes at each call is not worth a plan
+                return self.executor.run(tensors)
+        if self._survey is not None:
+            self._make()
+            return self.executor.run(tensors) if self._plan is None else self.run(brought, fixed, stamp)
+        survey = Survey(self.executor, self._memory.forms)
+        results = self.executor.run(tensors, survey.watching(tensors))
+        self._survey, self._fixed = survey, fixed
+        return results
+
+    def _make(self) -> None:
+        survey = self._survey
+        if survey is None or not self._memory.enter():
+            return
+        try:
+            if survey.failure is not None:
+                raise survey.failure
+            fixed = dict(zip(self.executor.inputs[self._brought :], self._fixed, strict=True))
+            self._plan = Plan(self.executor, survey, fixed, self._memory.take, self._keep_outputs)
+        except Exception as error:  # a plan is never needed
+            log.info("replays run op by op, without a plan: %s: %s", type(error).__name__, error)
+            self._enabled = False
+        finally:
+            self._survey, self._fixed = None, ()
+            self._memory.leave()

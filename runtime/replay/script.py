@@ -1,0 +1,182 @@
+"""The text of a plan: variables and what they are bound to beforehand, lines, and kernels in a row."""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graph_capture.codegen.launches import Bound, Chain, Operand, Prepares
+from graph_capture.ir.binding import flatten_outputs
+from graph_capture.ir.values import Arg, arg_indices
+
+
+class Ref(str):
+    """A variable of the plan."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that the plan calls: its region or op, its operands, and the two together where these never change."""
+
+    label: str
+    kernel: Prepares
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+    fixed: Bound | None
+
+
+class Script:
+    """One function, line by line; what exists beforehand are its globals.
+
+    Attributes:
+        namespace: the globals.
+        label: the region whose lines come next, or "".
+        doing: what computes the next lines, in words.
+        places: `doing` of each line of the latest `text`.
+        arguments, results: of the function.
+    """
+
+    def __init__(self) -> None:
+        self.namespace: dict[str, Any] = {"flat": flatten_outputs, "region": torch.profiler.record_function}
+        self.label = self.doing = ""
+        self.places: list[str] = []
+        self.arguments: list[Ref] = []
+        self.results: list[str] = []
+        self._names = {"flat", "region", "replay"}
+        self._lines: list[tuple[str, str, str] | list[Kernel]] = []  # region, what, line; or kernels in a row
+        self._pending: list[Kernel] = []  # that the next kernel joins
+        self._dead: list[Ref] = []
+        self._functions: dict[int, Ref] = {}
+
+    def text(self, traced: bool) -> str:
+        """The function as Python; with `traced`, each region under its name for a profiler."""
+        self.flush()
+        lines, self.places = [f"def replay({', '.join(self.arguments)}):"], [""]
+        label = ""
+        for entry in self._lines:
+            if isinstance(entry, tuple):
+                found = [entry]
+            elif traced:
+                found = [(kernel.label, "", self._chained([kernel])) for kernel in entry]
+            else:
+                found = [("", "", self._chained(entry))]
+            for region, doing, line in found:
+                if traced and region and region != label:
+                    lines.append(f"    with region({region!r}):")
+                    self.places.append("")
+                label = region
+                lines.append(("        " if traced and region else "    ") + line)
+                self.places.append(doing)
+        return "\n".join([*lines, f"    return [{', '.join(self.results)}]\n"])
+
+    def compiled(self, source: str) -> Callable[..., list[torch.Tensor]]:
+        """The function of this source."""
+        exec(compile(source, "<plan>", "exec"), self.namespace)
+        return self.namespace.pop("replay")
+
+    # --- lines
+
+    def line(self, text: str) -> None:
+        """A line that comes after all before it."""
+        self.flush()
+        self.aside(text)
+
+    def aside(self, text: str) -> None:
+        """A line that computes nothing, and may come before kernels that are pending."""
+        self._lines.append((self.label, self.doing, text))
+
+    def launch(self, kernel: Prepares, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
+        """A call of a kernel.
+
+        Raises:
+            FusionError: all of its operands exist, and do not fit it.
+        """
+        fixed = None
+        if self.exists(*inputs, *outputs):
+            fixed = Bound(kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs])
+        self._pending.append(Kernel(self.label or self.doing, kernel, tuple(inputs), tuple(outputs), fixed))
+
+    def drop(self, names: Sequence[Ref] = ()) -> None:
+        """Delete variables that nothing needs any more; not before the kernels that read them have run."""
+        self._dead += names
+        if self._dead and not self._pending:
+            self.aside(f"del {', '.join(self._dead)}")
+            self._dead.clear()
+
+    def flush(self) -> None:
+        """End a row of kernels."""
+        if self._pending:
+            self._lines.append(self._pending)
+            self._pending = []
+            self.drop()
+
+    def _chained(self, kernels: Sequence[Kernel]) -> str:
+        """The call of kernels in a row."""
+        refs = (ref for kernel in kernels if kernel.fixed is None for ref in (*kernel.inputs, *kernel.outputs))
+        brought = {ref: number for number, ref in enumerate(dict.fromkeys(r for r in refs if r not in self.namespace))}
+
+        def operands(refs: Sequence[Ref]) -> list[Operand]:
+            return [brought[ref] if ref in brought else self.namespace[ref] for ref in refs]
+
+        bound = [k.fixed or Bound(k.kernel, operands(k.inputs), operands(k.outputs)) for k in kernels]
+        return f"{self.static('kernels', Chain(bound))}({', '.join(brought)})"
+
+    # --- variables
+
+    def exists(self, *names: Ref) -> bool:
+        """Whether these are the same values at each call."""
+        return all(name in self.namespace for name in names)
+
+    def name(self, wish: str) -> Ref:
+        """A new variable, called like `wish`."""
+        base = re.sub(r"\W", "_", wish) or "value"
+        if base[0].isdigit() or keyword.iskeyword(base):
+            base = f"v{base}"
+        name, number = base, 1
+        while name in self._names:
+            name, number = f"{base}_{number}", number + 1
+        self._names.add(name)
+        return Ref(name)
+
+    def static(self, wish: str, value: Any) -> Ref:
+        """A new global."""
+        name = self.name(wish)
+        self.namespace[name] = value
+        return name
+
+    def function(self, function: Callable[..., Any], wish: str = "") -> Ref:
+        """The global of a function."""
+        if id(function) not in self._functions:
+            name = getattr(function, "__name__", wish) if "<" not in getattr(function, "__name__", "<") else wish
+            self._functions[id(function)] = self.static(f"op_{name}", function)
+        return self._functions[id(function)]
+
+    def written(self, value: Any, given: Sequence[Ref]) -> str:
+        """An argument of a node's call as text."""
+        if isinstance(value, Arg):
+            return given[value.index]
+        if isinstance(value, tuple) and arg_indices(value):
+            return f"[{', '.join(self.written(item, given) for item in value)}]"
+        return self.constant(list(value) if isinstance(value, tuple) else value)
+
+    def operand(self, value: Any) -> str:
+        """A variable, a list of them, or a constant as text."""
+        if isinstance(value, Ref):
+            return value
+        if isinstance(value, list) and any(isinstance(item, Ref) for item in value):
+            return f"[{', '.join(map(self.operand, value))}]"
+        return self.constant(value)
+
+    def constant(self, value: Any) -> str:
+        """A constant as text, or the global that holds it."""
+        if type(value) in (bool, int, type(None)) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        if isinstance(value, (tuple, list)) and all(type(item) in (bool, int) for item in value):
+            return repr(value)
+        return self.static(str(value) if isinstance(value, (torch.dtype, str)) else "constant", value)

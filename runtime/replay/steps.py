@@ -1,0 +1,153 @@
+"""How a region runs in a replay: a call of its kernel, or library calls of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from graph_capture.codegen import CompiledKernel
+from graph_capture.codegen.launches import Launch, Tensors
+from graph_capture.errors import FusionError
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.interpreter import Executor
+from graph_capture.ir.layouts import is_contiguous
+from graph_capture.ir.numerics import apart, close_enough
+from graph_capture.ir.values import TensorMeta
+from graph_capture.log import log
+from graph_capture.passes.rewrite import unviewable
+from graph_capture.record.recorded import RecordedGraph
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.library import Constants, LibraryKernel
+from graph_capture.runtime.region import Region
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A region as library calls that are steps of the replay themselves.
+
+    Attributes:
+        nodes: the ops, and what computes them where that is not torch.
+        names: value names of what the weights make computed, which is an input of the replay.
+        constants: what computes it.
+    """
+
+    nodes: tuple[tuple[OpNode, Step | None], ...]
+    names: tuple[str, ...] = ()
+    constants: tuple[Constants, ...] = ()
+
+    @classmethod
+    def of(cls, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig) -> Inlined:
+        """Raises FusionError where the weights cannot be merged."""
+        outer = dict(zip(kernel.body.input_names, region.node.inputs, strict=True))
+        outer |= dict(zip(kernel.rest.output_names, region.node.outputs, strict=True))
+        inner = [*kernel.rest.input_names, *(name for node in kernel.rest.nodes for name in node.outputs)]
+        renamed = {name: f"{region.name}.{name}" for name in inner} | outer
+        inlined = [node.rename(renamed) for node in kernel.rest.nodes]
+        nodes = tuple(_inlined(node, region, kernel, graph, config) for node in inlined)
+        if kernel.once is None:
+            return cls(nodes)
+        given = {name: graph.captured[renamed[name]] for name in kernel.once.input_names}
+        constants = Constants(kernel.once, list(given.values()), config.merge_linears == "views")
+        return cls(nodes, tuple(renamed[name] for name in kernel.once.output_names), (constants,))
+
+
+class Step:
+    """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
+
+    def __init__(
+        self, region: Region, graph: RecordedGraph, config: FusionConfig, relaid: Sequence[tuple[int, TensorMeta]]
+    ) -> None:
+        assert region.kernel is not None
+        self.relaid = relaid
+        self.region = region
+        self.config = config
+        node = region.node
+        self.recorded = Executor([(inner, None) for inner in node.recorded], node.inputs, node.outputs)
+        weights = [graph.captured.get(name, _NOTHING) for name in node.inputs]
+        self.kernel: Callable[[list[torch.Tensor]], Any] | None = region.kernel.bind(
+            weights, share=config.merge_linears == "views"
+        )
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Any:
+        if self.kernel is None:
+            return self.recorded.run(tensors)
+        before = apart(self.region.body, tensors) if self.config.debug_mode else tensors
+        try:
+            outputs = self.kernel(tensors)
+        except Exception as error:
+            if not self.config.fallback_on_error or _is_capturing(tensors):
+                raise  # a capture that has failed says nothing about the kernel
+            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
+            self.kernel = None
+            return self.recorded.run(tensors)
+        if self.relaid:
+            outputs = list(outputs)
+            for index, meta in self.relaid:
+                if outputs[index].stride() != meta.stride:
+                    empty = outputs[index].new_empty_strided(meta.shape, meta.stride)
+                    outputs[index] = empty.copy_(outputs[index])
+        if self.config.debug_mode:
+            for name, fused, eager in zip(self.region.node.outputs, outputs, self.recorded.run(before), strict=True):
+                if not close_enough(fused, eager):
+                    log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
+        return outputs
+
+
+class KernelStep(Step):
+    """A step that can be bound to addresses: its kernel is a compiled one."""
+
+    @property
+    def movable(self) -> bool:
+        """See `graph_capture.codegen.launches.Prepares`."""
+        return isinstance(self.region.kernel, CompiledKernel) and self.region.kernel.target.movable
+
+    def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:
+        """See `graph_capture.codegen.launches.Prepares`."""
+        if self.kernel is None or not isinstance(self.region.kernel, CompiledKernel):
+            raise FusionError("its kernel has failed before")
+        return self.region.kernel.prepare(inputs, outputs)
+
+    def failed(self, error: Exception, inputs: Tensors, outputs: Tensors) -> Launch:
+        """The recorded ops, whose results are copied to where the kernel's were to be."""
+        if not self.config.fallback_on_error:
+            raise error
+        if self.kernel is not None:
+            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
+            self.kernel = None
+
+        def launch() -> None:
+            for output, result in zip(outputs, self.recorded.run(inputs), strict=True):
+                if output.data_ptr() != result.data_ptr():
+                    output.copy_(result)
+
+        return launch
+
+
+def _is_capturing(tensors: Tensors) -> bool:
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+def _inlined(
+    node: OpNode, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig
+) -> tuple[OpNode, KernelStep | None]:
+    """An op of a library region, and what computes it: of a linear it may be a kernel of our own."""
+    if kernel.product is None or node.op_type != "linear":
+        return node, None
+    node = OpNode(region.node.op_type, node.inputs, node.outputs, region.node.attrs, node.source, (node,))
+    return node, KernelStep(replace(region, node=node, kernel=kernel.product), graph, config, ())
+
+
+def relaid_outputs(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:
+    """The outputs, by position, that must have the strides that were recorded, for the views of them."""
+    found = []
+    for index, name in enumerate(node.outputs):
+        meta = graph.values[name]
+        if not is_contiguous(meta) and unviewable(graph, name, torch.empty(meta.shape, device="meta")) is not None:
+            found.append((index, meta))
+    return found
+
+
+_NOTHING = torch.empty(0)  # stands for what is not a weight

@@ -1,0 +1,4 @@
+"""A program as one file.
+
+Imports `graph_capture.runtime.account` and what lies below it.
+"""
