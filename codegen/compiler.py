@@ -20,7 +20,7 @@ from graph_capture.codegen.ninetoothed.aot import Binary
 from graph_capture.codegen.ninetoothed.op_library import OpLibrary
 from graph_capture.codegen.ninetoothed.workers import POOL
 from graph_capture.codegen.spec.geometry import dense_strides
-from graph_capture.codegen.spec.kernel import Operand, Request, Spec
+from graph_capture.codegen.spec.kernel import BuildRequest, Operand, Spec
 from graph_capture.codegen.spec.lower import lower, supports
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import expression
@@ -66,7 +66,7 @@ class Target(Protocol):
         """How many ways to cut the work on a call's tensors there are, the expected fastest first; at most four."""
         ...
 
-    def prepare(self, requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+    def prepare(self, requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
         """Compile kernels side by side into `cache`, as far as that saves time later."""
         ...
 
@@ -297,13 +297,13 @@ class KernelCompiler:
         passed over; `compile` says why.
         """
         with self._lock:
-            by_target: dict[str, dict[tuple[Any, ...], Request]] = {}
+            by_target: dict[str, dict[tuple[Any, ...], BuildRequest]] = {}
             for graph, metas, choice in wanted:
                 try:
                     target, spec, key, name = self._described(graph, tuple(metas))
                 except Exception:  # whatever it is, `compile` raises it again
                     continue
-                request = Request(spec, name, tuple(metas), choice)
+                request = BuildRequest(spec, name, tuple(metas), choice)
                 by_target.setdefault(target.name, {})[key, *metas, choice] = request
             for chosen, requests in by_target.items():
                 with contextlib.suppress(FusionError):  # `compile` raises it again

@@ -76,7 +76,7 @@ class HalfwayError(RuntimeError):
     """A launch has failed after it may have written: it is not to run again."""
 
 
-class Bound:
+class BoundKernel:
     """A kernel on these tensors, some of which each call brings."""
 
     KEPT = 4  # callers that take turns, each with tensors of its own
@@ -84,29 +84,29 @@ class Bound:
     def __init__(self, kernel: Prepares, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> None:
         self._kernel, self._inputs, self._outputs = kernel, inputs, outputs
         operands = enumerate((*inputs, *outputs))
-        self.brought = [(number, which) for number, which in operands if isinstance(which, int)]
+        self.dynamic = [(number, which) for number, which in operands if isinstance(which, int)]
         self._known: dict[tuple[int, ...], Launch] = {}
         self._movable: Movable | None = None
         self.error: Exception | None = None
-        if not self.brought:
+        if not self.dynamic:
             self.launch((), ())
 
-    def launch(self, brought: Tensors, addresses: Sequence[int]) -> Launch:
+    def launch(self, dynamic: Tensors, addresses: Sequence[int]) -> Launch:
         """A launch for arguments that lie at these addresses.
 
         Raises:
             FusionError: the tensors do not fit the kernel.
         """
         if self.error is not None:
-            return self._kernel.failed(self.error, *self._tensors(brought))
+            return self._kernel.failed(self.error, *self._tensors(dynamic))
         if self._movable is not None:
-            for number, which in self.brought:
+            for number, which in self.dynamic:
                 self._movable.move(number, addresses[which])
             return self._movable
-        key = tuple([addresses[which] for _, which in self.brought])
+        key = tuple([addresses[which] for _, which in self.dynamic])
         launch = self._known.get(key)
         if launch is None:
-            launch = self._kernel.prepare(*self._tensors(brought))
+            launch = self._kernel.prepare(*self._tensors(dynamic))
             if isinstance(launch, Movable):
                 self._movable = launch
                 return launch
@@ -115,9 +115,9 @@ class Bound:
             self._known[key] = launch
         return launch
 
-    def _tensors(self, brought: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _tensors(self, dynamic: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         inputs, outputs = (
-            [brought[t] if isinstance(t, int) else t for t in ts] for ts in (self._inputs, self._outputs)
+            [dynamic[t] if isinstance(t, int) else t for t in ts] for ts in (self._inputs, self._outputs)
         )
         return inputs, outputs
 
@@ -128,19 +128,19 @@ class Chain:
     Calling it takes the tensors that vary, in the order of their numbers.
     """
 
-    def __init__(self, kernels: Sequence[Bound]) -> None:
+    def __init__(self, kernels: Sequence[BoundKernel]) -> None:
         self._kernels = kernels
         self._addresses: list[int] | None = None  # that the launches are for
         self._moves: dict[int, list[tuple[Movable, int]]] | None = None  # who is to be told of an argument's address
         self._launches: list[Launch] = []
-        self._behind: list[list[Bound]] = []  # the kernels of each launch
+        self._behind: list[list[BoundKernel]] = []  # the kernels of each launch
 
-    def __call__(self, *brought: torch.Tensor) -> None:
-        addresses = [tensor.data_ptr() for tensor in brought]
-        if any(map(torch.Tensor.is_neg, brought)) or any(map(torch.Tensor.is_conj, brought)):
+    def __call__(self, *dynamic: torch.Tensor) -> None:
+        addresses = [tensor.data_ptr() for tensor in dynamic]
+        if any(map(torch.Tensor.is_neg, dynamic)) or any(map(torch.Tensor.is_conj, dynamic)):
             self._refuse(FusionError("a tensor is a view that negates or conjugates"))
         if addresses != self._addresses:
-            self._bind(brought, addresses)
+            self._bind(dynamic, addresses)
         number = 0
         try:
             for launch in self._launches:
@@ -149,16 +149,16 @@ class Chain:
         except HalfwayError:
             raise
         except Exception as error:
-            self._go_on(number, error, brought)
+            self._go_on(number, error, dynamic)
 
     def _refuse(self, error: Exception) -> None:
         """Give up the kernels that read or write what a call brings."""
         for kernel in self._kernels:
-            if kernel.brought and kernel.error is None:
+            if kernel.dynamic and kernel.error is None:
                 kernel.error = error
         self._addresses = None
 
-    def _bind(self, brought: Tensors, addresses: list[int]) -> None:
+    def _bind(self, dynamic: Tensors, addresses: list[int]) -> None:
         before = self._addresses
         if before is not None and self._moves is not None:
             for which, address in enumerate(addresses):
@@ -170,12 +170,12 @@ class Chain:
         launches = []
         for kernel in self._kernels:
             try:
-                launches.append(kernel.launch(brought, addresses))
+                launches.append(kernel.launch(dynamic, addresses))
             except Exception as error:
                 if kernel.error is not None:
                     raise
                 kernel.error = error
-                launches.append(kernel.launch(brought, addresses))
+                launches.append(kernel.launch(dynamic, addresses))
         self._launches, self._behind, self._moves = [], [], {}
         pairs = list(zip(launches, self._kernels, strict=True))
         for joins, group in groupby(pairs, lambda pair: isinstance(pair[0], Movable)):
@@ -183,19 +183,19 @@ class Chain:
             self._launches += [parts[0].join(parts[1:])] if joins and len(parts) > 1 else parts
             self._behind += [list(kernels)] if joins else [[kernel] for kernel in kernels]
         for made, kernel in pairs:
-            for number, which in kernel.brought:
+            for number, which in kernel.dynamic:
                 if not isinstance(made, Movable):
                     self._moves = None
                 elif self._moves is not None:
                     self._moves.setdefault(which, []).append((made, number))
         # What stands for a kernel that failed holds the tensors that it is for.
-        self._addresses = None if any(kernel.error and kernel.brought for kernel in self._kernels) else addresses
+        self._addresses = None if any(kernel.error and kernel.dynamic for kernel in self._kernels) else addresses
 
-    def _go_on(self, number: int, error: Exception, brought: Tensors) -> None:
+    def _go_on(self, number: int, error: Exception, dynamic: Tensors) -> None:
         """The rest of a call, from the launch that raised on."""
         if any(kernel.error is not None for kernel in self._behind[number]):
             raise error
         for kernel in self._behind[number]:
             kernel.error = error
         self._addresses = None
-        Chain([kernel for kernels in self._behind[number:] for kernel in kernels])(*brought)
+        Chain([kernel for kernels in self._behind[number:] for kernel in kernels])(*dynamic)

@@ -18,9 +18,14 @@ from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_patte
 from graph_capture.record.convert import convert_recorded_graph_to_subgraph
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.recorder import record, start_graph_recording, stop_graph_recording
-from graph_capture.runtime import Bucket, FusedGraph, FusionConfig, FusionHeuristics, FusionScheduler, fuse, load
+from graph_capture.runtime.capture.buckets import Bucket
 from graph_capture.runtime.capture.capture import capture
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.decide.heuristics import FusionHeuristics
+from graph_capture.runtime.fuse import FusionScheduler, fuse
+from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate
+from graph_capture.runtime.load import load
 
 configure()
 

@@ -12,7 +12,7 @@ from graph_capture.ir.ops import op
 from graph_capture.passes.cleanup import CLEAN_UP
 from graph_capture.passes.match import Match, Miss, candidates, match_at
 from graph_capture.passes.receipts import Receipt, Tally
-from graph_capture.passes.rewrite import Contraction, Dependencies, common_source, contract, exposed
+from graph_capture.passes.rewrite import Contraction, Dependencies, common_source, contract, live_outputs
 from graph_capture.passes.spellings import ROUNDS, Found, Rule, Unfit
 
 
@@ -74,7 +74,7 @@ def _replacement(graph: SubGraph, rule: Rule, match: Match, dependencies: Depend
         Unfit: it would not be the same.
     """
     output = match.bindings["output"]
-    visible = exposed(graph, match.nodes)
+    visible = live_outputs(graph, match.nodes)
     if visible not in ([output], []):
         other = next(name for name in visible if name != output)
         raise Unfit(f"{graph.nodes[graph.producers[other]].op_type} inside is used elsewhere")

@@ -24,7 +24,7 @@ from graph_capture.passes.writes import forward_writes
 MAX_CONSTANT = 2**20  # bytes of a constant that is kept without being asked for
 
 
-class Memory:
+class MemoryUse:
     """Which values' memory a graph writes or returns."""
 
     def __init__(self, graph: SubGraph) -> None:
@@ -75,7 +75,7 @@ def dead_code(graph: SubGraph) -> SubGraph:
 
 def common_subexpressions(graph: SubGraph) -> SubGraph:
     """Equal ops on equal inputs once: masks, position tables and views that every layer makes anew."""
-    memory = Memory(graph)
+    memory = MemoryUse(graph)
     names: dict[str, str] = {}
     first: dict[tuple[object, ...], OpNode] = {}
     kept = []
@@ -95,7 +95,7 @@ def common_subexpressions(graph: SubGraph) -> SubGraph:
 
 def no_ops(graph: SubGraph) -> SubGraph:
     """Without casts, copies, views and arithmetic that give back what they got."""
-    memory = Memory(graph)
+    memory = MemoryUse(graph)
     names: dict[str, str] = {}
     kept = []
     for node in graph.nodes:
@@ -210,7 +210,7 @@ def _regroups(graph: SubGraph, view: OpNode) -> bool:
         and before.shape[-1] == after.shape[-1]
         and is_contiguous(before)
         and is_contiguous(after)
-        and not Memory(graph).written & {alias_set(graph, view.inputs[0])}
+        and not MemoryUse(graph).written & {alias_set(graph, view.inputs[0])}
     )
 
 
@@ -242,7 +242,7 @@ def split_constants(graph: SubGraph, weights: Collection[str] = ()) -> tuple[Sub
     Returns:
         A graph from weights to constants, and a graph that takes these constants as further inputs.
     """
-    memory = Memory(graph)
+    memory = MemoryUse(graph)
     known = set(weights)
     constant: set[int] = set()
     for index, node in enumerate(graph.nodes):

@@ -16,7 +16,7 @@ from graph_capture.ir.binding import flatten_outputs, prepare
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
-from graph_capture.passes.cleanup import Memory
+from graph_capture.passes.cleanup import MemoryUse
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
 
@@ -30,7 +30,7 @@ def merge_linears(graph: SubGraph, weights: Collection[str]) -> tuple[SubGraph, 
         weights: inputs that are the same in every replay; only these are concatenated.
     """
     tally = Tally(RULE)
-    memory = Memory(graph)
+    memory = MemoryUse(graph)
     dependencies = Dependencies(graph)
     found: list[Contraction] = []
     owners: dict[str, int] = {}  # weight -> linears that use it
@@ -80,7 +80,7 @@ def _reads(node: OpNode, value: str) -> bool:
 
 
 def _reason(
-    graph: SubGraph, linears: Sequence[int], weights: Collection[str], owners: dict[str, int], memory: Memory
+    graph: SubGraph, linears: Sequence[int], weights: Collection[str], owners: dict[str, int], memory: MemoryUse
 ) -> str | None:
     """Why these linears stay apart."""
     nodes = [graph.nodes[index] for index in linears]

@@ -28,7 +28,7 @@ from graph_capture.passes.rewrite import (
     common_source,
     contract,
     expand,
-    exposed,
+    live_outputs,
     unviewable,
     values_of,
 )
@@ -158,7 +158,7 @@ class _Finder:
             self.tally(rule).refuse(self.graph, nodes, f"overlaps {owner}, which saves more")
             return
         graph = self.graph
-        outputs = exposed(graph, nodes)
+        outputs = live_outputs(graph, nodes)
         body, inputs = self._body(nodes, outputs)
         members = tuple(graph.nodes[index] for index in nodes)
         node = OpNode(
@@ -170,7 +170,7 @@ class _Finder:
     def reason(self, nodes: Sequence[int], compound: bool = False) -> str | None:
         """Why `nodes` cannot be a region."""
         graph = self.graph
-        outputs = exposed(graph, nodes)
+        outputs = live_outputs(graph, nodes)
         if not outputs and not any(written_inputs(graph.nodes[index]) for index in nodes):
             return "its result is never used"
         size, (low, high) = sum(len(graph.nodes[index].recorded) for index in nodes), self.bounds
@@ -183,7 +183,7 @@ class _Finder:
 
     def _no_kernel(self, nodes: Sequence[int]) -> str | None:
         """Why `nodes` cannot be a kernel, however few they are."""
-        outputs = exposed(self.graph, nodes)
+        outputs = live_outputs(self.graph, nodes)
         if not outputs:
             return "its result is never used"
         return (
@@ -280,7 +280,7 @@ class _Finder:
         size = sum(len(graph.nodes[index].recorded) for index in union)
         if size > self.bounds[1]:
             return f"{size} ops are more than {self.bounds[1]}"
-        return self.dependencies.blocked(union) or self.unsupported(union, exposed(graph, union))
+        return self.dependencies.blocked(union) or self.unsupported(union, live_outputs(graph, union))
 
     def _space(self, node: OpNode) -> tuple[int, ...]:
         """The shape that an op iterates over: of a reduction its input's."""
@@ -362,7 +362,7 @@ def moved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
         if targets:
             written.update((*targets, *node.outputs))
             stored += sum(graph.values[name].nbytes for name in node.inputs if name not in targets)
-    outputs = [name for name in exposed(graph, nodes) if name not in written]
+    outputs = [name for name in live_outputs(graph, nodes) if name not in written]
     moved = [*(read - made), *outputs]
     if len(nodes) == 1 and op(graph.nodes[nodes[0]].op_type).kind is Kind.VIEW:
         return 0

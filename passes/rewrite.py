@@ -148,7 +148,7 @@ def values_of(nodes: Iterable[OpNode], values: Mapping[str, TensorMeta]) -> dict
     return found
 
 
-def exposed(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
+def live_outputs(graph: SubGraph, nodes: Iterable[int]) -> list[str]:
     """The values made by `nodes` that are read elsewhere or returned, in order."""
     inside = set(nodes)
     returned = set(graph.output_names)

@@ -88,7 +88,7 @@ class FusionScheduler:
         rewritten = rewrite(graph.subgraph, passes)
         if cache is not None and not known:
             store_templates(cache)
-        regions = _Regions(self.heuristics, passes, rewritten.graph)
+        regions = _RegionDecider(self.heuristics, passes, rewritten.graph)
         used = sum(bool(region.decision) for region in regions.found)
         log.info(
             "%d recorded ops -> %d, %d of %d regions used",
@@ -117,7 +117,7 @@ class FusionScheduler:
         return fused
 
 
-class _Regions:
+class _RegionDecider:
     """Decides the regions of one graph; those that are alike once."""
 
     def __init__(self, heuristics: FusionHeuristics, passes: Passes, graph: SubGraph) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graph_capture.calls.fast_check import Match
+from graph_capture.calls.fast_check import FastCall
 from graph_capture.calls.signature import Bound
 from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.graph import OpNode, SubGraph
@@ -25,14 +25,13 @@ from graph_capture.runtime.account.explain import Explanation, Why, explain, why
 from graph_capture.runtime.account.sample import check_sample
 from graph_capture.runtime.account.verify import Verification, verify
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.library import Bound as BoundLibrary
-from graph_capture.runtime.library import Constants, LibraryKernel
+from graph_capture.runtime.library import BoundLibrary, Constants, LibraryKernel
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Decision, Region
 from graph_capture.runtime.replay.cuda_graph import GraphReplay, Graphs
 from graph_capture.runtime.replay.plan import Plan
 from graph_capture.runtime.replay.replay import Memory, Replay
-from graph_capture.runtime.replay.steps import Inlined, KernelStep, Step, relaid_outputs
+from graph_capture.runtime.replay.steps import Inlined, KernelStep, RegionStep, relaid_outputs
 from graph_capture.runtime.save.write import save
 
 
@@ -125,21 +124,21 @@ class FusedGraph:
                 self._bound.extend(step.constants)
                 self._inner_names.extend(step.names)
                 yield from ((inner, call, region.name) for inner, call in step.nodes)
-            elif region is not None and isinstance(step, Step):
+            elif region is not None and isinstance(step, RegionStep):
                 yield node, step, region.name
             elif region is not None and region.parts is not None:
                 yield from self._steps(region.parts)
             else:
                 yield from ((recorded, None, "") for recorded in node.recorded)
 
-    def _step(self, region: Region, graph: SubGraph) -> Step | Inlined | None:
+    def _step(self, region: Region, graph: SubGraph) -> RegionStep | Inlined | None:
         if region.kernel is None:
             return None
         try:
             relaid = relaid_outputs(graph, region.node)
             if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
                 return Inlined.of(region, region.kernel, self.recorded, self.config)
-            make = Step if isinstance(region.kernel, LibraryKernel) else KernelStep
+            make = RegionStep if isinstance(region.kernel, LibraryKernel) else KernelStep
             step = make(region, self.recorded, self.config, relaid)
             if isinstance(step.kernel, BoundLibrary):
                 self._more.append(step.kernel.constants)
@@ -157,7 +156,7 @@ class FusedGraph:
         """
         return self.replay(self.recorded.bind(args, kwargs))
 
-    def replay(self, call: Bound | Match) -> Any:
+    def replay(self, call: Bound | FastCall) -> Any:
         """Replay on a call that is known to fit."""
         every = self.config.verify_every
         if every and next(self._replays) % every == 0:
@@ -182,7 +181,7 @@ class FusedGraph:
     def _execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         constants = [tensor for bound in self._bound for tensor in bound()]
         version = sum([bound.version for bound in self._bound])
-        return self._replay.run(dynamic, [*static, *constants], (self.recorded.ledger.moves, version))
+        return self._replay.run(dynamic, [*static, *constants], (self.recorded.guards.moves, version))
 
     @property
     def cuda_graphs(self) -> Graphs | None:
@@ -259,7 +258,7 @@ class FusedGraph:
         """
         save(self.program, path, weights)
 
-    def tensors(self, call: Bound | Match) -> dict[str, torch.Tensor]:
+    def tensors(self, call: Bound | FastCall) -> dict[str, torch.Tensor]:
         """A tensor for each input of `subgraph` in a call."""
         tensors = [*call.tensors, *self.recorded.captured.values(), *self.constant_tensors()]
         return dict(zip(self.subgraph.input_names, tensors, strict=True))

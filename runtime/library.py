@@ -70,7 +70,7 @@ class LibraryKernel:
         if self.once is None:
             return self._rest.run
         given = dict(zip(self.body.input_names, tensors, strict=True))
-        return Bound(self._rest, Constants(self.once, [given[name] for name in self.once.input_names], share))
+        return BoundLibrary(self._rest, Constants(self.once, [given[name] for name in self.once.input_names], share))
 
     def __repr__(self) -> str:
         return f"<LibraryKernel {self.name}>"
@@ -80,7 +80,7 @@ def _spread(kernel: CompiledKernel) -> Callable[[Tensors], Any]:
     return lambda tensors: kernel(*tensors)
 
 
-class Bound:
+class BoundLibrary:
     """A region as library calls, with what its weights make computed."""
 
     def __init__(self, rest: Executor, constants: Constants) -> None:

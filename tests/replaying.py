@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graph_capture import FusionConfig, record
+from graph_capture import FusionConfig, fuse, record
 
 UNFUSED = FusionConfig(enable_fusion=False)
 
@@ -21,9 +21,11 @@ def graph_of(function, *args, **kwargs):
 
 
 def assert_replays(function, make, *, seed=None):
-    """Record on one set of inputs, replay on it and on another: the results and the inputs afterwards are eager's."""
+    """Record on one set of inputs, interpret and replay on it and on another: the results and the inputs afterwards are
+    eager's."""
     graph = graph_of(function, *make(0))
-    for number in (0, 1):
+    planned = fuse(graph, UNFUSED)
+    for run, number in ((graph.run, 0), (graph.run, 1), (planned, 0), (planned, 1), (planned, 2)):
         ours, theirs = make(number), make(number)
         if seed is not None:
             torch.manual_seed(seed)
@@ -31,7 +33,7 @@ def assert_replays(function, make, *, seed=None):
             want = function(*theirs)
         if seed is not None:
             torch.manual_seed(seed)
-        got = graph.run(*ours)
+        got = run(*ours)
         for left, right in zip(pytree.tree_leaves((got, ours)), pytree.tree_leaves((want, theirs)), strict=True):
             if isinstance(right, torch.Tensor):
                 assert torch.equal(left, right)

@@ -38,7 +38,7 @@ def test_what_was_not_measured_says_so():
     lines = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines() if line.startswith("| "))
     assert "cold start" not in lines
     assert lines["x eager"].startswith("1.00")
-    report = bench.Report(Setting("m"), "", [bench.Row("eager", cold=1.0), bench.Row("fused")], 1.0, 1)
+    report = bench.BenchReport(Setting("m"), "", [bench.BenchRow("eager", cold=1.0), bench.BenchRow("fused")], 1.0, 1)
     assert "| cold start | 1.00 s | not measured |  |" in report.markdown()
 
 
@@ -46,11 +46,11 @@ def test_starts_are_measured_in_processes_of_their_own():
     found = bench.start(FUSED, Setting("llama-tiny", prompt=9, tokens=4))
     assert found["seconds"] > 0
     assert found["memory"] > 2**20
-    row = bench.Row("eager")
+    row = bench.BenchRow("eager")
     bench._starts(row, Setting("llama-tiny", prompt=9, tokens=4))
     assert row.cold > 0
     assert row.warm > 0
-    broken = bench.Row("eager")
+    broken = bench.BenchRow("eager")
     bench._starts(broken, Setting("/no/such/model"))
     assert broken.cold is None
     assert "/no/such/model" in broken.note

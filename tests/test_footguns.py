@@ -71,9 +71,9 @@ def test_values_changed_in_place_are_honoured():
 def test_the_ledger_names_every_captured_address():
     model, x = Gated(), noise(2, 4)
     graph = graph_of(model, x)
-    assert graph.ledger.addresses[model.up.weight.data_ptr()] == "up.weight"
-    assert set(graph.ledger.addresses.values()) == {"up.weight", "up.bias", "down.weight", "down.bias", "table"}
-    assert any("scale is 1.0" in line for line in graph.ledger)
+    assert graph.guards.addresses[model.up.weight.data_ptr()] == "up.weight"
+    assert set(graph.guards.addresses.values()) == {"up.weight", "up.bias", "down.weight", "down.bias", "table"}
+    assert any("scale is 1.0" in line for line in graph.guards)
 
 
 def test_memory_replaced_inside_is_refused():

@@ -58,10 +58,10 @@ def splits(spec: AttentionSpec) -> int:
 
 def source(spec: AttentionSpec, name: str) -> str:
     """The function's text, and that of the function which adds up splits."""
-    return _Printer(spec).attend(name) + (_Printer(spec).combine(name) if splits(spec) > 1 else "")
+    return _AttentionPrinter(spec).attend(name) + (_AttentionPrinter(spec).combine(name) if splits(spec) > 1 else "")
 
 
-class _Printer:
+class _AttentionPrinter:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.splits = spec, splits(spec)
         self.kind = c_print.MEMORY[spec.dtype]

@@ -232,7 +232,7 @@ class Layout:
     scratch: int = 0
 
 
-class Launch(functools.partial[None]):
+class CLaunch(functools.partial[None]):
     """A foreign call whose arguments are bound: calling it is one call of C.
 
     Attributes:
@@ -250,12 +250,12 @@ class Launch(functools.partial[None]):
         for array, index, offset in self.places.get(tensor, ()):
             array[index] = address + offset
 
-    def join(self, others: Sequence[Launch]) -> Launch:
+    def join(self, others: Sequence[CLaunch]) -> CLaunch:
         """This launch and then the others, in one foreign call, which follows when they are moved."""
         return chain([self, *others])
 
 
-def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> Launch:
+def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> CLaunch:
     """A launch of a kernel's functions on the memory of these tensors, which the caller keeps alive."""
     shared = torch.empty(sum(layout.scratch for layout in layouts))
     base = [tensor.data_ptr() for tensor in (*tensors, shared)]
@@ -273,21 +273,21 @@ def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: S
 
 def call(
     function: Any, addresses: Sequence[int], numbers: Sequence[int], units: int, grain: int, held: Any = None
-) -> Launch:
+) -> CLaunch:
     """A launch of one function with these operands; it keeps `held` alive."""
     operands, geometry = (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(numbers))(*numbers)
     body = ctypes.cast(function, ctypes.c_void_p)
     work = _Work(body, ctypes.addressof(operands), ctypes.addressof(geometry), units, grain)
-    made = Launch(toolchain().runtime.run, ctypes.addressof(work))
+    made = CLaunch(toolchain().runtime.run, ctypes.addressof(work))
     made.works, made.held, made.places = (work,), (operands, geometry, function, held), {}
     return made
 
 
-def chain(launches: Sequence[Launch]) -> Launch:
+def chain(launches: Sequence[CLaunch]) -> CLaunch:
     """Several launches, in order, in one foreign call."""
     works = tuple(work for one in launches for work in one.works)
     addresses = (ctypes.c_void_p * len(works))(*map(ctypes.addressof, works))
     listed = _Works(ctypes.addressof(addresses), len(works))
-    made = Launch(toolchain().runtime.run_chain, ctypes.addressof(listed))
+    made = CLaunch(toolchain().runtime.run_chain, ctypes.addressof(listed))
     made.works, made.held, made.places = works, (addresses, listed, *(one.held for one in launches)), {}
     return made

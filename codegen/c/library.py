@@ -130,7 +130,7 @@ def _linear(node: OpNode, inputs: Tensors, result: torch.Tensor) -> Writer | Non
 
     def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
         x, weight = emit.view(torch.Tensor.view, inputs[0], (rows, narrow)), emit.view(torch.t, inputs[1])
-        emit.launch(Product(), [x, weight], [emit.view(torch.Tensor.view, out, (rows, wide))])
+        emit.launch(LibraryProduct(), [x, weight], [emit.view(torch.Tensor.view, out, (rows, wide))])
 
     return form
 
@@ -144,7 +144,7 @@ def _adds_in_torchs_order(rows: int, wide: int, narrow: int, dtype: torch.dtype,
     right = torch.cat([weight, weight.flip(1), weight.new_zeros(ALIGNED, narrow % 2)], 1).to(dtype)
     right = right.repeat(-(-wide // ALIGNED), 1)[:wide].t()
     out = left.new_empty(rows, wide)
-    Product().prepare([left, right], [out])()
+    LibraryProduct().prepare([left, right], [out])()
     want = torch.mm(left, right)
     return same_bits(out, want) and bool(want.isfinite().all())
 
@@ -184,7 +184,7 @@ class SmallOp(_Library):
         return host.call(_toolchain().runtime.small_op, addresses, numbers, units, NO_THREADS)
 
 
-class Product(_Library):
+class LibraryProduct(_Library):
     """A matrix product: left, right -> output."""
 
     def prepare(self, inputs: Tensors, outputs: Tensors) -> Launch:

@@ -46,7 +46,7 @@ def layout(spec: LinearSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
 
 def source(spec: LinearSpec, name: str) -> str:
     """The function's text."""
-    return _Printer(spec).function(name)
+    return _MatvecPrinter(spec).function(name)
 
 
 def _views(spec: LinearSpec) -> list[str]:
@@ -62,7 +62,7 @@ def _block(spec: LinearSpec) -> int:
     return min(ALONG_INNER if unit else ALONG_COLUMNS, max(1, spec.columns))
 
 
-class _Printer:
+class _MatvecPrinter:
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self.block = _block(spec)

@@ -45,7 +45,7 @@ def layout(spec: RotarySpec, tensors: Sequence[torch.Tensor], thread_work: int) 
 
 def source(spec: RotarySpec, name: str) -> str:
     """The function's text, and that of the counter's."""
-    text = _Printer(spec).function(name)
+    text = _RotaryPrinter(spec).function(name)
     if spec.count:
         text += (
             f"\nvoid {name}_count(void *const *operands, const int64_t *numbers, int64_t begin, int64_t end) {{\n"
@@ -68,7 +68,7 @@ def _tensor(spec: RotarySpec, name: str) -> str:
     return name or spec.cos
 
 
-class _Printer:
+class _RotaryPrinter:
     def __init__(self, spec: RotarySpec) -> None:
         self.spec = spec
         self.dtypes = {operand.name: operand.dtype for operand in (*spec.inputs, *spec.outputs)}

@@ -47,10 +47,10 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
 
 def source(spec: KernelSpec, name: str) -> str:
     """The function's text."""
-    return _Printer(spec).function(name)
+    return _RowPrinter(spec).function(name)
 
 
-class _Printer:
+class _RowPrinter:
     def __init__(self, spec: KernelSpec) -> None:
         self.spec, self.sweeps = spec, Sweeps(spec)
         self.rank = len(spec.operands[0].over)

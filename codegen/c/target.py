@@ -18,19 +18,19 @@ from graph_capture.codegen.c import host
 from graph_capture.codegen.c import matvec as c_matvec
 from graph_capture.codegen.c import rotary as c_rotary
 from graph_capture.codegen.c import rows as c_rows
-from graph_capture.codegen.c.host import Launch, Layout, chain
+from graph_capture.codegen.c.host import CLaunch, Layout, chain
 from graph_capture.codegen.spec.attention import AttentionSpec
-from graph_capture.codegen.spec.kernel import KernelSpec, Request, Spec
+from graph_capture.codegen.spec.kernel import BuildRequest, KernelSpec, Spec
 from graph_capture.codegen.spec.linear import MAX_ROWS, LinearSpec
 from graph_capture.codegen.spec.rotary import RotarySpec
 from graph_capture.errors import FusionError
 
-__all__ = ["Launch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
+__all__ = ["CLaunch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
 
 THREAD_WORK = 200_000  # additions (`c_print.weight`) worth a thread: measured, 3 us, where waking one costs 1.5 us
 
 
-class Printer(Protocol):
+class CPrinter(Protocol):
     """How specs of one kind become C: a module with these two functions."""
 
     def source(self, spec: Any, name: str) -> str:
@@ -98,7 +98,7 @@ def source(spec: Spec) -> str:
 
 def build(
     spec: Spec, kernel_name: str, cache: DiskCache | None = None
-) -> Callable[[Sequence[torch.Tensor], int], Launch]:
+) -> Callable[[Sequence[torch.Tensor], int], CLaunch]:
     """Compile a kernel; the result binds it to tensors.
 
     Raises:
@@ -106,10 +106,10 @@ def build(
     """
     symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
     library = host.library(_printed(spec, symbol), cache)
-    printer: Printer = PRINTERS[type(spec)]
+    printer: CPrinter = PRINTERS[type(spec)]
     layouts: dict[Any, tuple[Layout, ...]] = {}
 
-    def bind(tensors: Sequence[torch.Tensor], choice: int) -> Launch:
+    def bind(tensors: Sequence[torch.Tensor], choice: int) -> CLaunch:
         key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
         found = layouts.get(key)
         if found is None:
@@ -124,7 +124,7 @@ def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
     return 1
 
 
-def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+def prepare(requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
     """Compile kernels side by side, for `build` to find them."""
     texts = []
     for spec, kernel_name in dict.fromkeys((request.spec, request.name) for request in requests):
@@ -135,5 +135,5 @@ def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None
 
 def _printed(spec: Spec, symbol: str) -> str:
     accept(spec)
-    printer: Printer = PRINTERS[type(spec)]
+    printer: CPrinter = PRINTERS[type(spec)]
     return printer.source(spec, symbol)

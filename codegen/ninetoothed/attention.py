@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graph_capture.codegen.ninetoothed.host import Program
+from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.ninetoothed.rows import print_tanh
 from graph_capture.codegen.spec.attention import MAX_ROWS, AttentionSpec
 
@@ -45,7 +45,7 @@ def choose_splits(spec: AttentionSpec, interpreted: bool) -> Splits:
     return Splits(-(-blocks // each), each, block)
 
 
-def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
+def programs(spec: AttentionSpec, interpreted: bool) -> list[GeneratedProgram]:
     """Attention to each split, and the sum over the splits if there are several."""
     splits = choose_splits(spec, interpreted)
     dtypes = [operand.dtype for operand in spec.inputs]
@@ -57,7 +57,7 @@ def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
     even = all(_wide(width) == width for width in (spec.width, spec.out_width))
     aligned = [spec.width % 16 == 0, spec.width % 16 == 0, spec.out_width % 16 == 0]
     aligned += [spec.length % 16 == 0] * (len(spec.inputs) - 3) + [spec.out_width % 16 == 0, False, False]
-    first = Program(
+    first = GeneratedProgram(
         _module(*_attend(spec, splits, interpreted)),
         tuple(ranks),
         tuple(dtypes),
@@ -67,7 +67,7 @@ def programs(spec: AttentionSpec, interpreted: bool) -> list[Program]:
     )
     if splits.count == 1:
         return [first]
-    second = Program(
+    second = GeneratedProgram(
         _module(*_combine(spec, splits)),
         (5, 4, 4, 4),
         (torch.float32, torch.float32, torch.float32, spec.dtype),

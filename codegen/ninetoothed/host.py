@@ -108,7 +108,7 @@ def _interpreted_reductions() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Program:
+class GeneratedProgram:
     """One generated program.
 
     Attributes:
@@ -143,14 +143,14 @@ class Program:
 class Built:
     """A loaded program: how to launch it (operands in order), and the file of Triton source behind it."""
 
-    program: Program
+    program: GeneratedProgram
     launch: Callable[..., Any]
     triton_file: str
     kernel_name: str
 
 
 @functools.lru_cache(maxsize=256)
-def build(program: Program, kernel_name: str, cache: DiskCache | None = None) -> Built:
+def build(program: GeneratedProgram, kernel_name: str, cache: DiskCache | None = None) -> Built:
     """Load a program, from `cache` where it is there; its kernels are compiled when they are first launched.
 
     Raises:
@@ -196,13 +196,13 @@ class _NotStoredError(Exception):
 _only = threading.local()  # `stored`: whether this thread takes nothing but what is stored
 
 
-def stored_source(program: Program, kernel_name: str, cache: DiskCache) -> str | None:
+def stored_source(program: GeneratedProgram, kernel_name: str, cache: DiskCache) -> str | None:
     """The Triton source of a program, as it was made before."""
     data = cache.read(cache.key("source", repr(program), kernel_name), ".py")
     return None if data is None else data.decode()
 
 
-def store_source(program: Program, kernel_name: str, cache: DiskCache, text: str) -> None:
+def store_source(program: GeneratedProgram, kernel_name: str, cache: DiskCache, text: str) -> None:
     """Keep the Triton source of a program."""
     cache.put(cache.key("source", repr(program), kernel_name), {".py": text.encode()})
 
@@ -244,12 +244,12 @@ def _compiled(cache: DiskCache, source: str, worker: Any, src: Any, target: Any,
 class Job(NamedTuple):
     """A program to be compiled for operands like these (`aot_worker.Mock`)."""
 
-    program: Program
+    program: GeneratedProgram
     kernel_name: str
     operands: tuple[Any, ...]
 
     @classmethod
-    def of(cls, program: Program, kernel_name: str, tensors: Sequence[torch.Tensor]) -> Job:
+    def of(cls, program: GeneratedProgram, kernel_name: str, tensors: Sequence[torch.Tensor]) -> Job:
         """Of operands, as far as the machine code depends on them; their addresses are taken for aligned."""
         mocks = []
         for tensor in tensors:

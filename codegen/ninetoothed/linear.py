@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from graph_capture.codegen.ninetoothed import matmul, matvec
-from graph_capture.codegen.ninetoothed.host import Program
+from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.spec.linear import LinearSpec
 
 
-def program(spec: LinearSpec, interpreted: bool) -> Program:
+def program(spec: LinearSpec, interpreted: bool) -> GeneratedProgram:
     """The program of a spec."""
     way = matmul if matmul.fits(spec) else matvec
     return _program(spec, way.choose_blocks(spec, interpreted)[0], interpreted)
 
 
-def candidates(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
+def candidates(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> list[GeneratedProgram]:
     """Programs for tensors (inputs, then outputs) of this size, at most four; the expected fastest first."""
     if not matmul.fits(spec):
         return [_program(spec, blocks, False) for blocks in matvec.choose_blocks(spec, False)]
@@ -25,15 +25,15 @@ def candidates(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> list[Progra
     return [_program(spec, blocks, False) for blocks in matmul.choose_blocks(spec, False, x.shape[0])]
 
 
-def _program(spec: LinearSpec, blocks: matvec.Blocks | matmul.Blocks, interpreted: bool) -> Program:
-    make = matmul.Printer if isinstance(blocks, matmul.Blocks) else matvec.Printer
+def _program(spec: LinearSpec, blocks: matvec.Blocks | matmul.MatmulBlocks, interpreted: bool) -> GeneratedProgram:
+    make = matmul.MatmulPrinter if isinstance(blocks, matmul.MatmulBlocks) else matvec.MatvecPrinter
     printer = make(spec, blocks, interpreted)  # type: ignore[arg-type]
     extras, outputs = ([operand.dtype for operand in operands] for operands in (spec.extras, spec.outputs))
     biases = [product for product in spec.products if product.bias]
     products = [spec.dtype] * (1 + len(spec.products) + len(biases))
     rows = [spec.inner % 16 == 0] + [(spec.inner if p.unit else spec.columns) % 16 == 0 for p in spec.products]
     others = [spec.columns % 16 == 0] * (len(biases) + len(extras) + len(outputs))
-    return Program(
+    return GeneratedProgram(
         printer.source(),
         (2,) * (len(products) + len(extras) + len(outputs)),
         (*products, *extras, *outputs),

@@ -1,7 +1,7 @@
 """A `LinearSpec` of more than two rows as a ninetoothed program: the tensor cores multiply.
 
 A block computes a tile of the result, whose sums stay in registers until what follows the products is computed from
-them. Blocks that share a tile of the weight run one after the other, so that the weight is read from memory once.
+them. MatmulBlocks that share a tile of the weight run one after the other, so that the weight is read from memory once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MANY = 2112  # columns that give each multiprocessor of an H100 a block of 16
 
 
 @dataclass(frozen=True)
-class Blocks:
+class MatmulBlocks:
     """How a product is cut.
 
     Attributes:
@@ -35,11 +35,27 @@ class Blocks:
 
 
 TILES = (  # up to so many rows: what measured fastest at Llama-3-8B's shapes on an H100, the most promising first
-    (16, (Blocks(16, 16, 256, 2, 4), Blocks(16, 32, 256, 4, 3), Blocks(16, 64, 128, 4, 6), Blocks(16, 32, 512, 4, 3))),
-    (32, (Blocks(32, 32, 256, 4, 3), Blocks(32, 64, 128, 4, 3), Blocks(32, 32, 128, 4, 4), Blocks(32, 16, 256, 2, 3))),
-    (64, (Blocks(64, 64, 128, 4, 3), Blocks(64, 64, 64, 4, 5), Blocks(64, 32, 128, 4, 4))),
-    (128, (Blocks(128, 64, 64, 8, 4), Blocks(128, 64, 128, 8, 3), Blocks(64, 128, 64, 4, 4))),
-    (256, (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 128, 64, 4, 4))),
+    (
+        16,
+        (
+            MatmulBlocks(16, 16, 256, 2, 4),
+            MatmulBlocks(16, 32, 256, 4, 3),
+            MatmulBlocks(16, 64, 128, 4, 6),
+            MatmulBlocks(16, 32, 512, 4, 3),
+        ),
+    ),
+    (
+        32,
+        (
+            MatmulBlocks(32, 32, 256, 4, 3),
+            MatmulBlocks(32, 64, 128, 4, 3),
+            MatmulBlocks(32, 32, 128, 4, 4),
+            MatmulBlocks(32, 16, 256, 2, 3),
+        ),
+    ),
+    (64, (MatmulBlocks(64, 64, 128, 4, 3), MatmulBlocks(64, 64, 64, 4, 5), MatmulBlocks(64, 32, 128, 4, 4))),
+    (128, (MatmulBlocks(128, 64, 64, 8, 4), MatmulBlocks(128, 64, 128, 8, 3), MatmulBlocks(64, 128, 64, 4, 4))),
+    (256, (MatmulBlocks(128, 128, 64, 8, 3), MatmulBlocks(128, 128, 64, 8, 4), MatmulBlocks(64, 128, 64, 4, 4))),
 )
 
 
@@ -49,22 +65,22 @@ def fits(spec: LinearSpec) -> bool:
     return spec.dtype.itemsize == 2 and not few
 
 
-def choose_blocks(spec: LinearSpec, interpreted: bool, rows: int | None = None) -> list[Blocks]:
+def choose_blocks(spec: LinearSpec, interpreted: bool, rows: int | None = None) -> list[MatmulBlocks]:
     """At most four, the most promising first, for so many `rows` (default: the spec's); the interpreter wants few."""
     along_k, along_n = max(16, power_of_two(spec.inner)), max(16, power_of_two(spec.columns))
     if interpreted:
         inner = min(along_k, 4096)
-        return [Blocks(16 if spec.rows else 64, min(along_n, max(16, 65536 // inner)), inner, 4, 1)]
+        return [MatmulBlocks(16 if spec.rows else 64, min(along_n, max(16, 65536 // inner)), inner, 4, 1)]
     rows = rows or spec.rows or 128
     tiles = next((tiles for most, tiles in TILES if rows <= most), TILES[-1][1])
     fitting = [replace(b, columns=min(b.columns, along_n), inner=min(b.inner, along_k)) for b in tiles]
     return list(dict.fromkeys(fitting))
 
 
-class Printer(LinearPrinter):
+class MatmulPrinter(LinearPrinter):
     """Prints a spec, cut in these blocks."""
 
-    def __init__(self, spec: LinearSpec, blocks: Blocks, interpreted: bool) -> None:
+    def __init__(self, spec: LinearSpec, blocks: MatmulBlocks, interpreted: bool) -> None:
         super().__init__(spec, interpreted)
         self.blocks = blocks
 

@@ -18,7 +18,7 @@ WIDTH = 16  # bytes of a load
 
 
 @dataclass(frozen=True)
-class Blocks:
+class MatvecBlocks:
     """How a product is cut.
 
     Attributes:
@@ -35,15 +35,15 @@ class Blocks:
     stages: int = 1
 
 
-def choose_blocks(spec: LinearSpec, interpreted: bool) -> list[Blocks]:
+def choose_blocks(spec: LinearSpec, interpreted: bool) -> list[MatvecBlocks]:
     """What measured fastest at Llama-3-8B's shapes on an H100, the most promising first; the interpreter wants few."""
     width = WIDTH // spec.dtype.itemsize
     along_k, along_n = power_of_two(spec.inner), power_of_two(spec.columns)
     if interpreted:
         inner = max(16, min(along_k, 4096))
-        return [Blocks(max(16, min(along_n, 65536 // inner)), inner, width, 4)]
+        return [MatvecBlocks(max(16, min(along_n, 65536 // inner)), inner, width, 4)]
     if not all(product.unit for product in spec.products):
-        return [Blocks(min(along_n, 64), min(along_k, 32), width, 4)]
+        return [MatvecBlocks(min(along_n, 64), min(along_k, 32), width, 4)]
     warp = 32 * width  # elements of K
     if spec.few == 1:
         columns, steps, warps = 2, 8, [8]
@@ -52,7 +52,7 @@ def choose_blocks(spec: LinearSpec, interpreted: bool) -> list[Blocks]:
     else:
         columns, steps, warps = 2 if spec.few <= 4 else 4, 4, [4]
     inner = min(steps * warp, max(warp, along_k))
-    found = [Blocks(min(along_n, columns), inner, width, min(count, inner // warp)) for count in warps]
+    found = [MatvecBlocks(min(along_n, columns), inner, width, min(count, inner // warp)) for count in warps]
     return list(dict.fromkeys(found))
 
 
@@ -61,10 +61,10 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-class Printer(LinearPrinter):
+class MatvecPrinter(LinearPrinter):
     """Prints a spec, cut in these blocks."""
 
-    def __init__(self, spec: LinearSpec, blocks: Blocks, interpreted: bool) -> None:
+    def __init__(self, spec: LinearSpec, blocks: MatvecBlocks, interpreted: bool) -> None:
         super().__init__(spec, interpreted)
         self.blocks = blocks
 

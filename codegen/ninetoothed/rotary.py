@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graph_capture.codegen.ninetoothed.host import Program
+from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.spec.rotary import RotarySpec, Track
 
 
-def program(spec: RotarySpec, interpreted: bool) -> Program:
+def program(spec: RotarySpec, interpreted: bool) -> GeneratedProgram:
     """The program of a spec."""
     return _program(spec, *_cut(spec)[0])
 
 
-def candidates(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
+def candidates(spec: RotarySpec, tensors: Sequence[torch.Tensor]) -> list[GeneratedProgram]:
     """Programs for any tensors; the first one executes the fewest instructions."""
     return [_program(spec, groups, warps) for groups, warps in _cut(spec)]
 
@@ -43,11 +43,11 @@ def _swept(spec: RotarySpec) -> int:
     return 32 * max(1, 16 // widest)
 
 
-def _program(spec: RotarySpec, groups: int, warps: int) -> Program:
-    printer = _Printer(spec, groups)
+def _program(spec: RotarySpec, groups: int, warps: int) -> GeneratedProgram:
+    printer = _RotaryProgram(spec, groups)
     dtypes = {operand.name: operand.dtype for operand in (*spec.inputs, *spec.outputs)}
     operands = list(_operands(spec))
-    return Program(
+    return GeneratedProgram(
         printer.source(),
         (4,) * len(operands),
         tuple(_real(dtypes.get(operand.tensor, torch.complex64)) for operand in operands),
@@ -112,7 +112,7 @@ def _operands(spec: RotarySpec) -> Iterator[_Operand]:
         yield _Operand("counter", spec.count)
 
 
-class _Printer:
+class _RotaryProgram:
     def __init__(self, spec: RotarySpec, groups: int) -> None:
         self.spec = spec
         self.sizes = [spec.half, spec.half, spec.rest, spec.width]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graph_capture.codegen.ninetoothed.host import Program
+from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.spec.geometry import Geometry
 from graph_capture.codegen.spec.kernel import INDEX, REDUCTIONS, KernelSpec, Operand, Statement
 
@@ -27,7 +27,7 @@ IDENTITY = {"sum": 0.0, "mean": 0.0, "max": -math.inf, "min": math.inf}
 
 
 @dataclass(frozen=True)
-class Blocks:
+class RowBlocks:
     """How the iteration space is cut: rows x columns of a block, the warps that work on one, and whether it sweeps."""
 
     rows: int
@@ -35,12 +35,12 @@ class Blocks:
     warps: int
     sweeps: bool = False
 
-    def with_warps(self, least: int, enough: bool) -> Blocks:
+    def with_warps(self, least: int, enough: bool) -> RowBlocks:
         """No more warps than have 16 bytes a thread to move, unless there are `enough`."""
         return self if enough else replace(self, warps=max(1, min(self.warps, self.rows * self.columns // least)))
 
 
-def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = None) -> Blocks:
+def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = None) -> RowBlocks:
     """Sizes that keep 16-byte accesses and a few thousand elements a block; the interpreter wants few blocks.
 
     With few `elements` (None: many) blocks are smaller, so that there are some for every multiprocessor.
@@ -48,14 +48,16 @@ def choose_blocks(spec: KernelSpec, interpreted: bool, elements: int | None = No
     least = _least(spec)
     if spec.columns is None:
         most = 65536 if interpreted else 8 * least
-        return Blocks(1, most if interpreted else _enough(least, most, elements), 4).with_warps(least, interpreted)
+        return RowBlocks(1, most if interpreted else _enough(least, most, elements), 4).with_warps(least, interpreted)
     row = max(1, 1 << (spec.columns - 1).bit_length())
     if spec.reduces and row > MAX_BLOCK:
-        return Blocks(1, SWEEP, 8, sweeps=True)
+        return RowBlocks(1, SWEEP, 8, sweeps=True)
     most = 65536 if interpreted else _enough(least, 1024, elements)
     columns = row if spec.reduces or interpreted else min(row, most)
     rows = max(1, most // columns)
-    return Blocks(rows, columns, min(16, max(4, rows * columns // 512))).with_warps(least, interpreted or spec.reduces)
+    return RowBlocks(rows, columns, min(16, max(4, rows * columns // 512))).with_warps(
+        least, interpreted or spec.reduces
+    )
 
 
 def _least(spec: KernelSpec) -> int:
@@ -78,18 +80,18 @@ def _multiprocessors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 
 
-def program(spec: KernelSpec, interpreted: bool) -> Program:
+def program(spec: KernelSpec, interpreted: bool) -> GeneratedProgram:
     """The program of a spec."""
     return _program(spec, choose_blocks(spec, interpreted))
 
 
-def candidates(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> list[Program]:
+def candidates(spec: KernelSpec, tensors: Sequence[torch.Tensor]) -> list[GeneratedProgram]:
     """Programs for tensors (inputs, then outputs) of this size, at most four; first what `choose_blocks` takes."""
     blocks = choose_blocks(spec, False, spec.geometry(tensors).elements)
     return [_program(spec, each) for each in list(dict.fromkeys([blocks, *_variations(spec, blocks)]))[:4]]
 
 
-def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
+def _variations(spec: KernelSpec, blocks: RowBlocks) -> list[RowBlocks]:
     """Other sizes that are worth a measurement, the most promising first."""
     least = _least(spec)
     more, fewer = (replace(blocks, warps=warps) for warps in (min(32, blocks.warps * 2), max(1, blocks.warps // 2)))
@@ -98,7 +100,7 @@ def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
         if blocks.sweeps:
             return [more, replace(blocks, columns=blocks.columns // 2), replace(blocks, columns=blocks.columns * 2)]
         step = min(SWEEP, row // 2)
-        sweep = Blocks(1, step, min(16, max(4, step // least)), sweeps=True)
+        sweep = RowBlocks(1, step, min(16, max(4, step // least)), sweeps=True)
         return [more, fewer, *([sweep] if row > SWEEP else [])]
     if blocks.rows * blocks.columns <= least:  # little work: the less each thread has of it, the sooner it is done
         sizes = ((blocks.columns // 2, 1), (2 * blocks.columns, 4), (4 * blocks.columns, 4))
@@ -109,10 +111,10 @@ def _variations(spec: KernelSpec, blocks: Blocks) -> list[Blocks]:
     return [each.with_warps(least, False) for each in (smaller, more, larger)]
 
 
-def _program(spec: KernelSpec, blocks: Blocks) -> Program:
+def _program(spec: KernelSpec, blocks: RowBlocks) -> GeneratedProgram:
     rank = len(spec.operands[0].over)
     aligned = tuple(operand.over[-1] and (spec.columns or 16) % 16 == 0 for operand in spec.operands)
-    return Program(
+    return GeneratedProgram(
         print_source(spec, blocks),
         (rank,) * len(spec.operands),
         tuple(operand.dtype for operand in spec.operands),
@@ -159,11 +161,11 @@ def _near(geometry: Geometry) -> list[tuple[list[int], list[int]]]:
 # --- source
 
 
-def print_source(spec: KernelSpec, blocks: Blocks) -> str:
+def print_source(spec: KernelSpec, blocks: RowBlocks) -> str:
     """The module that ninetoothed compiles: an arrangement and an application."""
     names = operand_names(spec.inputs, spec.outputs)
     parameters = ", ".join(names.values())
-    printer = _Printer(spec, blocks, names)
+    printer = _ProgramPrinter(spec, blocks, names)
     lines = ["import ninetoothed.language as ntl", "", ""]
     lines += [f"def arrangement({parameters}):", *(f"    {line}" for line in printer.arrangement()), "", ""]
     body = printer.sweeping() if blocks.sweeps else printer.application()
@@ -186,8 +188,8 @@ def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict
     return names
 
 
-class _Printer:
-    def __init__(self, spec: KernelSpec, blocks: Blocks, names: Mapping[str, str]) -> None:
+class _ProgramPrinter:
+    def __init__(self, spec: KernelSpec, blocks: RowBlocks, names: Mapping[str, str]) -> None:
         self.spec, self.blocks, self.names = spec, blocks, names
         self.padded = spec.columns is not None and spec.columns % blocks.columns != 0
         self.values: dict[str, str] = {}  # variable -> what it is called

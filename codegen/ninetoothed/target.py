@@ -17,13 +17,13 @@ from graph_capture.codegen.ninetoothed import rotary as ninetoothed_rotary
 from graph_capture.codegen.ninetoothed import rows as ninetoothed_rows
 from graph_capture.codegen.ninetoothed.aot import Binary, capability_of, compile_ahead
 from graph_capture.codegen.spec.attention import AttentionSpec
-from graph_capture.codegen.spec.kernel import KernelSpec, Request, Spec
+from graph_capture.codegen.spec.kernel import BuildRequest, KernelSpec, Spec
 from graph_capture.codegen.spec.linear import LinearSpec
 from graph_capture.codegen.spec.rotary import RotarySpec
 from graph_capture.errors import FusionError
 
 
-class Printer(Protocol):
+class SpecPrinter(Protocol):
     """How specs of one kind become a program: a module with these functions.
 
     It may also have ``after(spec, tensors)``: a call that follows the launch, or None; ``candidates(spec, tensors)``:
@@ -31,7 +31,7 @@ class Printer(Protocol):
     ``programs(spec, interpreted)``: one for each launch.
     """
 
-    def program(self, spec: Any, interpreted: bool) -> host.Program:
+    def program(self, spec: Any, interpreted: bool) -> host.GeneratedProgram:
         """The program of a spec."""
         ...
 
@@ -75,7 +75,7 @@ def source(spec: Spec) -> str:
     return "\n\n".join(program.source for program in _programs(spec, False))
 
 
-def _programs(spec: Spec, interpreted: bool) -> Sequence[host.Program]:
+def _programs(spec: Spec, interpreted: bool) -> Sequence[host.GeneratedProgram]:
     printer = PRINTERS[type(spec)]
     return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
@@ -85,7 +85,7 @@ def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
     return len(_ways(spec, tensors))
 
 
-def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.Program]]:
+def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.GeneratedProgram]]:
     """The ways to cut the work, the expected fastest first: of each its programs, one for all launches or for each."""
     printer = PRINTERS[type(spec)]
     if interpreted() or not hasattr(printer, "candidates"):
@@ -94,8 +94,8 @@ def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.Pro
 
 
 def _named(
-    programs: Sequence[host.Program], kernel_name: str, capability: int | None = None
-) -> list[tuple[host.Program, str]]:
+    programs: Sequence[host.GeneratedProgram], kernel_name: str, capability: int | None = None
+) -> list[tuple[host.GeneratedProgram, str]]:
     """The programs of a kernel for a device (default: this machine's), and what they are called."""
     capability = host.capability() if capability is None else capability
     programs = [replace(program, overlapped=capability >= OVERLAPS) for program in programs]
@@ -104,7 +104,7 @@ def _named(
 
 def _launches(
     spec: Spec, kernel_name: str, tensors: Sequence[torch.Tensor], choice: int
-) -> Iterator[tuple[host.Program, str, Sequence[torch.Tensor]]]:
+) -> Iterator[tuple[host.GeneratedProgram, str, Sequence[torch.Tensor]]]:
     """The launches on these tensors: program, kernel's name, operands."""
     launches = PRINTERS[type(spec)].views(spec, tensors)
     ways = _ways(spec, tensors)
@@ -146,7 +146,7 @@ def build(
     return bind
 
 
-def prepare(requests: Sequence[Request], cache: DiskCache | None = None) -> None:
+def prepare(requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
     """Make and compile kernels side by side in other processes, as far as they are not in `cache`, for launches to
     find them there. What fails is left to the launch, which says why."""
     if interpreted() or cache is None:

@@ -76,7 +76,7 @@ class Spec(Protocol):
         ...
 
 
-class Request(NamedTuple):
+class BuildRequest(NamedTuple):
     """A kernel that is about to be asked for.
 
     Attributes:

@@ -15,11 +15,11 @@ import torch
 from graph_capture.calls.structure import ByIdentity, Spec, slots_of, state_of
 from graph_capture.ir.values import TensorMeta
 
-Matcher = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]], "Match | None"]
+Matcher = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]], "FastCall | None"]
 LIMIT = 20_000  # lines; a call that holds more is walked over
 
 
-class Match(NamedTuple):
+class FastCall(NamedTuple):
     """The distinct tensors and the mutable objects of a call that fits, numbered as in the recording."""
 
     tensors: list[torch.Tensor]
@@ -56,7 +56,7 @@ class _Matcher:
         self._contents, self._metas, self._closed = contents, metas, closed
         self._lines: list[str] = []
         self._globals: dict[str, Any] = {
-            "Match": Match,
+            "FastCall": FastCall,
             "state_of": state_of,
             "ByIdentity": ByIdentity,
             "plain": (torch.Tensor, torch.nn.Parameter),
@@ -82,7 +82,7 @@ class _Matcher:
     def compiled(self) -> Matcher:
         tensors = ", ".join(f"t{i}" for i in sorted(self._tensors))
         objects = ", ".join(f"o{i}" for i in sorted(self._objects))
-        lines = ["def match(args, kwargs, around):", *self._lines, f"    return Match([{tensors}], [{objects}])"]
+        lines = ["def match(args, kwargs, around):", *self._lines, f"    return FastCall([{tensors}], [{objects}])"]
         exec(compile("\n".join(lines), "<signature>", "exec"), self._globals)
         return self._globals.pop("match")
 

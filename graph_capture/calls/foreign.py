@@ -21,7 +21,7 @@ from graph_capture.errors import CaptureError
 
 if TYPE_CHECKING:
     from graph_capture.ir.graph import SubGraph
-    from graph_capture.record.builder import Writer
+    from graph_capture.record.builder import GraphBuilder
 
 LIBRARIES = {"infinicore": "graph_capture.frontends.infinicore.frontend"}  # a package -> what serves it
 
@@ -75,7 +75,7 @@ class Adapter(Protocol):
     def own(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copies in the library's memory; those that share a storage still do."""
 
-    def recording(self, current: Callable[[], Writer | None]) -> AbstractContextManager[None]:
+    def recording(self, current: Callable[[], GraphBuilder | None]) -> AbstractContextManager[None]:
         """While it is open, calls of the library are recorded by the caller's recording."""
 
     def subgraph(self, graph: Any) -> SubGraph | None:

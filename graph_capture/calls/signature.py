@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graph_capture.calls.fast_check import Match, Matcher, matcher
+from graph_capture.calls.fast_check import FastCall, Matcher, matcher
 from graph_capture.calls.structure import Path, Spec, Walk
 from graph_capture.errors import SignatureMismatchError
 from graph_capture.ir.values import TensorMeta
@@ -55,7 +55,7 @@ class Call:
         return self.walk.objects
 
 
-Bound = Call | Match  # a call that fits, with its tensors and objects
+Bound = Call | FastCall  # a call that fits, with its tensors and objects
 
 
 class Signature:
@@ -98,7 +98,7 @@ class Signature:
 
     def match(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], surroundings: Surroundings | None
-    ) -> Match | None:
+    ) -> FastCall | None:
         """The call's tensors and objects if it is seen at once to fit; None means that it may not."""
         return self._matcher(args, kwargs, surroundings() if surroundings else {}) if self._matcher else None
 

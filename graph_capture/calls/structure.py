@@ -218,7 +218,7 @@ def items_of(value: Any) -> tuple[Any, ...] | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class ResultTemplate:
     """How to make a value again from new tensors, and how to bring a call's own objects up to date.
 
     Attributes:
@@ -236,7 +236,7 @@ class Template:
     tensors: tuple[int, ...]
 
     @classmethod
-    def of(cls, value: Any, before: Walk, after: Walk) -> Template:
+    def of(cls, value: Any, before: Walk, after: Walk) -> ResultTemplate:
         """The template of `value` and of every change between `before` and `after` (made by ``before.again()``)."""
         root = after.spec(value)
         contents = {

@@ -36,7 +36,7 @@ NONE = "not measured"
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One way. Seconds, tokens a second, bytes; None where it was not measured.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """What was found.
 
     Attributes:
@@ -69,7 +69,7 @@ class Report:
 
     setting: Setting
     machine: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     bandwidth: float = 0.0
     step_bytes: int = 0
     agreement: str = ""
@@ -113,7 +113,9 @@ class Report:
     def _lines(self) -> list[tuple[str, ...]]:
         base = next((row.tokens_per_second for row in self.rows if row.way == EAGER), None)
 
-        def line(name: str, value: Callable[[Row], Any], form: Callable[[Any], str], last: str = "") -> tuple[str, ...]:
+        def line(
+            name: str, value: Callable[[BenchRow], Any], form: Callable[[Any], str], last: str = ""
+        ) -> tuple[str, ...]:
             return (name, *(_cell(value(row), form) for row in self.rows), last)
 
         lines = [
@@ -145,7 +147,9 @@ def _div(value: float | None, by: float | None) -> float | None:
 # --- measuring
 
 
-def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, progress: Progress = print) -> Report:
+def run(
+    setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, progress: Progress = print
+) -> BenchReport:
     """Measure `ways`, in turns within one process; starts in processes of their own.
 
     Raises:
@@ -156,7 +160,7 @@ def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, 
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and setting.capacity > longest:
         raise CaptureError(f"{setting.capacity} tokens are more than the {longest} that {setting.model} is made for")
-    report = Report(setting, machine(setting.device))
+    report = BenchReport(setting, machine(setting.device))
     report.bandwidth = bandwidth(setting.device)
     report.step_bytes = step_bytes(model, setting)
     ids = _prompt(model, setting)
@@ -173,7 +177,7 @@ def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, 
                     made[way].decode()
         except Exception as error:  # the others are worth measuring all the same
             made.pop(way, None)
-            report.rows.append(Row(way, note=f"{type(error).__name__}: {error}"))
+            report.rows.append(BenchRow(way, note=f"{type(error).__name__}: {error}"))
     first: dict[str, list[float]] = {way: [] for way in made}
     steps: dict[str, list[float]] = {way: [] for way in made}
     for number in range(setting.rounds):
@@ -200,11 +204,11 @@ def run(setting: Setting, ways: tuple[str, ...] = WAYS, *, starts: bool = True, 
     return report
 
 
-def _row(way: str, first: list[float], steps: list[float], batch: int) -> Row:
+def _row(way: str, first: list[float], steps: list[float], batch: int) -> BenchRow:
     ordered = sorted(steps)
     p99 = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
     median = statistics.median(steps)
-    return Row(way, statistics.median(first), median, p99, batch / median)
+    return BenchRow(way, statistics.median(first), median, p99, batch / median)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -257,7 +261,7 @@ def machine(device: str) -> str:
     return f"{name}{threads}, torch {torch.__version__}, graph_capture {graph_capture.__version__}"
 
 
-def _starts(row: Row, setting: Setting) -> None:
+def _starts(row: BenchRow, setting: Setting) -> None:
     """Fill in cold and warm start and memory: two processes, one after the other, over one new folder of caches."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in CACHES}
@@ -292,7 +296,7 @@ def start(way: str, setting: Setting) -> dict[str, Any]:
     return {"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def plot(report: Report, file: str) -> None:
+def plot(report: BenchReport, file: str) -> None:
     """Tokens a second of each way, and the roofline, as a bar chart."""
     from matplotlib.figure import Figure
 

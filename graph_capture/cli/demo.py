@@ -43,7 +43,7 @@ class Shape:
 
 
 @dataclass
-class Report:
+class DemoReport:
     """What the demo found; `ok` is its verdict."""
 
     shape: Shape
@@ -89,7 +89,7 @@ def run(
     compare: bool = False,
     plot: str | None = None,
     talk: bool = True,
-) -> Report:
+) -> DemoReport:
     """Run the demo, printing to `console`.
 
     Args:
@@ -104,7 +104,7 @@ def run(
     """
     if plot:
         import matplotlib.pyplot  # noqa: F401
-    report = Report(shape)
+    report = DemoReport(shape)
     with _step(console, "building the model"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = build_model(shape).to(device)
@@ -181,7 +181,7 @@ def _seconds(model: Any, fused: FusedGraph, ids: torch.Tensor, compare: bool) ->
 
 
 def _check(
-    report: Report,
+    report: DemoReport,
     model: Any,
     typed: Any,
     dtype: torch.dtype,
@@ -265,7 +265,7 @@ def _show_kernel(console: Console, fused: FusedGraph, kind: str) -> None:
     console.print()
 
 
-def _show_checks(console: Console, report: Report) -> None:
+def _show_checks(console: Console, report: DemoReport) -> None:
     title = "relative error against float64, on a prompt that was not recorded"
     table = Table("dtype", "what", "error", "", title=title, title_justify="left")
     for check in report.checks:
@@ -276,7 +276,7 @@ def _show_checks(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def _show_times(console: Console, report: Report) -> None:
+def _show_times(console: Console, report: DemoReport) -> None:
     table = Table("dtype", "what", "time", "against eager", title="one forward pass", title_justify="left")
     for dtype, ways in report.seconds.items():
         for name, seconds in ways.items():
@@ -285,7 +285,7 @@ def _show_times(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def _plot(report: Report, file: str) -> None:
+def _plot(report: DemoReport, file: str) -> None:
     """The times of a forward pass as a bar chart."""
     from matplotlib.figure import Figure
 
@@ -304,7 +304,7 @@ def _plot(report: Report, file: str) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _show_verdict(console: Console, report: Report, fused: FusedGraph) -> None:
+def _show_verdict(console: Console, report: DemoReport, fused: FusedGraph) -> None:
     if not report.ok:
         console.print("\n[bold red]Something is off; see above.[/bold red]")
         return

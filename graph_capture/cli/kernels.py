@@ -28,7 +28,7 @@ from graph_capture.passes.regions import moved_bytes
 
 
 @dataclass
-class Row:
+class KernelRow:
     """One launch: a kernel, or one of the programs that it consists of.
 
     Attributes:
@@ -54,12 +54,12 @@ class Row:
 
 
 @dataclass
-class Report:
+class KernelReport:
     """What a model's kernels are like on one architecture; `refused` says of regions without a kernel why."""
 
     model: str
     target: str
-    rows: list[Row]
+    rows: list[KernelRow]
     refused: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _widths(accesses: dict[int, int]) -> str:
 
 def report(
     name: str, target: str, *, dtype: torch.dtype, prompt: int = 128, slots: int = 2048, layers: int | None = None
-) -> Report:
+) -> KernelReport:
     """Compile every kernel of a model's prefill and decode step for `target` (``sm_90``).
 
     Args:
@@ -103,7 +103,7 @@ def report(
         FusionError: the compiler fails.
     """
     compiler = KernelCompiler("ninetoothed")
-    rows: dict[str, Row] = {}
+    rows: dict[str, KernelRow] = {}
     kernels: dict[str, CompiledKernel] = {}
     refused: dict[str, str] = {}
     for step, graph in _steps(name, dtype, prompt, slots, layers):
@@ -116,7 +116,7 @@ def report(
             except FusionError as error:
                 refused[kind] = str(error)
                 continue
-            row = rows.setdefault(kernel.key, Row(kernel.name, source=len(kernel.source)))
+            row = rows.setdefault(kernel.key, KernelRow(kernel.name, source=len(kernel.source)))
             kernels[kernel.key] = kernel
             row.regions[kind] = row.regions.get(kind, 0) + 1
             row.steps = list(dict.fromkeys([*row.steps, step]))
@@ -130,7 +130,7 @@ def report(
         for number, binary in enumerate(binaries[1:], 1):
             filled.append(replace(row, kernel=f"{row.kernel}_{number}", source=0, moved=0, minimum=0))
             _measure(filled[-1], binary)
-    return Report(name, target, filled, refused)
+    return KernelReport(name, target, filled, refused)
 
 
 def kernel_for(graph: SubGraph, node: OpNode) -> tuple[SubGraph, tuple[TensorMeta, ...]]:
@@ -151,12 +151,12 @@ def _compiled(compiler: KernelCompiler, graph: SubGraph, node: OpNode) -> Compil
     return compiler.compile(body, dtypes, shapes, strides)
 
 
-def _measure(row: Row, binary: Binary) -> None:
+def _measure(row: KernelRow, binary: Binary) -> None:
     row.registers, row.spilled, row.shared = binary.registers, binary.stack, binary.shared
     row.instructions, row.loads, row.stores = binary.instructions, dict(binary.loads), dict(binary.stores)
 
 
-def _fill(row: Row, kernel: CompiledKernel, binary: Binary) -> None:
+def _fill(row: KernelRow, kernel: CompiledKernel, binary: Binary) -> None:
     _measure(row, binary)
     spec = kernel.spec
     row.moved = row.minimum

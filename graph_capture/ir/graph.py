@@ -29,8 +29,8 @@ class OpNode:
 
     `op_type` names a row of the op table (`graph_capture.ir.ops`). `inputs` are the tensor arguments in the order of
     the op's parameters; `attrs` holds every other argument that differs from its default as sorted pairs
-    ``(parameter, value)`` (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound, and an attribute
-    may refer to an input inside a list as ``Arg(i)``.
+    ``(parameter, value)`` (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound,
+    and an attribute may refer to an input inside a list as ``Arg(i)``.
 
     `source` and `origin` do not take part in equality. `origin` holds the nodes that this node replaced, which may have
     replaced others (empty for a recorded node): running `recorded` instead is always right, bit for bit.

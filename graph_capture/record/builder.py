@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graph_capture.calls.foreign import meets
 from graph_capture.calls.signature import Call, Signature, Surroundings
-from graph_capture.calls.structure import Template, Walk
+from graph_capture.calls.structure import ResultTemplate, Walk
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.ir.binding import flatten_outputs, pack
 from graph_capture.ir.effects import is_random, written_inputs
@@ -29,15 +29,15 @@ from graph_capture.ir.op_table import external
 from graph_capture.ir.ops import EXTERNAL, GUARD, Kind, Op, op
 from graph_capture.ir.printing import format_node
 from graph_capture.ir.values import TensorMeta
-from graph_capture.record.check import Witness, orphaned
-from graph_capture.record.guards import Ledger
+from graph_capture.record.check import RecordingCheck, orphaned
+from graph_capture.record.guards import Guards
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.source import ModulePaths, caller
 
 _STATELESS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.nn.Module)
 
 
-class Writer:
+class GraphBuilder:
     """One recording in progress.
 
     Attributes:
@@ -60,7 +60,7 @@ class Writer:
         self._surroundings = surroundings
         self._signature = Signature(self._arguments)
         self._guard = guard
-        self._witness = Witness() if verify else None
+        self._check = RecordingCheck() if verify else None
         self._constants: set[str] = set()
         self._lent: set[str] = set()  # captured tensors that stand for another library's
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}  # tensors that ops made, in order
@@ -117,9 +117,9 @@ class Writer:
             self._check_apart(tensor, name)
         storage = self._bind(tensor, name)
         self._dynamic.add(storage)
-        if self._witness is not None:
+        if self._check is not None:
             with self.suspend():
-                self._witness.sees(name, tensor, storage)
+                self._check.sees(name, tensor, storage)
 
     def _check_apart(self, tensor: torch.Tensor, name: str) -> None:
         """Refuse a tensor of torch's that lies in memory which stands for another library's by another storage."""
@@ -143,7 +143,7 @@ class Writer:
 
     def unwatched(self) -> None:
         """Give up the check at the end: what the code computes is not there yet when it ends."""
-        self._witness = None
+        self._check = None
 
     def live(self) -> Iterator[torch.Tensor]:
         """The tensors with a name that somebody holds."""
@@ -197,7 +197,7 @@ class Writer:
     def call(self, target: Op, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """Run one op and write it down."""
         inputs, attrs = pack(target, args, kwargs, self.name_of)
-        if self._witness is not None:
+        if self._check is not None:
             self._announce(target, inputs, attrs)
         result = shaped(target, args, kwargs, run) if self.metadata_only else run()
         outputs = flatten_outputs(result)
@@ -211,16 +211,16 @@ class Writer:
             self.call(op(EXTERNAL), (kernel, args, tuple(kwargs.items())), {}, lambda: external(kernel, args, kwargs))
 
     def _announce(self, target: Op, inputs: tuple[str, ...], attrs: Any) -> None:
-        """Tell the witness what this call is about to write and draw."""
-        assert self._witness is not None
+        """Tell the check what this call is about to write and draw."""
+        assert self._check is not None
         for name, value in attrs:
             if name == "generator":
-                self._witness.draws(value)
+                self._check.draws(value)
         if target.may_write:
             node = OpNode(target.name, inputs, (), attrs)
             with self.suspend():
                 for position in written_inputs(node):
-                    self._witness.before_write(self.values[inputs[position]].storage)
+                    self._check.before_write(self.values[inputs[position]].storage)
 
     def _append(self, op_type: str, inputs: tuple[str, ...], outputs: tuple[str, ...], attrs: Any = ()) -> OpNode:
         node = OpNode(op_type, inputs, outputs, attrs, source=self.modules.source())
@@ -322,7 +322,7 @@ class Writer:
         """
         before = self._arguments.walk
         after = before.again()
-        template = Template.of(output, before, after)
+        template = ResultTemplate.of(output, before, after)
         self._check_closed(before, after)
         outputs = [after.tensors[number] for number in template.tensors]
         names = tuple(map(self.name_of, outputs))
@@ -340,15 +340,15 @@ class Writer:
                 "call recording.output(y) inside the context"
             )
         verification = None
-        if self._witness is not None:
+        if self._check is not None:
             self._check_replaced()
-            verification = self._witness.check(subgraph, before.tensors, self.captured, outputs)
+            verification = self._check.check(subgraph, before.tensors, self.captured, outputs)
             if rollback:
-                self._witness.rollback(random=True)
-            self._witness = None  # it holds on to the memory of every weight
-        ledger = Ledger(self.modules, {k: v for k, v in self.captured.items() if k not in self._constants})
+                self._check.rollback(random=True)
+            self._check = None  # it holds on to the memory of every weight
+        guards = Guards(self.modules, {k: v for k, v in self.captured.items() if k not in self._constants})
         return RecordedGraph(
-            subgraph, self._signature, template, self.captured, ledger, verification, self._surroundings
+            subgraph, self._signature, template, self.captured, guards, verification, self._surroundings
         )
 
     def _check_closed(self, before: Walk, after: Walk) -> None:

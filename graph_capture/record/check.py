@@ -1,8 +1,8 @@
 """Checks a recording against what really happened: replays it once and compares.
 
-A `Witness` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured tensors.
-It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters, which
-are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares with
+A `RecordingCheck` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured
+tensors. It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters,
+which are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares with
 the state after, and leaves everything as the code left it.
 """
 
@@ -39,14 +39,14 @@ SAMPLE = 1024  # how many of a parameter's 8-byte words go into its checksum
 
 
 @dataclass(frozen=True)
-class Verification:
+class CheckCost:
     """What the check of a recording cost: seconds, and bytes of memory copied while it ran."""
 
     seconds: float
     bytes: int
 
 
-class Witness:
+class RecordingCheck:
     """Watches one recording; call the methods with recording suspended."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Witness:
         inputs: Sequence[torch.Tensor],
         captured: Mapping[str, torch.Tensor],
         outputs: Sequence[torch.Tensor],
-    ) -> Verification:
+    ) -> CheckCost:
         """Replay `graph` and compare with `outputs` and with what was written.
 
         Raises:
@@ -125,7 +125,7 @@ class Witness:
             for generator, state in generators.items():
                 generator.set_state(state)
         copied = sum(2 * copy.numel() for _, _, copy in self._copies.values())
-        return Verification(time.perf_counter() - start, copied)
+        return CheckCost(time.perf_counter() - start, copied)
 
     def _compare(
         self,

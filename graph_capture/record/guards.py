@@ -1,6 +1,6 @@
 """What a recording relies on outside its arguments: which weights, of which modules, in which mode.
 
-The captured tensors are read at each replay, so new *values* are honoured by themselves. What the ledger notices is a
+The captured tensors are read at each replay, so new *values* are honoured by themselves. What the guards notices is a
 *rebinding*: new memory behind a parameter, another parameter or submodule under the same name, a plain attribute or the
 training flag of a module that ran, what its lists, dicts and objects (a config) hold themselves, a hook.
 """
@@ -26,7 +26,7 @@ _moved: MutableMapping[torch.Tensor, set[int]] = WeakTensorKeyDictionary()  # wh
 _get = dict.get
 
 
-class Ledger:
+class Guards:
     """The captured tensors' names and addresses, and the guards on the modules that ran.
 
     Attributes:

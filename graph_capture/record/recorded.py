@@ -12,15 +12,15 @@ import torch
 
 from graph_capture.calls.foreign import Form, settle
 from graph_capture.calls.signature import Bound, Call, Signature, Surroundings
-from graph_capture.calls.structure import Template
+from graph_capture.calls.structure import ResultTemplate
 from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.ir.effects import written_inputs
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.interpreter import Executor
 from graph_capture.ir.memory import RandomState, storage_bytes
 from graph_capture.ir.ops import GUARD
-from graph_capture.record.check import Verification
-from graph_capture.record.guards import Ledger
+from graph_capture.record.check import CheckCost
+from graph_capture.record.guards import Guards
 
 if TYPE_CHECKING:
     import networkx
@@ -38,7 +38,7 @@ class RecordedGraph:
         template: how the result is made, and what a replay changes in the objects of a call.
         captured: the tensors that were used but not passed in, by value name: parameters and buffers under their
             module names, others as ``const``. They are read at each replay, so changes in place are honoured.
-        ledger: the addresses of the captured tensors, and the guards on the modules that ran.
+        guards: the addresses of the captured tensors, and the guards on the modules that ran.
         verification: what checking the recording cost; None where it was recorded with ``verify=False``.
     """
 
@@ -46,17 +46,17 @@ class RecordedGraph:
         self,
         subgraph: SubGraph,
         signature: Signature,
-        template: Template,
+        template: ResultTemplate,
         captured: Mapping[str, torch.Tensor],
-        ledger: Ledger,
-        verification: Verification | None = None,
+        guards: Guards,
+        verification: CheckCost | None = None,
         surroundings: Surroundings | None = None,
     ) -> None:
         self.subgraph = subgraph
         self.signature = signature
         self.template = template
         self.captured = MappingProxyType(dict(captured))
-        self.ledger = ledger
+        self.guards = guards
         self.verification = verification
         self.surroundings = surroundings
 
@@ -105,7 +105,7 @@ class RecordedGraph:
         if call is None:
             call = Call(args, self.signature.ordered(kwargs), self.surroundings)
             self.signature.check(call)
-        broken = self.ledger.broken()
+        broken = self.guards.broken()
         if broken is not None:
             raise SignatureMismatchError(f"{broken}; record again")
         return call

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph_capture.calls.signature import Surroundings
 from graph_capture.errors import CaptureError
 from graph_capture.ir.ops import op, op_of
-from graph_capture.record.builder import Writer
+from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.whole_calls import SEMANTIC
 
@@ -66,7 +66,7 @@ class Recording:
         self._output: Any = None
         self._has_output = False
         self._graph: RecordedGraph | None = None
-        self._writer: Writer | None = None
+        self._writer: GraphBuilder | None = None
         self._stack = contextlib.ExitStack()
 
     def output(self, value: Any) -> None:
@@ -99,7 +99,7 @@ class Recording:
             raise CaptureError("a recording can be entered once; call record() again")
         (args, kwargs), self._arguments = self._arguments, None
         guard = self._data_dependent == "guard"
-        writer = Writer(args, kwargs, self._surroundings, guard=guard, verify=self._verify or self._rollback)
+        writer = GraphBuilder(args, kwargs, self._surroundings, guard=guard, verify=self._verify or self._rollback)
         with contextlib.ExitStack() as stack:
             if not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.no_grad())
@@ -153,7 +153,7 @@ def is_recording() -> bool:
     return getattr(_active, "recording", None) is not None
 
 
-def current_writer() -> Writer | None:
+def current_writer() -> GraphBuilder | None:
     """What writes down this thread's calls, if any are to be."""
     recording = getattr(_active, "recording", None)
     writer = recording._writer if recording is not None else None
@@ -192,7 +192,7 @@ def stop_graph_recording() -> RecordedGraph:
 
 
 class _DispatchMode(TorchDispatchMode):
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: GraphBuilder) -> None:
         super().__init__()
         self.writer = writer
 
@@ -249,7 +249,7 @@ def _by_values(func: Any, args: Any) -> bool:
 
 
 class _FunctionMode(TorchFunctionMode):
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: GraphBuilder) -> None:
         super().__init__()
         self.writer = writer
 

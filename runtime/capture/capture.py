@@ -77,7 +77,7 @@ class Captured:
     def guards(self) -> str:
         """What must hold for each recording to be replayed: its signature, and the weights and modules it relies on."""
         return "\n".join(
-            "\n    ".join((str(fused.recorded.signature), *fused.recorded.ledger)) for fused in self._graphs.values()
+            "\n    ".join((str(fused.recorded.signature), *fused.recorded.guards)) for fused in self._graphs.values()
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,14 +117,14 @@ class Captured:
         with self._lock:
             fused = next(reversed(self._graphs.values()), None)  # mostly the one
             call: Bound | None = None
-            if fused is not None and fused.recorded.ledger.broken() is None:
+            if fused is not None and fused.recorded.guards.broken() is None:
                 call = fused.recorded.signature.match(args, kwargs, self._surroundings)
             if call is None:
                 call = Call(args, kwargs, self._surroundings)
                 fused = self._graphs.get(call.key)
                 if fused is None:
                     return self._record(call, args, kwargs, self._why(call))
-                broken = fused.recorded.ledger.broken()
+                broken = fused.recorded.guards.broken()
                 if broken is not None:
                     return self._record(call, args, kwargs, broken)
                 self._graphs.move_to_end(call.key)
@@ -171,7 +171,7 @@ class Captured:
         Raises:
             CaptureError: it records other ops, so that no recording could ever be replayed.
         """
-        changed = previous.ledger.rebound & graph.ledger.rebound
+        changed = previous.guards.rebound & graph.guards.rebound
         if not changed:
             return
         found = differences(previous, graph)
@@ -180,7 +180,7 @@ class Captured:
                 f"the code changes {', '.join(sorted(changed))} at each call and computes with it ({found[0]}). Keep "
                 "it in a tensor that is written in place, or pass it in"
             )
-        graph.ledger.without(changed)
+        graph.guards.without(changed)
 
     def _record_twice(self, call: Call, graph: RecordedGraph) -> None:
         """Record `check` too and compare.
@@ -267,7 +267,7 @@ def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def surroundings(function: Any) -> dict[str, Any]:
-    """What `function` uses besides its arguments, by name. A module's are guarded by the ledger of each recording."""
+    """What `function` uses besides its arguments, by name. A module's are guarded by the guards of each recording."""
     if isinstance(function, torch.nn.Module) or is_module(function):
         return {}
     if isinstance(function, functools.partial):

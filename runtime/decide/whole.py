@@ -11,7 +11,7 @@ import torch
 
 from graph_capture.cache import DiskCache
 from graph_capture.calls.signature import Call
-from graph_capture.calls.structure import Template
+from graph_capture.calls.structure import ResultTemplate
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.memory import RandomState
@@ -83,7 +83,7 @@ def made_up_call(recorded: RecordedGraph) -> Call:
     arguments, contents, *_ = signature.key
     tensors = example_inputs(signature.names, dict(zip(signature.names, signature.metas, strict=True)))
     root = ("node", tuple, None, tuple(spec for _, spec in arguments))
-    made = Template(root, dict(enumerate(contents)), 0, signature.closed, tuple(range(len(tensors))))
+    made = ResultTemplate(root, dict(enumerate(contents)), 0, signature.closed, tuple(range(len(tensors))))
     return Call(made.build(tensors, ()), {})
 
 

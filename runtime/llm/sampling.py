@@ -40,14 +40,16 @@ class Sampling:
                 raise CaptureError(f"{name} must be {what}, got {getattr(self, name)}")
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> SamplingKind:
         """What a recorded step depends on; everything else it reads from memory."""
         greedy = self.temperature == 0
-        return Kind(greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, self.repetition_penalty != 1)
+        return SamplingKind(
+            greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, self.repetition_penalty != 1
+        )
 
 
 @dataclass(frozen=True)
-class Kind:
+class SamplingKind:
     """The ops of a `Sampling`."""
 
     greedy: bool
@@ -92,7 +94,7 @@ class Sampler:
             self._penalty.fill_(sampling.repetition_penalty)
             self._seen.zero_().scatter_(1, tokens.to(self._seen.device), True)
 
-    def choose(self, kind: Kind, logits: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def choose(self, kind: SamplingKind, logits: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The next tokens, [B] int64.
 
         Args:
@@ -108,7 +110,7 @@ class Sampler:
             self._seen.scatter_(1, chosen[:, None], True)
         return chosen
 
-    def _draw(self, kind: Kind, logits: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def _draw(self, kind: SamplingKind, logits: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """By inverting the distribution function."""
         logits = logits / self._temperature
         index = None

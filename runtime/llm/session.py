@@ -13,7 +13,7 @@ from graph_capture.log import log
 from graph_capture.record.recorder import record
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.fused import FusedGraph
-from graph_capture.runtime.llm.sampling import Kind, Sampler
+from graph_capture.runtime.llm.sampling import Sampler, SamplingKind
 
 Progress = Callable[[str], None]
 SHORTEST = 16  # tokens of the smallest bucket
@@ -110,7 +110,7 @@ class Session:
                 f"{capacity} slots for {batch} sequences do not fit into memory: take a smaller max_length"
             ) from error
 
-    def prefill(self, rows: Sequence[Sequence[int]], kind: Kind | None) -> torch.Tensor:
+    def prefill(self, rows: Sequence[Sequence[int]], kind: SamplingKind | None) -> torch.Tensor:
         """Start with these prompts; what was there is forgotten, but for a beginning that one sequence shares.
 
         Returns:
@@ -156,7 +156,7 @@ class Session:
         with torch.no_grad():  # apart, so that one recording serves every kind of sampling
             return self._choose(logits, kind)
 
-    def decode(self, kind: Kind | None) -> torch.Tensor:
+    def decode(self, kind: SamplingKind | None) -> torch.Tensor:
         """One step with `tokens`; returns as `prefill` does.
 
         Raises:
@@ -185,7 +185,7 @@ class Session:
         self.slots.position.copy_(self.slots.position + last[0] + 1)
         return logits
 
-    def _next(self, *, kind: Kind | None) -> torch.Tensor:
+    def _next(self, *, kind: SamplingKind | None) -> torch.Tensor:
         logits = self._forward(self.tokens, False, 1)
         self.slots.position.copy_(self.slots.position + 1)
         return self._choose(logits, kind)
@@ -202,7 +202,7 @@ class Session:
         result = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **more)
         return result.logits[:, -1]
 
-    def _choose(self, logits: torch.Tensor, kind: Kind | None) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, kind: SamplingKind | None) -> torch.Tensor:
         if kind is None:
             return logits
         chosen = self.sampler.choose(kind, logits, self.slots.position)

@@ -1,6 +1,6 @@
 """Replays as CUDA graphs: the steps in as few graphs as possible, split around those that cannot be captured.
 
-Small arguments are copied to fixed addresses. Large ones, and those that the steps write (caches), are used where they
+Small arguments are copied to static addresses. Large ones, and those that the steps write (caches), are used where they
 are: graphs serve calls that bring the same addresses again, other calls replay by the plan.
 """
 
@@ -22,7 +22,7 @@ from graph_capture.ir.layouts import copy_into, like
 from graph_capture.ir.memory import storage_bytes
 from graph_capture.ir.ops import EXTERNAL, GUARD, op
 from graph_capture.log import log
-from graph_capture.runtime.replay.first_run import Survey, Value
+from graph_capture.runtime.replay.first_run import FirstRun, SeenValue
 from graph_capture.runtime.replay.plan import Plan
 from graph_capture.runtime.replay.planner import lend
 from graph_capture.runtime.replay.replay import Memory, Replay
@@ -88,7 +88,7 @@ class Cuda:
 
 
 @dataclass
-class _Segment:
+class _GraphSegment:
     """Steps that are captured together, or one step that is not."""
 
     steps: list[Step]
@@ -105,29 +105,35 @@ class Graphs:
     """
 
     def __init__(
-        self, executor: Executor, survey: Survey, brought: Tensors, fixed: Tensors, backend: Backend, undone: Undone
+        self,
+        executor: Executor,
+        first_run: FirstRun,
+        dynamic: Tensors,
+        static: Tensors,
+        backend: Backend,
+        undone: Undone,
     ) -> None:
-        self._executor, self._survey, self._backend = executor, survey, backend
-        self._segments = _split(executor, survey, backend.device_type)
+        self._executor, self._first_run, self._backend = executor, first_run, backend
+        self._segments = _split(executor, first_run, backend.device_type)
         self.bytes_before = backend.allocated()
-        count = len(brought)
-        self._copied = {i: like(t) for i, t in enumerate(brought) if self._is_copied(executor.inputs[i], t)}
-        self._addresses = [(i, brought[i].data_ptr()) for i in range(count) if i not in self._copied]
+        count = len(dynamic)
+        self._copied = {i: like(t) for i, t in enumerate(dynamic) if self._is_copied(executor.inputs[i], t)}
+        self._addresses = [(i, dynamic[i].data_ptr()) for i in range(count) if i not in self._copied]
         self._same = {slot: slot for slot in executor.inputs}  # what is an input, as an object: which one
-        for step, form in zip(executor.steps, survey.forms, strict=True):
+        for step, form in zip(executor.steps, first_run.forms, strict=True):
             for slot, same in zip(step.fills, form.same, strict=True):
                 if same is not None and step.reads[same] in self._same:
                     self._same[slot] = self._same[step.reads[same]]
         self._values: list[torch.Tensor | None] = [None] * len(executor.names)
-        for given, bound in zip(executor.inputs, [*brought, *fixed], strict=True):
+        for given, bound in zip(executor.inputs, [*dynamic, *static], strict=True):
             self._values[given] = bound
         for index, buffer in self._copied.items():
             self._values[executor.inputs[index]] = buffer
-        with undone([*brought, *fixed]), backend.beside(), plain_mode():
+        with undone([*dynamic, *static]), backend.beside(), plain_mode():
             for index, buffer in self._copied.items():
-                copy_into(buffer, brought[index])
+                copy_into(buffer, dynamic[index])
             executor.run([tensor for slot in executor.inputs if (tensor := self._values[slot]) is not None])
-        with undone([*brought, *fixed]), plain_mode():  # segments run as they are captured: others read their results
+        with undone([*dynamic, *static]), plain_mode():  # segments run as they are captured: others read their results
             for number, segment in enumerate(self._segments):
                 self._capture(number, segment)
         for index in range(count):
@@ -142,17 +148,17 @@ class Graphs:
         captured = sum(segment.captured for segment in self._segments)
         return captured, len(self._segments) - captured
 
-    def fit(self, brought: Tensors) -> bool:
+    def fit(self, dynamic: Tensors) -> bool:
         """Whether the arguments are where they were."""
-        return all(brought[index].data_ptr() == address for index, address in self._addresses)
+        return all(dynamic[index].data_ptr() == address for index, address in self._addresses)
 
-    def run(self, brought: Tensors, keep_outputs: bool) -> list[torch.Tensor]:
+    def run(self, dynamic: Tensors, keep_outputs: bool) -> list[torch.Tensor]:
         """One tensor for each output; where `keep_outputs` is False, in memory that the next run overwrites."""
         for index, buffer in self._copied.items():
-            copy_into(buffer, brought[index])
+            copy_into(buffer, dynamic[index])
         values = list(self._values)
         for index, _ in self._addresses:
-            values[self._executor.inputs[index]] = brought[index]
+            values[self._executor.inputs[index]] = dynamic[index]
         with plain_mode():
             for segment in self._segments:
                 if segment.replay is not None:
@@ -160,18 +166,18 @@ class Graphs:
                 else:
                     self._between(segment, values)
         copies: dict[int, torch.Tensor] = {}
-        return [self._output(slot, brought, values, copies, keep_outputs) for slot in self._executor.outputs]
+        return [self._output(slot, dynamic, values, copies, keep_outputs) for slot in self._executor.outputs]
 
     def _is_copied(self, slot: int, tensor: torch.Tensor) -> bool:
         value = self._value(slot)
-        group = self._survey.groups[value.group]
+        group = self._first_run.groups[value.group]
         shared = len({s for s in self._executor.inputs if self._value(s).group == value.group}) > 1
         lent = slot in self._executor.outputs or any(
             self._value(s).group == value.group for s in self._executor.outputs
         )
         return not (group.written or shared or lent) and tensor.is_contiguous() and tensor.nbytes <= COPIED
 
-    def _capture(self, number: int, segment: _Segment) -> None:
+    def _capture(self, number: int, segment: _GraphSegment) -> None:
         later = {slot for other in self._segments[number + 1 :] for step in other.steps for slot in step.reads}
         made = [slot for step in segment.steps for slot in step.fills]
         needed = [slot for slot in made if slot in later or slot in self._executor.outputs]
@@ -196,7 +202,7 @@ class Graphs:
             self._values[slot] = tensor
         segment.replay()
 
-    def _between(self, segment: _Segment, values: list[torch.Tensor | None]) -> None:
+    def _between(self, segment: _GraphSegment, values: list[torch.Tensor | None]) -> None:
         _apply(segment.steps, values)
         for slot, buffer in segment.kept.items():
             found = values[slot]
@@ -206,17 +212,17 @@ class Graphs:
     def _output(
         self,
         slot: int,
-        brought: Tensors,
+        dynamic: Tensors,
         values: Sequence[torch.Tensor | None],
         copies: dict[int, torch.Tensor],
         keep_outputs: bool,
     ) -> torch.Tensor:
         value = self._value(slot)
-        group = self._survey.groups[value.group]
+        group = self._first_run.groups[value.group]
         if group.maker < 0:  # an argument or a weight, or a view of one
             root = self._same.get(slot, group.root)
             owner = self._executor.inputs.index(root)
-            base = brought[owner] if owner < len(brought) else self._tensor(root)
+            base = dynamic[owner] if owner < len(dynamic) else self._tensor(root)
             if slot in self._same:
                 return base
             start = int(base.storage_offset()) + value.offset - self._value(group.root).offset
@@ -231,8 +237,8 @@ class Graphs:
         memory = copies[value.group].untyped_storage()
         return empty.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def _value(self, slot: int) -> Value:
-        value = self._survey.values[slot]
+    def _value(self, slot: int) -> SeenValue:
+        value = self._first_run.values[slot]
         assert value is not None
         return value
 
@@ -254,16 +260,16 @@ class GraphReplay(Replay):
         self,
         undone: Undone,
         executor: Executor,
-        brought: int,
+        dynamic: int,
         memory: Memory | None = None,
         *,
         backend: Callable[[], Backend] = Cuda,
         keep_outputs: bool = True,
         enabled: bool = True,
     ) -> None:
-        super().__init__(executor, brought, memory, keep_outputs=keep_outputs, enabled=enabled)
+        super().__init__(executor, dynamic, memory, keep_outputs=keep_outputs, enabled=enabled)
         self._undone, self._make_backend = undone, backend
-        self._seen: tuple[Survey, Tensors] | None = None
+        self._seen: tuple[FirstRun, Tensors] | None = None
         self._followed: list[int] = []
         self._left = CAPTURES
         self.graphs: Graphs | None = None
@@ -273,30 +279,30 @@ class GraphReplay(Replay):
         self.graphs = self._seen = None
 
     def _make(self) -> None:
-        if self._survey is not None and self._survey.failure is None:
-            self._seen = (self._survey, self._fixed)
+        if self._first_run is not None and self._first_run.failure is None:
+            self._seen = (self._first_run, self._static)
         super()._make()
 
-    def _run(self, plan: Plan, brought: Tensors) -> list[torch.Tensor]:
+    def _run(self, plan: Plan, dynamic: Tensors) -> list[torch.Tensor]:
         if torch.autograd._profiler_enabled():  # a graph hides its regions
-            return super()._run(plan, brought)
-        if self.graphs is None or not self.graphs.fit(brought):
-            addresses = [tensor.data_ptr() for tensor in brought if tensor.nbytes > COPIED]
+            return super()._run(plan, dynamic)
+        if self.graphs is None or not self.graphs.fit(dynamic):
+            addresses = [tensor.data_ptr() for tensor in dynamic if tensor.nbytes > COPIED]
             again, self._followed = addresses == self._followed, addresses
             self.graphs = None
             if not self._left or self._seen is None or not again:
-                return super()._run(plan, brought)
+                return super()._run(plan, dynamic)
             self._left -= 1
-            self._capture(*self._seen, brought)
+            self._capture(*self._seen, dynamic)
             if self.graphs is None:
-                return super()._run(plan, brought)
-        return self.graphs.run(brought, self._keep_outputs)
+                return super()._run(plan, dynamic)
+        return self.graphs.run(dynamic, self._keep_outputs)
 
-    def _capture(self, survey: Survey, fixed: Tensors, brought: Tensors) -> None:
+    def _capture(self, first_run: FirstRun, static: Tensors, dynamic: Tensors) -> None:
         try:
             if self._memory.captures is None:
                 self._memory.captures = self._make_backend()
-            self.graphs = Graphs(self.executor, survey, brought, fixed, self._memory.captures, self._undone)
+            self.graphs = Graphs(self.executor, first_run, dynamic, static, self._memory.captures, self._undone)
             log.info(
                 "captured as %d graphs with %d pieces between them, %d bytes",
                 *self.graphs.segments,
@@ -323,23 +329,23 @@ def _uncollected() -> Iterator[None]:
                 gc.enable()
 
 
-def _split(executor: Executor, survey: Survey, device_type: str) -> list[_Segment]:
-    segments: list[_Segment] = []
+def _split(executor: Executor, first_run: FirstRun, device_type: str) -> list[_GraphSegment]:
+    segments: list[_GraphSegment] = []
     for step in executor.steps:
-        captured = _capturable(step, survey, device_type)
+        captured = _capturable(step, first_run, device_type)
         if segments and segments[-1].captured == captured:
             segments[-1].steps.append(step)
         else:
-            segments.append(_Segment([step], captured))
+            segments.append(_GraphSegment([step], captured))
     return segments
 
 
-def _capturable(step: Step, survey: Survey, device_type: str) -> bool:
+def _capturable(step: Step, first_run: FirstRun, device_type: str) -> bool:
     """Whether the step only launches kernels on the device, the same ones each time."""
     name = step.node.op_type
     if name == EXTERNAL or name.startswith(GUARD) or step.node.attr("generator") is not None:
         return False
-    values = [survey.values[slot] for slot in (*step.reads, *step.fills)]
+    values = [first_run.values[slot] for slot in (*step.reads, *step.fills)]
     if not values or any(value is None or value.device.type != device_type for value in values):
         return False
     overload = None if step.own else op(name).overload

@@ -21,7 +21,7 @@ from graph_capture.runtime.replay.forms import Writer, direct, writer
 
 
 @dataclass(frozen=True)
-class Value:
+class SeenValue:
     """A value as it was: the memory that it lies in, and its layout there (in elements)."""
 
     group: int
@@ -63,7 +63,7 @@ class Group:
 
 
 @dataclass
-class Form:
+class CallForm:
     """How a step was seen to behave.
 
     Attributes:
@@ -86,7 +86,7 @@ class Form:
 Forms = dict[Any, tuple[Callable[..., Any] | None, Writer | None]]
 
 
-class Survey:
+class FirstRun:
     """Watches one run of an executor.
 
     Args:
@@ -102,9 +102,9 @@ class Survey:
 
     def __init__(self, executor: Executor, forms: Forms | None = None) -> None:
         self._steps, self._inputs = executor.steps, executor.inputs
-        self.values: list[Value | None] = [None] * len(executor.names)
+        self.values: list[SeenValue | None] = [None] * len(executor.names)
         self.groups: list[Group] = []
-        self.forms: list[Form] = []
+        self.forms: list[CallForm] = []
         self.failure: Exception | None = None
         self._living: dict[int, int] = {}  # address of a storage's implementation -> group
         self._addresses: list[int] = []  # of each group
@@ -132,7 +132,7 @@ class Survey:
         step = self._steps[number]
         results = flatten_outputs(result)
         fresh = [self._enters(slot, tensor, number) for slot, tensor in zip(step.fills, results, strict=True)]
-        form = Form(
+        form = CallForm(
             same=tuple(next((i for i, t in enumerate(given) if t is tensor), None) for tensor in results),
             result=_kind(result, len(results)),
         )
@@ -148,7 +148,7 @@ class Survey:
             self._leaves(slot)
 
     def _learn(
-        self, step: Step, form: Form, given: list[torch.Tensor], results: list[torch.Tensor], fresh: list[bool]
+        self, step: Step, form: CallForm, given: list[torch.Tensor], results: list[torch.Tensor], fresh: list[bool]
     ) -> None:
         node = step.node
         pure = _is_pure(node)
@@ -184,7 +184,7 @@ class Survey:
         self.groups[group].members.append(slot)
         self.groups[group].plain &= plain
         stride, offset = (tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ((), 0)
-        self.values[slot] = Value(group, tuple(tensor.shape), stride, int(offset), tensor.dtype, tensor.device)
+        self.values[slot] = SeenValue(group, tuple(tensor.shape), stride, int(offset), tensor.dtype, tensor.device)
         return new
 
     def _leaves(self, slot: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from graph_capture.ir.interpreter import Executor
-from graph_capture.runtime.replay.first_run import Survey
+from graph_capture.runtime.replay.first_run import FirstRun
 from graph_capture.runtime.replay.planner import Builder, Take
 
 
@@ -21,8 +21,8 @@ class Plan:
 
     Args:
         executor: what to replay.
-        survey: what a run of it has shown.
-        fixed: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
+        first_run: what a run of it has shown.
+        static: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
         take: gives an arena of a size in bytes.
         keep_outputs: results get memory of their own; otherwise they lie in buffers of the plan, until the next replay.
 
@@ -38,14 +38,21 @@ class Plan:
     """
 
     def __init__(
-        self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], take: Take, keep_outputs: bool
+        self,
+        executor: Executor,
+        first_run: FirstRun,
+        static: Mapping[int, torch.Tensor],
+        take: Take,
+        keep_outputs: bool,
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._builder = Builder(executor, survey, fixed, take, keep_outputs)
+            self._builder = Builder(executor, first_run, static, take, keep_outputs)
         self.counts, self.lent = self._builder.counts, self._builder.lent
-        self.cuda = sorted({v.device for v in survey.values if v is not None and v.device.type == "cuda"}, key=str)
-        brought = [survey.values[slot] for slot in executor.inputs if slot not in fixed]
-        self.written = frozenset(i for i, v in enumerate(brought) if v is not None and survey.groups[v.group].written)
+        self.cuda = sorted({v.device for v in first_run.values if v is not None and v.device.type == "cuda"}, key=str)
+        dynamic = [first_run.values[slot] for slot in executor.inputs if slot not in static]
+        self.written = frozenset(
+            i for i, v in enumerate(dynamic) if v is not None and first_run.groups[v.group].written
+        )
         self.peak_bytes, self.eager_bytes = self._builder.peak_bytes, self._builder.eager_bytes
         self.source = self._builder.text(traced=False)
         self._doing = self._builder.places

@@ -15,7 +15,7 @@ from graph_capture.ir.interpreter import Executor, Step
 from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Lifetime, live_peak, place
-from graph_capture.runtime.replay.first_run import Form, Survey, Value
+from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
 from graph_capture.runtime.replay.script import Ref, Script
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
@@ -29,21 +29,26 @@ class Builder(Script):
     """Writes a plan line by line; what exists beforehand are the globals of its function."""
 
     def __init__(
-        self, executor: Executor, survey: Survey, fixed: Mapping[int, torch.Tensor], take: Take, keep_outputs: bool
+        self,
+        executor: Executor,
+        first_run: FirstRun,
+        static: Mapping[int, torch.Tensor],
+        take: Take,
+        keep_outputs: bool,
     ) -> None:
         super().__init__()
-        self._executor, self._survey, self._take = executor, survey, take
+        self._executor, self._first_run, self._take = executor, first_run, take
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
         self.lent: set[int] = set()
         self._refs = {slot: self.name(executor.names[slot]) for slot in executor.inputs}
-        self.arguments = [self._refs[slot] for slot in executor.inputs if slot not in fixed]
-        self.namespace |= {self._refs[slot]: tensor for slot, tensor in fixed.items()}
+        self.arguments = [self._refs[slot] for slot in executor.inputs if slot not in static]
+        self.namespace |= {self._refs[slot]: tensor for slot, tensor in static.items()}
         self._views: list[Ref] = []  # that the current step alone reads
         self._holders: dict[str, int] = {}  # local variable -> how many living slots are in it
         returned = {self._value(slot).group for slot in executor.outputs}
         self._returned = returned
-        self._escaping = returned if keep_outputs else {g for g in returned if survey.groups[g].maker < 0}
+        self._escaping = returned if keep_outputs else {g for g in returned if first_run.groups[g].maker < 0}
         self._last = {
             self._value(slot).group: index
             for index, step in enumerate(executor.steps)
@@ -51,8 +56,8 @@ class Builder(Script):
         } | dict.fromkeys(returned, len(executor.steps))
         self.peak_bytes: dict[torch.device, int] = {}
         self.eager_bytes: dict[torch.device, int] = {}
-        self._saved: Counter[int] = Counter()  # group -> what a fixed address saves at each replay, in views
-        for step, form in zip(executor.steps, survey.forms, strict=True):
+        self._saved: Counter[int] = Counter()  # group -> what a static address saves at each replay, in views
+        for step, form in zip(executor.steps, first_run.forms, strict=True):
             if form.is_view:
                 self._saved[self._value(step.fills[0]).group] += 1
             elif step.own and isinstance(step.call, Prepares):
@@ -61,7 +66,7 @@ class Builder(Script):
         self._once = self._constant_steps()
         self._buffers = self._place()
         self._copy_arguments()
-        for index, (step, form) in enumerate(zip(executor.steps, survey.forms, strict=True)):
+        for index, (step, form) in enumerate(zip(executor.steps, first_run.forms, strict=True)):
             self.label, self.doing = step.label, _described(step)
             self._step(index, step, form)
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
@@ -76,13 +81,13 @@ class Builder(Script):
         buffers: dict[int, torch.Tensor] = {}
         devices: dict[torch.device, list[int]] = {}
         returned = self._returned - self._escaping
-        for number, group in enumerate(self._survey.groups):
+        for number, group in enumerate(self._first_run.groups):
             root = self._value(group.root)
             whole = root.offset == 0 and root.nbytes == group.nbytes
             outside = group.maker < 0 or group.maker in self._once or number in self._escaping
             if outside or not group.plain or not whole:
                 continue
-            step, form = self._executor.steps[group.maker], self._survey.forms[group.maker]
+            step, form = self._executor.steps[group.maker], self._first_run.forms[group.maker]
             if root.device.type not in ALIGNMENT:
                 continue
             if form.writer is None and not self._writes_itself(step, form):
@@ -95,7 +100,7 @@ class Builder(Script):
             else:
                 devices.setdefault(root.device, []).append(number)
         for device, numbers in devices.items():
-            groups = [self._survey.groups[number] for number in numbers]
+            groups = [self._first_run.groups[number] for number in numbers]
             lives = [
                 Lifetime(group.nbytes, group.maker, self._last[number])
                 for number, group in zip(numbers, groups, strict=True)
@@ -107,18 +112,18 @@ class Builder(Script):
                 buffers[number] = strided(self._value(group.root), arena, offset)
         return buffers
 
-    def _worth_a_copy(self, number: int, form: Form) -> bool:
+    def _worth_a_copy(self, number: int, form: CallForm) -> bool:
         """Whether copying an op's result costs less than following it to where it comes to lie at each replay."""
         if not form.is_pure or form.result != "tensor":
             return False
-        return 0 < self._survey.groups[number].nbytes <= COPIED * self._saved[number]
+        return 0 < self._first_run.groups[number].nbytes <= COPIED * self._saved[number]
 
     def _copy_arguments(self) -> None:
-        """Give kernels a fixed address of the small arguments that they read."""
+        """Give kernels a static address of the small arguments that they read."""
         kernels = [step for step in self._executor.steps if step.own and isinstance(step.call, Prepares)]
         for slot in dict.fromkeys(slot for step in kernels for slot in step.reads):
             value, ref = self._value(slot), self._refs.get(slot)
-            group = self._survey.groups[value.group]
+            group = self._first_run.groups[value.group]
             if ref not in self.arguments or not group.plain or group.written or value.device.type not in ALIGNMENT:
                 continue
             if 0 < value.nbytes <= COPIED * self._saved[value.group]:
@@ -130,11 +135,11 @@ class Builder(Script):
         """The steps that depend on nothing which could change: they run once."""
         constant: set[int] = set()
         found: set[int] = set()
-        for index, (step, form) in enumerate(zip(self._executor.steps, self._survey.forms, strict=True)):
+        for index, (step, form) in enumerate(zip(self._executor.steps, self._first_run.forms, strict=True)):
             if step.own or not (form.is_view or form.is_pure) or not constant.issuperset(step.reads):
                 continue
             numbers = [self._value(slot).group for slot in step.fills]
-            groups = [self._survey.groups[number] for number in numbers]
+            groups = [self._first_run.groups[number] for number in numbers]
             if self._returned.isdisjoint(numbers) and all(
                 group.plain and not group.written and group.nbytes <= CONSTANT for group in groups
             ):
@@ -143,27 +148,27 @@ class Builder(Script):
                     found.add(index)
         return found
 
-    def _writes_itself(self, step: Step, form: Form) -> bool:
+    def _writes_itself(self, step: Step, form: CallForm) -> bool:
         """Whether a kernel can be told where to put all of its results."""
         if not step.own or not isinstance(step.call, Prepares):
             return False
         for slot, same in zip(step.fills, form.same, strict=True):
             value = self._value(slot)
-            group = self._survey.groups[value.group]
+            group = self._first_run.groups[value.group]
             if same is not None:
                 continue
             if group.root != slot or not group.plain or (value.group in self._escaping and not step.call.movable):
                 return False
         return True
 
-    def _value(self, slot: int) -> Value:
-        value = self._survey.values[slot]
+    def _value(self, slot: int) -> SeenValue:
+        value = self._first_run.values[slot]
         assert value is not None
         return value
 
     # --- steps
 
-    def _step(self, index: int, step: Step, form: Form) -> None:
+    def _step(self, index: int, step: Step, form: CallForm) -> None:
         given = [self._refs[slot] for slot in step.reads]
         planned = [self._buffers.get(self._value(slot).group) for slot in step.fills]
         if form.is_view and self._resolved(step, form, given):
@@ -196,12 +201,12 @@ class Builder(Script):
         self.drop([*self._views, *dead])
         self._views.clear()
 
-    def _resolved(self, step: Step, form: Form, given: Sequence[Ref]) -> bool:
+    def _resolved(self, step: Step, form: CallForm, given: Sequence[Ref]) -> bool:
         """Make a view of what exists beforehand, once and for all."""
         value = self._value(step.fills[0])
         if not self.exists(*given) or value.group in self._escaping:
             return False
-        if not self._survey.groups[value.group].plain:
+        if not self._first_run.groups[value.group].plain:
             return False
         found = flatten_outputs(step.call([self.namespace[name] for name in given]))
         for slot, tensor in zip(step.fills, found, strict=True):
@@ -214,7 +219,7 @@ class Builder(Script):
     def _at_fixed_addresses(self, step: Step) -> list[Ref]:
         return [self._copies.get(slot, self._refs[slot]) for slot in step.reads]
 
-    def _launched(self, step: Step, form: Form, given: Sequence[Ref]) -> bool:
+    def _launched(self, step: Step, form: CallForm, given: Sequence[Ref]) -> bool:
         """A kernel, bound to addresses; beforehand where they are known, by the addresses of each call elsewhere."""
         kernel = step.call
         assert isinstance(kernel, Prepares)
@@ -246,7 +251,7 @@ class Builder(Script):
         self.aside(f"{name} = {function}({layout}, device={self.constant(value.device)})")
         return name
 
-    def _called(self, step: Step, form: Form, given: Sequence[Ref]) -> None:
+    def _called(self, step: Step, form: CallForm, given: Sequence[Ref]) -> None:
         """A call that makes its own results, if any."""
         node = step.node
         if step.own or node.op_type == EXTERNAL:
@@ -300,7 +305,7 @@ def _described(step: Step) -> str:
     return node.op_type + where + (f", as a part of {step.label}" if step.label else "")
 
 
-def strided(value: Value, memory: torch.Tensor, offset: int) -> torch.Tensor:
+def strided(value: SeenValue, memory: torch.Tensor, offset: int) -> torch.Tensor:
     """A value's tensor, from byte `offset` of a memory on."""
     empty = torch.empty(0, dtype=value.dtype, device=value.device)
     return empty.set_(memory.untyped_storage(), offset // value.dtype.itemsize, value.shape, value.stride)

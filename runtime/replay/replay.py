@@ -15,7 +15,7 @@ from graph_capture.errors import SignatureMismatchError
 from graph_capture.ir.interpreter import Executor, plain_mode
 from graph_capture.ir.layouts import copy_into, like
 from graph_capture.log import log
-from graph_capture.runtime.replay.first_run import Forms, Survey
+from graph_capture.runtime.replay.first_run import FirstRun, Forms
 from graph_capture.runtime.replay.plan import Plan
 
 
@@ -91,7 +91,7 @@ class Replay:
 
     Args:
         executor: the steps.
-        brought: how many of the executor's inputs, the first ones, a call brings along. The others are the same tensors
+        dynamic: how many of the executor's inputs, the first ones, a call brings along. The others are the same tensors
             in every call, until `run` is told otherwise.
         memory: the arenas (default: its own).
         keep_outputs: see `Plan`.
@@ -101,7 +101,7 @@ class Replay:
     def __init__(
         self,
         executor: Executor,
-        brought: int,
+        dynamic: int,
         memory: Memory | None = None,
         *,
         keep_outputs: bool = True,
@@ -109,65 +109,65 @@ class Replay:
     ) -> None:
         self.executor = executor
         self._memory = memory or Memory()
-        self._brought, self._keep_outputs, self._enabled = brought, keep_outputs, enabled
-        self._survey: Survey | None = None
+        self._dynamic, self._keep_outputs, self._enabled = dynamic, keep_outputs, enabled
+        self._first_run: FirstRun | None = None
         self._plan: Plan | None = None
-        self._fixed: Tensors = ()
+        self._static: Tensors = ()
         self._stamp: Any = None
         self._latest: list[weakref.ref[torch.Tensor]] = []  # results that lie in the plan's buffers
 
-    def run(self, brought: Tensors, fixed: Tensors, stamp: Any = None) -> list[torch.Tensor]:
+    def run(self, dynamic: Tensors, static: Tensors, stamp: Any = None) -> list[torch.Tensor]:
         """One tensor for each output.
 
         Args:
-            brought: a tensor for each of the first inputs.
-            fixed: a tensor for each other input.
-            stamp: a value that changes whenever `fixed` are other tensors, or lie elsewhere.
+            dynamic: a tensor for each of the first inputs.
+            static: a tensor for each other input.
+            stamp: a value that changes whenever `static` are other tensors, or lie elsewhere.
 
         Raises:
             SignatureMismatchError: an input is a result of an earlier replay that a later one has overwritten.
         """
         plan = self._plan
         if plan is None or stamp != self._stamp or torch._C._len_torch_dispatch_stack():
-            return self._without_plan(brought, fixed, stamp)
+            return self._without_plan(dynamic, static, stamp)
         if plan.lent:
-            brought = self._not_lent(plan, brought)
+            dynamic = self._not_lent(plan, dynamic)
         memory = self._memory
         if not memory.enter():
-            return self.executor.run([*brought, *fixed])
+            return self.executor.run([*dynamic, *static])
         try:
             if plan.cuda and not memory.on_this_stream(plan.cuda):
-                return self.executor.run([*brought, *fixed])
-            results = self._run(plan, brought)
+                return self.executor.run([*dynamic, *static])
+            results = self._run(plan, dynamic)
         finally:
             memory.leave()
         if plan.lent:
             self._latest = [weakref.ref(tensor) for tensor in results]
         return results
 
-    def _run(self, plan: Plan, brought: Tensors) -> list[torch.Tensor]:
+    def _run(self, plan: Plan, dynamic: Tensors) -> list[torch.Tensor]:
         function = plan.traced if torch.autograd._profiler_enabled() else plan.function
         try:
-            return self._call(function, brought)
+            return self._call(function, dynamic)
         except Exception as error:
             plan.blame(error)
             raise
 
-    def _call(self, function: Callable[..., list[torch.Tensor]], brought: Tensors) -> list[torch.Tensor]:
+    def _call(self, function: Callable[..., list[torch.Tensor]], dynamic: Tensors) -> list[torch.Tensor]:
         if torch._C._is_any_autocast_enabled():
             with plain_mode():
-                return function(*brought)
+                return function(*dynamic)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            return function(*brought)
+            return function(*dynamic)
         finally:
             torch._C._set_grad_enabled(grad)
 
-    def _not_lent(self, plan: Plan, brought: Tensors) -> Tensors:
+    def _not_lent(self, plan: Plan, dynamic: Tensors) -> Tensors:
         """The inputs, with copies of those that are results of the latest replay: this one will overwrite them."""
-        found = list(brought)
-        for index, tensor in enumerate(brought):
+        found = list(dynamic)
+        for index, tensor in enumerate(dynamic):
             if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in plan.lent:
                 continue
             owner = tensor if tensor._base is None else tensor._base
@@ -183,16 +183,16 @@ class Replay:
     @property
     def plan(self) -> Plan | None:
         """The plan; None before the first replay, or where there cannot be one."""
-        if self._plan is None and self._survey is not None:
+        if self._plan is None and self._first_run is not None:
             self._make()
         return self._plan
 
     def forget(self) -> None:
         """Drop the plan; the next replay watches again."""
-        self._plan = self._survey = None
+        self._plan = self._first_run = None
 
-    def _without_plan(self, brought: Tensors, fixed: Tensors, stamp: Any) -> list[torch.Tensor]:
-        tensors = [*brought, *fixed]
+    def _without_plan(self, dynamic: Tensors, static: Tensors, stamp: Any) -> list[torch.Tensor]:
+        tensors = [*dynamic, *static]
         if not self._enabled or torch._C._len_torch_dispatch_stack():
             return self.executor.run(tensors)
         if stamp != self._stamp:
@@ -200,26 +200,26 @@ class Replay:
             self.forget()
             if changed:  # what changes at each call is not worth a plan
                 return self.executor.run(tensors)
-        if self._survey is not None:
+        if self._first_run is not None:
             self._make()
-            return self.executor.run(tensors) if self._plan is None else self.run(brought, fixed, stamp)
-        survey = Survey(self.executor, self._memory.forms)
-        results = self.executor.run(tensors, survey.watching(tensors))
-        self._survey, self._fixed = survey, fixed
+            return self.executor.run(tensors) if self._plan is None else self.run(dynamic, static, stamp)
+        first_run = FirstRun(self.executor, self._memory.forms)
+        results = self.executor.run(tensors, first_run.watching(tensors))
+        self._first_run, self._static = first_run, static
         return results
 
     def _make(self) -> None:
-        survey = self._survey
-        if survey is None or not self._memory.enter():
+        first_run = self._first_run
+        if first_run is None or not self._memory.enter():
             return
         try:
-            if survey.failure is not None:
-                raise survey.failure
-            fixed = dict(zip(self.executor.inputs[self._brought :], self._fixed, strict=True))
-            self._plan = Plan(self.executor, survey, fixed, self._memory.take, self._keep_outputs)
+            if first_run.failure is not None:
+                raise first_run.failure
+            static = dict(zip(self.executor.inputs[self._dynamic :], self._static, strict=True))
+            self._plan = Plan(self.executor, first_run, static, self._memory.take, self._keep_outputs)
         except Exception as error:  # a plan is never needed
             log.info("replays run op by op, without a plan: %s: %s", type(error).__name__, error)
             self._enabled = False
         finally:
-            self._survey, self._fixed = None, ()
+            self._first_run, self._static = None, ()
             self._memory.leave()

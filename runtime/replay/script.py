@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from graph_capture.codegen.launches import Bound, Chain, Operand, Prepares
+from graph_capture.codegen.launches import BoundKernel, Chain, Operand, Prepares
 from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.values import Arg, arg_indices
 
@@ -28,7 +28,7 @@ class Kernel:
     kernel: Prepares
     inputs: tuple[Ref, ...]
     outputs: tuple[Ref, ...]
-    fixed: Bound | None
+    static: BoundKernel | None
 
 
 class Script:
@@ -97,10 +97,12 @@ class Script:
         Raises:
             FusionError: all of its operands exist, and do not fit it.
         """
-        fixed = None
+        static = None
         if self.exists(*inputs, *outputs):
-            fixed = Bound(kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs])
-        self._pending.append(Kernel(self.label or self.doing, kernel, tuple(inputs), tuple(outputs), fixed))
+            static = BoundKernel(
+                kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs]
+            )
+        self._pending.append(Kernel(self.label or self.doing, kernel, tuple(inputs), tuple(outputs), static))
 
     def drop(self, names: Sequence[Ref] = ()) -> None:
         """Delete variables that nothing needs any more; not before the kernels that read them have run."""
@@ -118,14 +120,14 @@ class Script:
 
     def _chained(self, kernels: Sequence[Kernel]) -> str:
         """The call of kernels in a row."""
-        refs = (ref for kernel in kernels if kernel.fixed is None for ref in (*kernel.inputs, *kernel.outputs))
-        brought = {ref: number for number, ref in enumerate(dict.fromkeys(r for r in refs if r not in self.namespace))}
+        refs = (ref for kernel in kernels if kernel.static is None for ref in (*kernel.inputs, *kernel.outputs))
+        dynamic = {ref: number for number, ref in enumerate(dict.fromkeys(r for r in refs if r not in self.namespace))}
 
         def operands(refs: Sequence[Ref]) -> list[Operand]:
-            return [brought[ref] if ref in brought else self.namespace[ref] for ref in refs]
+            return [dynamic[ref] if ref in dynamic else self.namespace[ref] for ref in refs]
 
-        bound = [k.fixed or Bound(k.kernel, operands(k.inputs), operands(k.outputs)) for k in kernels]
-        return f"{self.static('kernels', Chain(bound))}({', '.join(brought)})"
+        bound = [k.static or BoundKernel(k.kernel, operands(k.inputs), operands(k.outputs)) for k in kernels]
+        return f"{self.static('kernels', Chain(bound))}({', '.join(dynamic)})"
 
     # --- variables
 

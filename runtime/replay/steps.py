@@ -34,7 +34,7 @@ class Inlined:
         constants: what computes it.
     """
 
-    nodes: tuple[tuple[OpNode, Step | None], ...]
+    nodes: tuple[tuple[OpNode, RegionStep | None], ...]
     names: tuple[str, ...] = ()
     constants: tuple[Constants, ...] = ()
 
@@ -54,7 +54,7 @@ class Inlined:
         return cls(nodes, tuple(renamed[name] for name in kernel.once.output_names), (constants,))
 
 
-class Step:
+class RegionStep:
     """Runs a region's kernel; if that ever fails, the recorded ops, from then on."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Step:
         return outputs
 
 
-class KernelStep(Step):
+class KernelStep(RegionStep):
     """A step that can be bound to addresses: its kernel is a compiled one."""
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graph_capture.calls.signature import Signature
-from graph_capture.calls.structure import Spec, Template
+from graph_capture.calls.structure import ResultTemplate, Spec
 from graph_capture.errors import CacheError, CaptureError
 from graph_capture.ir.graph_json import (
     as_dict,
@@ -53,7 +53,7 @@ def encode_structure(graph: RecordedGraph) -> dict[str, Any]:
     }
 
 
-def decode_structure(value: Any) -> tuple[Signature, Template]:
+def decode_structure(value: Any) -> tuple[Signature, ResultTemplate]:
     """The signature and the template back, consistent in themselves.
 
     Raises:
@@ -79,7 +79,7 @@ def decode_structure(value: Any) -> tuple[Signature, Template]:
     return signature, _template(table, made)
 
 
-def _template(table: Mapping[str, Any], contents: Sequence[Spec]) -> Template:
+def _template(table: Mapping[str, Any], contents: Sequence[Spec]) -> ResultTemplate:
     known = len(contents)
     changes = [as_list(pair, 2) for pair in as_list(table.get("changes"))]
     new = [integer(number) for number, _ in changes if integer(number) >= known]
@@ -90,7 +90,7 @@ def _template(table: Mapping[str, Any], contents: Sequence[Spec]) -> Template:
     made = {number: decode.content(content) for number, content in changes}
     if any(contents[number][0] is not content[0] for number, content in made.items() if number < known):
         raise CacheError("a replay would turn an argument into something else")
-    return Template(decode.spec(table.get("result")), made, known, {}, tensors)
+    return ResultTemplate(decode.spec(table.get("result")), made, known, {}, tensors)
 
 
 def _is_plain(spec: Spec) -> bool:

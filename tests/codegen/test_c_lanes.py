@@ -130,8 +130,8 @@ def test_large_results_and_odd_addresses(compiler):
 def test_what_has_a_form_by_vectors():
     compiler = KernelCompiler("c")
     x = noise(3, 64).bfloat16()
-    assert c_rows._Printer(kernel_of(compiler, SWIGLU, [x, x]).spec).vectorised
-    assert c_rows._Printer(kernel_of(compiler, ADD_RMS_NORM, [x, x, x[0].contiguous()]).spec).vectorised
+    assert c_rows._RowPrinter(kernel_of(compiler, SWIGLU, [x, x]).spec).vectorised
+    assert c_rows._RowPrinter(kernel_of(compiler, ADD_RMS_NORM, [x, x, x[0].contiguous()]).spec).vectorised
     for name, attrs in (("exp", {}), ("softmax", {"dim": -1}), ("relu", {}), ("argmax", {"dim": -1})):
         graph = SubGraph((OpNode(name, ("x",), ("y",), attrs),), ("x",), ("y",))
         spec = kernel_of(compiler, graph, [x]).spec

@@ -6,15 +6,15 @@ import threading
 import pytest
 import torch
 
-from graph_capture import OpNode
+from graph_capture import OpNode, fuse
 from graph_capture.codegen.c import host as c_host
 from graph_capture.codegen.c import library as c_library
-from graph_capture.codegen.c.library import BINARY, SMALL, UNARY, Product, SmallOp
+from graph_capture.codegen.c.library import BINARY, SMALL, UNARY, LibraryProduct, SmallOp
 from graph_capture.codegen.launches import Chain, HalfwayError
 from graph_capture.ir.numerics import same_bits
 from graph_capture.ir.ops import op
 from graph_capture.runtime.replay.forms import writer
-from tests.replaying import graph_of, noise
+from tests.replaying import UNFUSED, graph_of, noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD = [0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1e-40, 3.4e38, 65504.0, 65520.0, 1e-7]
@@ -131,7 +131,7 @@ def test_products_are_torchs(rows, sizes, dtype, threads):
     try:
         want = torch.nn.functional.linear(x, weight)
         out = torch.full_like(want, 7)
-        launched(Product(), [x.view(rows, inner), weight.t()], out.view(rows, columns))
+        launched(LibraryProduct(), [x.view(rows, inner), weight.t()], out.view(rows, columns))
         form = writer(node_of("linear", 2), [x, weight], want)
     finally:
         torch.set_num_threads(before)
@@ -169,12 +169,12 @@ def step(x, weight):
 
 def test_a_replay_calls_them_in_one_go():
     x, weight = noise(1, 1, 16), torch.nn.Parameter(noise(64, 32))
-    graph = graph_of(step, x, weight)
+    fused = fuse(graph_of(step, x, weight), UNFUSED)
     with torch.no_grad():
         for seed in range(4):
             x = noise(1, 1, 16, seed=seed)
-            assert torch.equal(graph.run(x, weight), step(x, weight))
-    text = str(graph.plan)
+            assert torch.equal(fused(x, weight), step(x, weight))
+    text = str(fused.plan)
     assert "op_neg" not in text
     assert "op_cat" not in text
     assert "kernels" in text
@@ -182,11 +182,11 @@ def test_a_replay_calls_them_in_one_go():
 
 def test_a_profile_names_them():
     x, weight = noise(1, 1, 16), noise(64, 32)
-    graph = graph_of(lambda x: step(x, weight), x)
+    fused = fuse(graph_of(lambda x: step(x, weight), x), UNFUSED)
     for _ in range(3):
-        graph.run(x)
+        fused(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
-        graph.run(x)
+        fused(x)
     names = {event.name for event in trace.events()}
     assert {"neg", "aten.cat.default", "linear"} <= names
     assert "aten::mm" not in names  # it is called, below the dispatcher
@@ -195,11 +195,11 @@ def test_a_profile_names_them():
 def test_without_a_compiler_ops_are_called(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     x, weight = noise(1, 1, 16), noise(64, 32)
-    graph = graph_of(step, x, weight)
+    fused = fuse(graph_of(step, x, weight), UNFUSED)
     with torch.no_grad():
         for _ in range(3):
-            assert torch.equal(graph.run(x, weight), step(x, weight))
-    assert "kernels" not in str(graph.plan)
+            assert torch.equal(fused(x, weight), step(x, weight))
+    assert "kernels" not in str(fused.plan)
 
 
 def test_without_the_shim_products_are_called(monkeypatch):
@@ -207,15 +207,15 @@ def test_without_the_shim_products_are_called(monkeypatch):
     x, weight = noise(1, 1, 16), noise(4, 16)
     assert c_library.writer(node_of("linear", 2), [x, weight], noise(1, 1, 4)) is None
     with pytest.raises(c_library.FusionError, match="shim"):
-        Product().prepare([x[0], weight.t()], [noise(1, 4)])
+        LibraryProduct().prepare([x[0], weight.t()], [noise(1, 4)])
 
 
 def test_a_product_that_fails_raises():
     x, weight, out = noise(1, 16), noise(4, 16), noise(1, 4)
-    launch = Product().prepare([x, weight.t()[:8]], [out])  # inner sizes differ
+    launch = LibraryProduct().prepare([x, weight.t()[:8]], [out])  # inner sizes differ
     with pytest.raises(HalfwayError, match="standard error"):
         launch()
-    fine = Product().prepare([x, weight.t()], [out])
+    fine = LibraryProduct().prepare([x, weight.t()], [out])
     with pytest.raises(HalfwayError):
         fine.join([launch])()
     fine()
@@ -238,9 +238,9 @@ def test_a_chain_does_not_go_on_after_one_that_failed_halfway():
         runs.append(1)
         raise HalfwayError("no memory")
 
-    from graph_capture.codegen.launches import Bound
+    from graph_capture.codegen.launches import BoundKernel
 
-    chain = Chain([Bound(Kernel(), [], [])])
+    chain = Chain([BoundKernel(Kernel(), [], [])])
     for _ in range(2):
         with pytest.raises(HalfwayError):
             chain()
@@ -254,7 +254,7 @@ def test_launches_keep_tensors_for_as_long_as_they_live(monkeypatch):
     monkeypatch.setattr(
         c_library, "_shim", lambda: c_library.Shim(shim.mm, lambda handle: freed.append(shim.delete(handle)))
     )
-    launch = Product().prepare([x, weight.t()], [out])
+    launch = LibraryProduct().prepare([x, weight.t()], [out])
     del x, weight, out
     gc.collect()
     launch()
@@ -266,14 +266,14 @@ def test_launches_keep_tensors_for_as_long_as_they_live(monkeypatch):
 
 def test_weights_that_require_gradients_leave_none():
     x, weight, out = noise(1, 256), noise(704, 256).requires_grad_(), torch.empty(1, 704)
-    Product().prepare([x, weight.t()], [out])()
+    LibraryProduct().prepare([x, weight.t()], [out])()
     assert not out.requires_grad
 
 
 def test_two_threads_at_once():
     x, weight = noise(1, 256), noise(704, 256)
     outs = [torch.empty(1, 704) for _ in range(2)]
-    launches = [Product().prepare([x, weight.t()], [out]) for out in outs]
+    launches = [LibraryProduct().prepare([x, weight.t()], [out]) for out in outs]
     threads = [threading.Thread(target=lambda one=one: [one() for _ in range(200)]) for one in launches]
     for thread in threads:
         thread.start()

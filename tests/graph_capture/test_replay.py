@@ -43,14 +43,12 @@ def chain(x, weight):
     return (w + z).sum(-1), z
 
 
-def replayed(function, *args, config=None):
-    """The graph of a function, planned; with the graph that is replayed."""
-    graph = graph_of(function, *args)
-    replay = graph if config is None else fuse(graph, config)
-    run = graph.run if config is None else replay
-    run(*args)
-    assert replay.plan is not None
-    return replay, run
+def replayed(function, *args, config=UNFUSED):
+    """The fused graph of a function, twice: as what has a plan, and as what is called."""
+    fused = fuse(graph_of(function, *args), config)
+    fused(*args)
+    assert fused.plan is not None
+    return fused, fused
 
 
 def test_every_op_of_a_chain_writes_into_the_arena():
@@ -105,14 +103,14 @@ def test_a_plan_keeps_nothing_of_a_call():
 
 def test_weights_are_read_in_place_and_followed_when_they_move():
     model = Gated().eval()
-    graph = graph_of(model, noise(2, 4))
+    fused = fuse(graph_of(model, noise(2, 4)), UNFUSED)
     for _ in range(3):
         with torch.no_grad():
             model.up.weight.mul_(1.5)
-            assert torch.equal(graph.run(noise(2, 4)), model(noise(2, 4)))
+            assert torch.equal(fused(noise(2, 4)), model(noise(2, 4)))
     model.up.weight.data = model.up.weight.data.clone()
     with pytest.raises(SignatureMismatchError, match="memory"):
-        graph.run(noise(2, 4))
+        fused(noise(2, 4))
 
 
 def test_merged_weights_move_under_a_plan():
@@ -126,14 +124,15 @@ def test_merged_weights_move_under_a_plan():
 
     model = Two()
     graph = graph_of(model, noise(2, 8))
+    unfused = fuse(graph, UNFUSED)
     for _ in range(2):
-        graph.run(noise(2, 8))
-    assert graph.plan is not None
+        unfused(noise(2, 8))
+    assert unfused.plan is not None
     fuse(graph, FusionConfig(profile="always"))  # the weights become views of one buffer
     for seed in range(4):
         with torch.no_grad():
             model.a.weight.mul_(2)
-            assert torch.equal(graph.run(noise(2, 8, seed=seed)), model(noise(2, 8, seed=seed)))
+            assert torch.equal(unfused(noise(2, 8, seed=seed)), model(noise(2, 8, seed=seed)))
 
 
 def test_modes_of_the_caller_come_and_go():
@@ -153,10 +152,10 @@ def test_modes_of_the_caller_come_and_go():
 
 def test_a_plan_made_in_inference_mode_serves_outside():
     x, weight = noise(4, 8), noise(8, 8, seed=1)
-    graph = graph_of(chain, x, weight)
+    fused = fuse(graph_of(chain, x, weight), UNFUSED)
     with torch.inference_mode():
-        graph.run(x, weight), graph.run(x, weight)
-    assert torch.equal(graph.run(x, weight)[0], chain(x, weight)[0])
+        fused(x, weight), fused(x, weight)
+    assert torch.equal(fused(x, weight)[0], chain(x, weight)[0])
 
 
 # --- disturbances

@@ -163,7 +163,7 @@ def test_a_kernel_of_our_own_for_the_product(monkeypatch, tmp_path, bias):
         body = node.attr("body")
         return [LibraryKernel(body, body.input_names[1:], scheduler.merged_kernel(self.heuristics, node, self.values))]
 
-    monkeypatch.setattr(scheduler._Regions, "_libraries", libraries)
+    monkeypatch.setattr(scheduler._RegionDecider, "_libraries", libraries)
     model, x = Attention(bias=bias), X[:1, :1]
     fused = fuse(recorded(model, x), FusionConfig(profile="always", target="c"))
     (region,) = merged(fused)

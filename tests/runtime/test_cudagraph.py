@@ -47,12 +47,13 @@ class StandIn:
 def captured(graph, backend, **options):
     subgraph = graph.subgraph
     executor = Executor([(node, None) for node in subgraph.nodes], subgraph.input_names, subgraph.output_names)
-    brought = len(graph.signature.names)
-    return GraphReplay(graph.undone, executor, brought, backend=lambda: backend, **options)
+    dynamic = len(graph.signature.names)
+    return GraphReplay(graph.undone, executor, dynamic, backend=lambda: backend, **options)
 
 
 def run(graph, replay, *args):
-    return graph.replay(graph.bind(args, {}), replay)
+    stamp = graph.guards.moves
+    return graph.replay(graph.bind(args, {}), lambda dynamic, static: replay.run(dynamic, static, stamp))
 
 
 def test_the_third_replay_is_a_graph():

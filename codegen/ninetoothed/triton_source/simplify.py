@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .values import ANY, NATURAL, Interval, Product, Value, Values
+from .values import ANY, NATURAL, Interval, Term, Value, Values
 
 _ARGUMENT = re.compile(r"ninetoothed_.*_(size|stride)_\d+")
 _BLOCKS = ("body", "orelse")
@@ -75,7 +75,7 @@ class _Folder(_Rewriter):
         self._single = True  # whether ``arange(0, 1)`` is taken for 0
         self._programs = self._grid(call)
 
-    def _grid(self, call: ast.Call) -> Product | None:
+    def _grid(self, call: ast.Call) -> Term | None:
         """How many programs `call` starts, if that is known: ``kernel[lambda meta: (x.size(0),)](...)``."""
         match call.func:
             case ast.Subscript(slice=ast.Lambda(body=ast.Tuple(elts=[programs]))):
@@ -170,7 +170,7 @@ class _Folder(_Rewriter):
                 return None if first is None or second is None else self._values.made(first, comparison, second)
             case ast.Call(func=ast.Attribute(attr="program_id")):
                 bound = self._programs if ast.unparse(node.args[0]) == "0" else None
-                if bound == Product(1):
+                if bound == Term(1):
                     return self._values.constant(0)
                 return self._values.leaf(ast.unparse(node), node, NATURAL, bound=bound)
             case ast.Call() | ast.Subscript(value=ast.Call()) if (bounds := _range(node)) is not None:

@@ -23,20 +23,20 @@ ANY = Interval(-math.inf, math.inf)
 NATURAL = Interval(0, math.inf)
 
 
-class Product(NamedTuple):
+class Term(NamedTuple):
     """A number times values, which are sorted."""
 
     number: int
     values: tuple[Value, ...] = ()
 
-    def over(self, divisor: Product) -> Product | None:
+    def over(self, divisor: Term) -> Term | None:
         """The quotient, where every factor of `divisor` is one of these."""
         left = list(self.values)
         for value in divisor.values:
             if value not in left:
                 return None
             left.remove(value)
-        return None if self.number % divisor.number else Product(self.number // divisor.number, tuple(left))
+        return None if self.number % divisor.number else Term(self.number // divisor.number, tuple(left))
 
 
 class Value(ast.expr):
@@ -57,7 +57,7 @@ class Value(ast.expr):
         op: ast.operator | ast.cmpop | None = None,
         parts: tuple[Value, ...] = (),
         ranged: bool = False,
-        bound: Product | None = None,
+        bound: Term | None = None,
     ) -> None:
         super().__init__()
         if bound is not None and not bound.values:
@@ -74,14 +74,14 @@ class Value(ast.expr):
         return None
 
     @property
-    def factors(self) -> Product:
+    def factors(self) -> Term:
         """The product that it is, perhaps of itself alone."""
         if self.constant:
-            return Product(self.constant)
+            return Term(self.constant)
         if not isinstance(self.op, ast.Mult):
-            return Product(1, (self,))
+            return Term(1, (self,))
         (number, values), (other, more) = (part.factors for part in self.parts)
-        return Product(number * other, tuple(sorted((*values, *more), key=id)))
+        return Term(number * other, tuple(sorted((*values, *more), key=id)))
 
     def printed(self, parts: Sequence[ast.expr]) -> ast.expr:
         """Its form, of parts that are printed."""
@@ -120,7 +120,7 @@ class Values:
         interval: Interval,
         *,
         ranged: bool = False,
-        bound: Product | None = None,
+        bound: Term | None = None,
     ) -> Value:
         """What has no parts, as `node` says it."""
         found = self._values.get(key)
@@ -197,7 +197,7 @@ def _distance(left: Value, right: Value) -> int | None:
     return more - less if first is second else None
 
 
-def _bound(left: Value, op: ast.operator | ast.cmpop, right: Value) -> Product | None:
+def _bound(left: Value, op: ast.operator | ast.cmpop, right: Value) -> Term | None:
     """What ``left op right`` is less than."""
     match op:
         case ast.FloorDiv() if left.bound is not None:

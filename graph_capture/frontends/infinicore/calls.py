@@ -13,12 +13,12 @@ import torch
 
 from graph_capture.calls.foreign import Adapter, unrecorded
 from graph_capture.errors import CaptureError
-from graph_capture.frontends.infinicore.memory import Memory
+from graph_capture.frontends.infinicore.memory import MemoryBlock
 from graph_capture.frontends.infinicore.native import Native
-from graph_capture.frontends.infinicore.ops import OPS, Row, Unfit
+from graph_capture.frontends.infinicore.ops import OPS, Operator, UnfitOperands
 from graph_capture.frontends.infinicore.views import VIEWS
 from graph_capture.ir.values import TensorMeta
-from graph_capture.record.builder import Writer
+from graph_capture.record.builder import GraphBuilder
 
 
 class Calls:
@@ -28,13 +28,13 @@ class Calls:
         CaptureError: the arguments do not fit, or a replay could not repeat the call.
     """
 
-    def __init__(self, adapter: Adapter, memory: Memory, native: Native) -> None:
+    def __init__(self, adapter: Adapter, memory: MemoryBlock, native: Native) -> None:
         self._adapter, self.memory, self._native = adapter, memory, native
         self._extension = memory.extension
         self._blobs: dict[int, weakref.ref[Any]] = {}  # handles made from an address inside a recording
         self._literals: dict[int, weakref.ref[Any]] = {}  # those of them that are on memory which nobody knows
 
-    def exposed(self, writer: Writer, handle: Any) -> torch.Tensor:
+    def exposed(self, writer: GraphBuilder, handle: Any) -> torch.Tensor:
         """The recording's torch tensor for a handle."""
         known = writer.exposures.get(handle)
         if known is not None:
@@ -62,8 +62,8 @@ class Calls:
                 return next((wrapper for wrapper in gc.get_referrers(holder) if isinstance(wrapper, kind)), None)
         return None
 
-    def _of_blob(self, writer: Writer, handle: Any) -> torch.Tensor:
-        """Memory at an address: that of a recorded tensor, or (numpy's, a list's) a literal of the code."""
+    def _of_blob(self, writer: GraphBuilder, handle: Any) -> torch.Tensor:
+        """MemoryBlock at an address: that of a recorded tensor, or (numpy's, a list's) a literal of the code."""
         start, stop = self.memory.range(handle)
         writer.exposures.others, others = lambda: list(writer.live()), writer.exposures.others
         try:
@@ -77,14 +77,18 @@ class Calls:
                 writer.constant(tensor)
         return tensor
 
-    def _refuse_literals(self, writer: Writer, handles: Sequence[Any]) -> None:
+    def _refuse_literals(self, writer: GraphBuilder, handles: Sequence[Any]) -> None:
         """Nothing may be written into memory that nobody knows."""
         for handle in handles:
             self._tensor(writer, handle)
             if _holds(self._literals, handle):
-                raise Unfit("it writes into memory that was given by its address, which a replay would not find again")
+                raise UnfitOperands(
+                    "it writes into memory that was given by its address, which a replay would not find again"
+                )
 
-    def op(self, row: Row, in_place: bool, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def op(
+        self, row: Operator, in_place: bool, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         """A call of an op of the table."""
         name = f"infinicore.{row.name}{'_' if in_place else ''}"
         values = [self._tensor(writer, value) for value in args]
@@ -116,7 +120,7 @@ class Calls:
             handles = tuple(self._result(writer, result) for result in results)
         return handles[0] if len(handles) == 1 else handles
 
-    def _op_natively(self, row: Row, writer: Writer, bound: Any, outs: Any, run: Callable[[], Any]) -> Any:
+    def _op_natively(self, row: Operator, writer: GraphBuilder, bound: Any, outs: Any, run: Callable[[], Any]) -> Any:
         """InfiniCore defers the op; we write down what it is, from shapes and dtypes alone."""
         with self._native.metadata_only(writer):
             results = _listed(row.function(*bound.args, **bound.kwargs))
@@ -135,9 +139,11 @@ class Calls:
     def _check_out(out: torch.Tensor, result: torch.Tensor) -> None:
         fits = out.shape == result.shape and out.dtype is result.dtype and out.device == result.device
         if not fits:
-            raise Unfit(f"the result {result.dtype}{list(result.shape)} does not fit into {out.dtype}{list(out.shape)}")
+            raise UnfitOperands(
+                f"the result {result.dtype}{list(result.shape)} does not fit into {out.dtype}{list(out.shape)}"
+            )
 
-    def _result(self, writer: Writer, result: torch.Tensor) -> Any:
+    def _result(self, writer: GraphBuilder, result: torch.Tensor) -> Any:
         """A handle on memory of InfiniCore's that takes the place of a result of torch's."""
         owner, tensor = self.memory.empty(TensorMeta.of(result)) if result.is_contiguous() else (None, None)
         if owner is None or tensor is None:
@@ -147,17 +153,17 @@ class Calls:
         handle, _ = self.memory.handle(tensor)
         return self._adopt(writer, handle, tensor, result)
 
-    def _adopt(self, writer: Writer, handle: Any, tensor: torch.Tensor, result: torch.Tensor) -> Any:
+    def _adopt(self, writer: GraphBuilder, handle: Any, tensor: torch.Tensor, result: torch.Tensor) -> Any:
         if tensor.stride() != result.stride() and tensor.numel():
             result = result.contiguous()
         writer.adopt(tensor, result)
         writer.exposures.bind(self._adapter, handle, tensor)
         return handle
 
-    def _tensor(self, writer: Writer, value: Any) -> Any:
+    def _tensor(self, writer: GraphBuilder, value: Any) -> Any:
         return self.exposed(writer, value) if isinstance(value, self._extension.Tensor) else value
 
-    def make(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def make(self, name: str, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """New memory. What a replay gives back must be the same each time, so where nobody wrote it is zeros."""
         handle = original(*args, **kwargs)
         with _named_errors(f"infinicore.{name}", writer):
@@ -174,12 +180,12 @@ class Calls:
             alias, _ = self.memory.handle(tensor)
             return self._adopt(writer, alias if tensor.numel() else handle, tensor, value)
 
-    def from_blob(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def from_blob(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         handle = original(*args, **kwargs)
         _hold(self._blobs, handle)
         return handle
 
-    def view(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def view(self, name: str, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A view: torch says whether it can be, InfiniCore makes its own."""
         tensor = self.exposed(writer, args[0])
         with _named_errors(f"infinicore.Tensor.{name}", writer):
@@ -190,11 +196,11 @@ class Calls:
                 handle = original(*args, **kwargs)
                 same = handle.data_ptr() == view.data_ptr() and list(handle.shape) == list(view.shape)
                 if not same:
-                    raise Unfit(f"InfiniCore's view {list(handle.shape)} is not torch's {list(view.shape)}")
+                    raise UnfitOperands(f"InfiniCore's view {list(handle.shape)} is not torch's {list(view.shape)}")
         writer.exposures.bind(self._adapter, handle, view)
         return handle
 
-    def contiguous(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def contiguous(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The same memory if InfiniCore takes it for contiguous, else a copy."""
         (handle,) = args
         tensor = self.exposed(writer, handle)
@@ -204,7 +210,7 @@ class Calls:
             return same
         return self.op(OPS["rearrange"], False, writer, original, args, kwargs)
 
-    def to(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def to(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         handle, device = args
         tensor = self.exposed(writer, handle)
         if handle.device == device:
@@ -218,12 +224,14 @@ class Calls:
             name = target.type if target.type == "cpu" else f"{target.type}:{target.index}"
             return self._result(writer, tensor.contiguous().to(name))
 
-    def copy(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def copy(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
         target, source = (self.exposed(writer, handle) for handle in args)
         with _named_errors("infinicore.Tensor.copy_", writer):
             self._refuse_literals(writer, args[:1])
             if target.shape != source.shape or target.dtype is not source.dtype:
-                raise Unfit(f"{source.dtype}{list(source.shape)} cannot go into {target.dtype}{list(target.shape)}")
+                raise UnfitOperands(
+                    f"{source.dtype}{list(source.shape)} cannot go into {target.dtype}{list(target.shape)}"
+                )
             if not self._native.running():
                 target.copy_(source)
                 return
@@ -232,7 +240,7 @@ class Calls:
                 target.copy_(source)
             self._native.keep(writer, (target, source))
 
-    def unknown(self, name: str, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def unknown(self, name: str, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A function that is not in the table: harmless only if it has nothing to do with tensors."""
         kind = self._extension.Tensor
         if not any(isinstance(value, kind) for value in (*args, *kwargs.values())):
@@ -244,25 +252,25 @@ class Calls:
             "leave it out. Call it outside the recording, or add a row to graph_capture/frontends/infinicore_ops.py"
         )
 
-    def start(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def start(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         self._native.start(writer)
         return result
 
-    def stop(self, writer: Writer, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def stop(self, writer: GraphBuilder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         graph = original(*args, **kwargs)
         self._native.stop(writer, graph)
         return graph
 
 
 @contextlib.contextmanager
-def _named_errors(name: str, writer: Writer) -> Iterator[None]:
+def _named_errors(name: str, writer: GraphBuilder) -> Iterator[None]:
     """What torch, or a check, says against the arguments, as an error that names the op and the line."""
     try:
         yield
     except CaptureError:
         raise
-    except (Unfit, RuntimeError, IndexError, ValueError, TypeError) as error:
+    except (UnfitOperands, RuntimeError, IndexError, ValueError, TypeError) as error:
         raise CaptureError(f"{name}: {error} ({writer.modules.source()})") from error
 
 

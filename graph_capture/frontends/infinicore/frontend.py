@@ -20,12 +20,12 @@ import torch
 from graph_capture.calls.foreign import Form
 from graph_capture.errors import CaptureError
 from graph_capture.frontends.infinicore.calls import Calls
-from graph_capture.frontends.infinicore.memory import Memory
+from graph_capture.frontends.infinicore.memory import MemoryBlock
 from graph_capture.frontends.infinicore.native import Native
 from graph_capture.frontends.infinicore.ops import CALLERS, OPS
 from graph_capture.frontends.infinicore.views import HARMLESS, VIEWS
 from graph_capture.ir.graph import SubGraph
-from graph_capture.record.builder import Writer
+from graph_capture.record.builder import GraphBuilder
 
 _inside = threading.local()
 
@@ -62,7 +62,7 @@ class InfiniCore:
     """The frontend of one `infinicore` package; see `graph_capture.calls.foreign.Adapter`."""
 
     def __init__(self, library: Any) -> None:
-        self.memory = Memory(library)
+        self.memory = MemoryBlock(library)
         self.expose, self.range = self.memory.expose, self.memory.range
         self.spanning, self.own = self.memory.spanning, self.memory.own
         extension, kinds = library.lib._infinicore, (library.device, library.dtype)
@@ -122,7 +122,7 @@ class InfiniCore:
     # --- wrapping the extension module
 
     @contextlib.contextmanager
-    def recording(self, current: Callable[[], Writer | None]) -> Iterator[None]:
+    def recording(self, current: Callable[[], GraphBuilder | None]) -> Iterator[None]:
         """Wrap the extension module while any recording is active; a call is recorded by its own thread's."""
         if self._native.running():
             raise CaptureError("InfiniCore's native recording is on already; begin it inside the recording")
@@ -142,7 +142,7 @@ class InfiniCore:
                 if self._active == 0:
                     self._undo.close()
 
-    def _wrap(self, undo: contextlib.ExitStack, current: Callable[[], Writer | None]) -> None:
+    def _wrap(self, undo: contextlib.ExitStack, current: Callable[[], GraphBuilder | None]) -> None:
         def put(owner: Any, name: str, value: Any) -> None:
             undo.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
@@ -183,7 +183,9 @@ class InfiniCore:
         if getattr(self._library, "use_ntops", False):  # else some functions would launch kernels of their own
             put(self._library, "use_ntops", False)
 
-    def _linking(self, current: Callable[[], Writer | None], original: Callable[..., None]) -> Callable[..., None]:
+    def _linking(
+        self, current: Callable[[], GraphBuilder | None], original: Callable[..., None]
+    ) -> Callable[..., None]:
         @functools.wraps(original)
         def init(tensor: Any, underlying: Any, *args: Any, **kwargs: Any) -> None:
             original(tensor, underlying, *args, **kwargs)
@@ -224,7 +226,7 @@ class InfiniCore:
 class _Recorded:
     """A function of the extension module that is recorded where its thread records."""
 
-    def __init__(self, current: Callable[[], Writer | None], original: Callable[..., Any], record: Any) -> None:
+    def __init__(self, current: Callable[[], GraphBuilder | None], original: Callable[..., Any], record: Any) -> None:
         self._current, self._original, self._record = current, original, record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +244,7 @@ def _method(recorded: _Recorded) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: recorded(self, *args, **kwargs)
 
 
-def _entering(current: Callable[[], Writer | None], original: Callable[..., Any]) -> Callable[..., Any]:
+def _entering(current: Callable[[], GraphBuilder | None], original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         writer = current()

@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OWNER = "_graph_capture_owner"  # of a storage: the handle whose memory it is
 
 
-class Memory:
+class MemoryBlock:
     """Handles of one `infinicore` package as torch tensors, and back."""
 
     def __init__(self, library: Any) -> None:

@@ -14,17 +14,17 @@ from typing import Any
 
 from graph_capture.errors import CaptureError
 from graph_capture.ir.graph import SubGraph
-from graph_capture.record.builder import Writer
+from graph_capture.record.builder import GraphBuilder
 
 
 @dataclass
-class _Segment:
+class _NativeSegment:
     """The nodes that were written down while native recording was on, and what its graph must keep alive."""
 
     first: int
     kept: list[Any] = field(default_factory=list)
     last: int = -1
-    writer: Writer | None = None
+    writer: GraphBuilder | None = None
     graph: SubGraph | None = None
 
 
@@ -34,29 +34,29 @@ class Native:
     def __init__(self, extension: Any) -> None:
         self._extension = extension
         self.running = extension.is_graph_recording
-        self._graphs: weakref.WeakKeyDictionary[Any, _Segment] = weakref.WeakKeyDictionary()
-        self._open: weakref.WeakKeyDictionary[Writer, _Segment] = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakKeyDictionary[Any, _NativeSegment] = weakref.WeakKeyDictionary()
+        self._open: weakref.WeakKeyDictionary[GraphBuilder, _NativeSegment] = weakref.WeakKeyDictionary()
 
-    def start(self, writer: Writer) -> None:
+    def start(self, writer: GraphBuilder) -> None:
         """Native recording begins."""
         writer.unwatched()
-        self._open[writer] = _Segment(len(writer.nodes))
+        self._open[writer] = _NativeSegment(len(writer.nodes))
 
-    def stop(self, writer: Writer, graph: Any) -> None:
+    def stop(self, writer: GraphBuilder, graph: Any) -> None:
         """Native recording ends with `graph`."""
         segment = self._open.pop(writer, None)
         if segment is not None and graph is not None:
             segment.last, segment.writer = len(writer.nodes), writer
             self._graphs[graph] = segment
 
-    def keep(self, writer: Writer, values: Sequence[Any]) -> None:
+    def keep(self, writer: GraphBuilder, values: Sequence[Any]) -> None:
         """The native graph that is being recorded needs these."""
         segment = self._open.get(writer)
         if segment is not None:
             segment.kept.extend(values)
 
     @contextlib.contextmanager
-    def metadata_only(self, writer: Writer) -> Iterator[None]:
+    def metadata_only(self, writer: GraphBuilder) -> Iterator[None]:
         """Write calls down without running them."""
         writer.metadata_only = True
         try:

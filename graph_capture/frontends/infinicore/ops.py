@@ -23,12 +23,12 @@ from graph_capture.record.recorder import emit
 Tensor = torch.Tensor
 
 
-class Unfit(Exception):
+class UnfitOperands(Exception):
     """Arguments that the op does not take."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Operator:
     """An op of the extension module.
 
     Attributes:
@@ -53,13 +53,13 @@ class Row:
         return inspect.signature(self.function)
 
 
-OPS: dict[str, Row] = {}
+OPS: dict[str, Operator] = {}
 
 
 def _op(becomes: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.strip("_")
-        OPS[name] = Row(name, function, becomes, **options)
+        OPS[name] = Operator(name, function, becomes, **options)
         return function
 
     return register
@@ -67,7 +67,7 @@ def _op(becomes: str, **options: Any) -> Callable[[Callable[..., Any]], Callable
 
 def _require(condition: bool, reason: str) -> None:
     if not condition:
-        raise Unfit(reason)
+        raise UnfitOperands(reason)
 
 
 def _text(*tensors: Tensor | None) -> str:
