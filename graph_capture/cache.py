@@ -305,8 +305,3 @@ def workspace() -> Path:
     path = Path(tempfile.mkdtemp(prefix="graph_capture_"))
     atexit.register(_remove, path, os.getpid())
     return path
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked child
-        shutil.rmtree(path, ignore_errors=True)

@@ -25,7 +25,9 @@ def candidates(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> list[Genera
     return [_program(spec, blocks, False) for blocks in matmul.choose_blocks(spec, False, x.shape[0])]
 
 
-def _program(spec: LinearSpec, blocks: matvec.Blocks | matmul.MatmulBlocks, interpreted: bool) -> GeneratedProgram:
+def _program(
+    spec: LinearSpec, blocks: matvec.MatvecBlocks | matmul.MatmulBlocks, interpreted: bool
+) -> GeneratedProgram:
     make = matmul.MatmulPrinter if isinstance(blocks, matmul.MatmulBlocks) else matvec.MatvecPrinter
     printer = make(spec, blocks, interpreted)  # type: ignore[arg-type]
     extras, outputs = ([operand.dtype for operand in operands] for operands in (spec.extras, spec.outputs))

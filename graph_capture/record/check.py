@@ -2,8 +2,8 @@
 
 A `RecordingCheck` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured
 tensors. It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters,
-which are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares with
-the state after, and leaves everything as the code left it.
+which are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares
+with the state after, and leaves everything as the code left it.
 """
 
 from __future__ import annotations
