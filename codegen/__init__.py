@@ -6,5 +6,17 @@ Imports `graph_capture.record` and what lies below it; passes and frontends stan
 from graph_capture.codegen.compiler import CompiledKernel, KernelCompiler, compile_for, is_native
 from graph_capture.codegen.ninetoothed.aot import Binary
 from graph_capture.codegen.spec.lower import infer_values, supports
+from graph_capture.codegen.target import Target, register_target, unregister_target
 
-__all__ = ["Binary", "CompiledKernel", "KernelCompiler", "compile_for", "infer_values", "is_native", "supports"]
+__all__ = [
+    "Binary",
+    "CompiledKernel",
+    "KernelCompiler",
+    "Target",
+    "compile_for",
+    "infer_values",
+    "is_native",
+    "register_target",
+    "supports",
+    "unregister_target",
+]

@@ -9,66 +9,30 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from graph_capture.cache import DiskCache
-from graph_capture.codegen.c import target as c_target
-from graph_capture.codegen.ninetoothed import target as ninetoothed_target
+from graph_capture.codegen.c.target import CTarget
 from graph_capture.codegen.ninetoothed.aot import Binary
 from graph_capture.codegen.ninetoothed.op_library import OpLibrary
-from graph_capture.codegen.ninetoothed.workers import POOL
+from graph_capture.codegen.ninetoothed.target import NinetoothedTarget
 from graph_capture.codegen.spec.geometry import dense_strides
 from graph_capture.codegen.spec.kernel import BuildRequest, Operand, Spec
-from graph_capture.codegen.spec.lower import lower, supports
+from graph_capture.codegen.spec.lower import infer_values
+from graph_capture.codegen.target import TARGETS, Target, chosen_target, naming, register_target, supports
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import expression
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
 
+for _target in (NinetoothedTarget(), CTarget()):
+    register_target(_target)
+
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
-
-
-class Target(Protocol):
-    """What makes specs run somewhere: a module with these names; `movable` is whether its launches are (see
-    `graph_capture.codegen.launches.Movable`)."""
-
-    name: str
-    movable: bool
-
-    def interpreted(self) -> bool:
-        """Whether kernels give right numbers but no speed."""
-        ...
-
-    def check(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise FusionError if kernels cannot run on these tensors."""
-        ...
-
-    def accept(self, spec: Spec) -> None:
-        """Raise FusionError if it has no way to compute this."""
-        ...
-
-    def source(self, spec: Spec) -> str:
-        """The code of a spec."""
-        ...
-
-    def build(
-        self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
-    ) -> Callable[[Sequence[torch.Tensor], int], Launch]:
-        """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first, and to one
-        of the `candidates`."""
-        ...
-
-    def candidates(self, spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
-        """How many ways to cut the work on a call's tensors there are, the expected fastest first; at most four."""
-        ...
-
-    def prepare(self, requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
-        """Compile kernels side by side into `cache`, as far as that saves time later."""
-        ...
 
 
 class CompiledKernel:
@@ -89,12 +53,13 @@ class CompiledKernel:
         spec: Spec,
         name: str,
         key: str,
-        target: Target = ninetoothed_target,
+        target: Target,
         cache: DiskCache | None = None,
     ) -> None:
         self.spec, self.name, self.key, self.target = spec, name, key, target
-        self.source = target.source(spec)
-        self._bind = target.build(spec, name, cache)
+        with naming(target):
+            self.source = target.source(spec)
+            self._bind = target.build(spec, name, cache)
 
     @property
     def interpreted(self) -> bool:
@@ -180,35 +145,24 @@ def _nothing() -> None:
 
 def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[tuple[Binary, ...]]:
     """Machine code of several kernels in one go; see `CompiledKernel.compile_for`."""
-    return ninetoothed_target.compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
-
-
-TARGETS: dict[str, Target] = {target.name: target for target in (ninetoothed_target, c_target)}
-
-
-def _chosen(chosen: str, device: torch.device) -> Target:
-    return TARGETS[chosen if chosen != "auto" else "c" if device.type == "cpu" else "ninetoothed"]
+    targets = {kernel.target for kernel in kernels}
+    if len(targets) != 1:
+        raise FusionError("kernels that are compiled together have one target")
+    return next(iter(targets)).compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
 
 
 def target_for(chosen: str, device: torch.device, cache: DiskCache | None = None) -> Target:
-    """The target of kernels on a device: for "auto" ninetoothed on CUDA, C on the CPU.
-
-    What a target itself has to compile is kept in `cache`.
+    """The target of kernels on a device; see `chosen_target`. What it has to compile itself is kept in `cache`.
 
     Raises:
-        FusionError: the chosen one does not run there, or has no compiler; the message says why.
+        FusionError: there is none, or it does not run there; the message names it and says why.
     """
-    cpu = device.type == "cpu"
-    target = _chosen(chosen, device)
-    if target is c_target:
-        reason = c_target.unavailable(cache) if cpu else f"its tensors are on {device}, and C kernels run on the CPU"
-        if cpu and reason is not None:
-            _log_once(f"nothing is fused on the CPU: {reason}")
-    else:
-        reason = "its tensors are on the CPU, and ninetoothed kernels run on CUDA here"
-        reason = reason if cpu and not target.interpreted() else None
+    target = chosen_target(chosen, device)
+    with naming(target):
+        reason = target.available(device, cache)
     if reason is not None:
-        raise FusionError(reason)
+        _log_once(f"nothing is fused on {device}: the target {target.name!r} is not available: {reason}")
+        raise FusionError(f"the target {target.name!r} is not available: {reason}")
     return target
 
 
@@ -238,15 +192,16 @@ class KernelCompiler:
     """
 
     def __init__(self, target: str = "auto", cache: DiskCache | None = None, op_library: str = "builtin") -> None:
-        if target != "auto" and target not in TARGETS:
-            raise FusionError(f"there is no target {target!r}; use {', '.join(map(repr, ('auto', *TARGETS)))}")
+        cuda = torch.cuda.is_available()
+        self._home = torch.device("cuda" if cuda and target in ("auto", "ninetoothed") else "cpu")
+        expected = chosen_target(target, self._home)
         self.target, self.cache = target, cache
         self.define = expression if op_library == "builtin" else OpLibrary(op_library).define
         self._kernels: dict[str, CompiledKernel] = {}
         self._specs: dict[tuple[Any, ...], Spec] = {}
         self._lock = threading.RLock()
-        if cache is not None and target != "c" and not ninetoothed_target.interpreted():
-            POOL.start()
+        if cache is not None:
+            expected.start()
 
     def fresh(self) -> KernelCompiler:
         """A compiler like this one that knows no kernel and keeps none on disk."""
@@ -260,9 +215,9 @@ class KernelCompiler:
         return tuple(self._kernels.values())
 
     def supports(self, graph: SubGraph) -> str | None:
-        """Why `graph` cannot be one kernel of the target, or None if it can; see `graph_capture.codegen.supports`."""
+        """Why `graph` cannot be one kernel of the target, or None if it can."""
         device = next((graph.values[name].device for name in graph.input_names if name in graph.values), None)
-        return supports(graph, check=_chosen(self.target, device or torch.device("cpu")).accept)
+        return supports(chosen_target(self.target, device or torch.device("cpu")), graph)
 
     def compile(
         self,
@@ -283,8 +238,7 @@ class KernelCompiler:
         """
         dtypes, shapes = _listed(graph, input_dtypes), [tuple(shape) for shape in _listed(graph, input_shapes)]
         strides = list(map(dense_strides, shapes)) if input_strides is None else _listed(graph, input_strides)
-        cuda = self.target != "c" and torch.cuda.is_available()
-        place = torch.device(device or ("cuda" if cuda else "cpu"))
+        place = torch.device(device) if device is not None else self._home
         layouts = zip(shapes, strides, dtypes, strict=True)
         metas = tuple(TensorMeta(shape, tuple(stride), dtype, place) for shape, stride, dtype in layouts)
         with self._lock:
@@ -316,10 +270,15 @@ class KernelCompiler:
         known = (graph, *metas)
         spec = self._specs.get(known)
         if spec is None:
-            spec = self._specs[known] = lower(graph, dict(zip(graph.input_names, metas, strict=True)), self.define)
+            spec = self._specs[known] = self._lowered(target, graph, metas)
         key = hashlib.sha256(f"{target.name} {spec!r}".encode()).hexdigest()
         ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
         return target, spec, key, f"fused_{ops[:40]}_{key[:8]}"
+
+    def _lowered(self, target: Target, graph: SubGraph, metas: tuple[TensorMeta, ...]) -> Spec:
+        values = infer_values(graph, dict(zip(graph.input_names, metas, strict=True)))
+        with naming(target):
+            return target.lower(graph, values, self.define)
 
     def _kernel(self, target: Target, spec: Spec, key: str, name: str) -> CompiledKernel:
         if key not in self._kernels:

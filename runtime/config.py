@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from graph_capture.codegen.target import TARGETS
 from graph_capture.passes import DEFAULT, Pattern, pass_names
 
 Profile = Literal["measure", "always", "static"]
-Target = Literal["auto", "ninetoothed", "c"]
 OpLibrary = Literal["builtin", "ntops"]
 CudaGraph = Literal["auto", "off"]
 MergeLinears = Literal["views", "copy", "off"]
@@ -32,8 +32,8 @@ class FusionConfig:
         fusion_ratio: a fused kernel is used if ``t_fused < t_fallback * fusion_ratio``.
         profile: "measure" times both and compares; "always" uses every kernel that can be made; "static" uses every
             kernel that is compiled to machine code, untimed.
-        target: what makes kernels: "ninetoothed" (Triton), "c" (the system's C compiler, for the CPU), or "auto": the
-            first on CUDA, the second on the CPU.
+        target: what makes kernels: "ninetoothed" (Triton), "c" (the system's C compiler, for the CPU), one that
+            `register_target` made known, or "auto": the first on CUDA, the second on the CPU.
         op_library: whose definitions of ops kernels are made of: "builtin", or "ntops", which has to be installed; an
             op for which it has none that computes what torch does keeps ours.
         verify_every: check the kernels in use at every so many replays against float64, on copies, and log what is off
@@ -62,7 +62,7 @@ class FusionConfig:
     min_nodes_for_fusion: int = 2
     fusion_ratio: float = 0.8
     profile: Profile = "measure"
-    target: Target = "auto"
+    target: str = "auto"
     op_library: OpLibrary = "builtin"
     verify_every: int = 0
     merge_linears: MergeLinears = "views"
@@ -76,7 +76,7 @@ class FusionConfig:
     def __post_init__(self) -> None:
         _one_of("profile", self.profile, get_args(Profile))
         _one_of("cuda_graph", self.cuda_graph, get_args(CudaGraph))
-        _one_of("target", self.target, get_args(Target))
+        _one_of("target", self.target, ("auto", *TARGETS))
         _one_of("op_library", self.op_library, get_args(OpLibrary))
         _one_of("merge_linears", self.merge_linears, get_args(MergeLinears))
         if self.patterns is not None:

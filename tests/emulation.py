@@ -23,7 +23,6 @@ import unicorn
 from unicorn import arm64_const as arm64
 
 from graph_capture.codegen.c import host as c_host
-from graph_capture.codegen.c import target as c_target
 from graph_capture.codegen.c.host import Layout
 
 COMPILER = "aarch64-linux-gnu-gcc"
@@ -180,7 +179,7 @@ def pytest_configure(config: pytest.Config) -> None:
     c_host.library = lambda text, cache=None: library(text)  # type: ignore[assignment, return-value]
     c_host.compile_ahead = lambda texts, cache=None: None
     c_host.launch = Launch  # type: ignore[assignment, misc]
-    c_target.chain = chain  # type: ignore[assignment]
+    c_host.chain = chain  # type: ignore[assignment]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

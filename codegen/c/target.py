@@ -18,14 +18,13 @@ from graph_capture.codegen.c import host
 from graph_capture.codegen.c import matvec as c_matvec
 from graph_capture.codegen.c import rotary as c_rotary
 from graph_capture.codegen.c import rows as c_rows
-from graph_capture.codegen.c.host import CLaunch, Layout, chain
+from graph_capture.codegen.c.host import CLaunch, Layout
 from graph_capture.codegen.spec.attention import AttentionSpec
 from graph_capture.codegen.spec.kernel import BuildRequest, KernelSpec, Spec
 from graph_capture.codegen.spec.linear import MAX_ROWS, LinearSpec
 from graph_capture.codegen.spec.rotary import RotarySpec
+from graph_capture.codegen.target import Target
 from graph_capture.errors import FusionError
-
-__all__ = ["CLaunch", "build", "chain", "check", "interpreted", "name", "source", "unavailable"]
 
 THREAD_WORK = 200_000  # additions (`c_print.weight`) worth a thread: measured, 3 us, where waking one costs 1.5 us
 
@@ -48,92 +47,87 @@ PRINTERS: dict[type, Any] = {
     LinearSpec: c_matvec,
     AttentionSpec: c_attention,
 }
-name = "c"
-movable = True
 
 
-def interpreted() -> bool:
-    """Never: kernels are machine code."""
-    return False
+class CTarget(Target):
+    """Kernels for the CPU."""
+
+    name = "c"
+    movable = True
+
+    def available(self, device: torch.device, cache: DiskCache | None = None) -> str | None:
+        """Why nothing can be compiled here for `device`, or None."""
+        if device.type != "cpu":
+            return f"its tensors are on {device}, and C kernels run on the CPU"
+        try:
+            host.toolchain(cache)
+        except FusionError as error:
+            return str(error)
+        return None
+
+    def serves(self, device: torch.device) -> bool:
+        """The CPU."""
+        return device.type == "cpu"
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Whether kernels can run on these tensors.
+
+        Raises:
+            FusionError: they cannot.
+        """
+        for tensor in tensors:
+            if not tensor.is_cpu or tensor.layout is not torch.strided:
+                raise FusionError(f"a tensor is {tensor.layout} on {tensor.device}, the kernel runs on the CPU")
+            if tensor.is_neg():
+                raise FusionError("a tensor is a view that negates")
+
+    def accept(self, spec: Spec) -> None:
+        """Whether there is a way to compute this; FusionError if there is none."""
+        _accept(spec)
+
+    def source(self, spec: Spec) -> str:
+        """The kernel's function, without the prelude that all share."""
+        return _printed(spec, "kernel")
+
+    def build(
+        self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
+    ) -> Callable[[Sequence[torch.Tensor], int], CLaunch]:
+        """Compile a kernel; the result binds it to tensors.
+
+        Raises:
+            FusionError: there is no compiler, or it fails.
+        """
+        symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
+        library = host.library(_printed(spec, symbol), cache)
+        printer: CPrinter = PRINTERS[type(spec)]
+        layouts: dict[Any, tuple[Layout, ...]] = {}
+
+        def bind(tensors: Sequence[torch.Tensor], choice: int) -> CLaunch:
+            key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
+            found = layouts.get(key)
+            if found is None:
+                found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
+            return host.launch([getattr(library, symbol + layout.part) for layout in found], tensors, found)
+
+        return bind
+
+    def prepare(self, requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
+        """Compile kernels side by side, for `build` to find them."""
+        texts = []
+        for spec, kernel_name in dict.fromkeys((request.spec, request.name) for request in requests):
+            with contextlib.suppress(FusionError):  # `build` raises it again
+                texts.append(_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)))
+        host.compile_ahead(texts, cache)
 
 
-def unavailable(cache: DiskCache | None = None) -> str | None:
-    """Why nothing can be compiled here, or None."""
-    try:
-        host.toolchain(cache)
-    except FusionError as error:
-        return str(error)
-    return None
+def _printed(spec: Spec, symbol: str) -> str:
+    _accept(spec)
+    printer: CPrinter = PRINTERS[type(spec)]
+    return printer.source(spec, symbol)
 
 
-def check(tensors: Sequence[torch.Tensor]) -> None:
-    """Whether kernels can run on these tensors.
-
-    Raises:
-        FusionError: they cannot.
-    """
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
-            raise FusionError(f"a tensor is {tensor.layout} on {tensor.device}, the kernel runs on the CPU")
-        if tensor.is_neg():
-            raise FusionError("a tensor is a view that negates")
-
-
-def accept(spec: Spec) -> None:
-    """Whether there is a way to compute this.
-
-    Raises:
-        FusionError: there is none.
-    """
+def _accept(spec: Spec) -> None:
     if type(spec) not in PRINTERS:
         raise FusionError(f"the C target has no kernels of the kind {type(spec).__name__}")
     if isinstance(spec, LinearSpec) and spec.rows is None:
         raise FusionError(f"more than {MAX_ROWS} rows are the library's on the CPU")
-
-
-def source(spec: Spec) -> str:
-    """The kernel's function, without the prelude that all share."""
-    return _printed(spec, "kernel")
-
-
-def build(
-    spec: Spec, kernel_name: str, cache: DiskCache | None = None
-) -> Callable[[Sequence[torch.Tensor], int], CLaunch]:
-    """Compile a kernel; the result binds it to tensors.
-
-    Raises:
-        FusionError: there is no compiler, or it fails.
-    """
-    symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
-    library = host.library(_printed(spec, symbol), cache)
-    printer: CPrinter = PRINTERS[type(spec)]
-    layouts: dict[Any, tuple[Layout, ...]] = {}
-
-    def bind(tensors: Sequence[torch.Tensor], choice: int) -> CLaunch:
-        key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
-        found = layouts.get(key)
-        if found is None:
-            found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
-        return host.launch([getattr(library, symbol + layout.part) for layout in found], tensors, found)
-
-    return bind
-
-
-def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
-    """One: nothing is timed against itself."""
-    return 1
-
-
-def prepare(requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
-    """Compile kernels side by side, for `build` to find them."""
-    texts = []
-    for spec, kernel_name in dict.fromkeys((request.spec, request.name) for request in requests):
-        with contextlib.suppress(FusionError):  # `build` raises it again
-            texts.append(_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)))
-    host.compile_ahead(texts, cache)
-
-
-def _printed(spec: Spec, symbol: str) -> str:
-    accept(spec)
-    printer: CPrinter = PRINTERS[type(spec)]
-    return printer.source(spec, symbol)

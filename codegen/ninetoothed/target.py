@@ -16,10 +16,12 @@ from graph_capture.codegen.ninetoothed import linear as ninetoothed_linear
 from graph_capture.codegen.ninetoothed import rotary as ninetoothed_rotary
 from graph_capture.codegen.ninetoothed import rows as ninetoothed_rows
 from graph_capture.codegen.ninetoothed.aot import Binary, capability_of, compile_ahead
+from graph_capture.codegen.ninetoothed.workers import POOL
 from graph_capture.codegen.spec.attention import AttentionSpec
 from graph_capture.codegen.spec.kernel import BuildRequest, KernelSpec, Spec
 from graph_capture.codegen.spec.linear import LinearSpec
 from graph_capture.codegen.spec.rotary import RotarySpec
+from graph_capture.codegen.target import Target
 from graph_capture.errors import FusionError
 
 
@@ -47,32 +49,6 @@ PRINTERS: dict[type, Any] = {
     AttentionSpec: ninetoothed_attention,
 }
 OVERLAPS = 90  # the compute capability from where on kernels can start before others have ended
-name = "ninetoothed"
-movable = False
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: on a machine without CUDA."""
-    return host.interpreted()
-
-
-def check(tensors: Sequence[torch.Tensor]) -> None:
-    """Whether kernels can run on these tensors.
-
-    Raises:
-        FusionError: they cannot.
-    """
-    if not interpreted() and any(tensor.device.type == "cpu" for tensor in tensors):
-        raise FusionError("its tensors are on the CPU, the kernel runs on CUDA")
-
-
-def accept(spec: Spec) -> None:
-    """Every spec has a printer."""
-
-
-def source(spec: Spec) -> str:
-    """The generated module, as it is compiled for a GPU."""
-    return "\n\n".join(program.source for program in _programs(spec, False))
 
 
 def _programs(spec: Spec, interpreted: bool) -> Sequence[host.GeneratedProgram]:
@@ -80,16 +56,11 @@ def _programs(spec: Spec, interpreted: bool) -> Sequence[host.GeneratedProgram]:
     return printer.programs(spec, interpreted) if hasattr(printer, "programs") else [printer.program(spec, interpreted)]
 
 
-def candidates(spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
-    """How many ways there are to cut the work on these tensors (inputs, then outputs); at most four."""
-    return len(_ways(spec, tensors))
-
-
 def _ways(spec: Spec, tensors: Sequence[torch.Tensor]) -> list[Sequence[host.GeneratedProgram]]:
     """The ways to cut the work, the expected fastest first: of each its programs, one for all launches or for each."""
     printer = PRINTERS[type(spec)]
-    if interpreted() or not hasattr(printer, "candidates"):
-        return [_programs(spec, interpreted())]
+    if host.interpreted() or not hasattr(printer, "candidates"):
+        return [_programs(spec, host.interpreted())]
     return [[program] for program in printer.candidates(spec, tensors)]
 
 
@@ -114,76 +85,118 @@ def _launches(
         yield program, name, operands
 
 
-def build(
-    spec: Spec, kernel_name: str, cache: DiskCache | None = None
-) -> Callable[[Sequence[torch.Tensor], int], Callable[[], None]]:
-    """A kernel, from `cache` where it is there; the result binds it to tensors, and one of `candidates`.
+class NinetoothedTarget(Target):
+    """Kernels for CUDA; in Triton's interpreter where there is none."""
 
-    Raises:
-        FusionError: ninetoothed cannot be used here.
-    """
-    printer = PRINTERS[type(spec)]
-    host.import_triton()
-    if interpreted():  # on a GPU the program follows the size of the tensors
-        for program, name in _named(_programs(spec, True), kernel_name):
-            host.build(program, name)
+    name = "ninetoothed"
 
-    def bind(tensors: Sequence[torch.Tensor], choice: int) -> Callable[[], None]:
-        steps: list[Callable[[], None]] = []
-        for program, name, operands in _launches(spec, kernel_name, tensors, choice):
-            steps.append(functools.partial(host.build(program, name, cache).launch, *operands))
-        last = printer.after(spec, tensors) if hasattr(printer, "after") else None
-        steps += [last] if last is not None else []
-        if len(steps) == 1:
-            return steps[0]
+    def available(self, device: torch.device, cache: DiskCache | None = None) -> str | None:
+        """Why kernels cannot run on tensors of `device`: with a GPU here they are compiled for it."""
+        if device.type == "cpu" and not host.interpreted():
+            return "its tensors are on the CPU, and ninetoothed kernels run on CUDA here"
+        return None
 
-        def launch() -> None:
-            for step in steps:
-                step()
+    def serves(self, device: torch.device) -> bool:
+        """Every accelerator."""
+        return device.type != "cpu"
 
-        return launch
+    def start(self) -> None:
+        """Start the process that compilers are forked from."""
+        if not host.interpreted():
+            POOL.start()
 
-    return bind
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter: on a machine without CUDA."""
+        return host.interpreted()
 
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Whether kernels can run on these tensors.
 
-def prepare(requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
-    """Make and compile kernels side by side in other processes, as far as they are not in `cache`, for launches to
-    find them there. What fails is left to the launch, which says why."""
-    if interpreted() or cache is None:
-        return
-    jobs = []
-    for request in requests:
-        spec = request.spec
-        inputs = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in request.inputs]
-        try:
-            tensors = [*inputs, *spec.allocate(inputs)]
-            if all(tensor.numel() == 0 for tensor in tensors[len(inputs) :]):
+        Raises:
+            FusionError: they cannot.
+        """
+        if not host.interpreted() and any(tensor.device.type == "cpu" for tensor in tensors):
+            raise FusionError("its tensors are on the CPU, the kernel runs on CUDA")
+
+    def accept(self, spec: Spec) -> None:
+        """Every spec has a printer."""
+
+    def source(self, spec: Spec) -> str:
+        """The generated module, as it is compiled for a GPU."""
+        return "\n\n".join(program.source for program in _programs(spec, False))
+
+    def candidates(self, spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
+        """How many ways there are to cut the work on these tensors (inputs, then outputs); at most four."""
+        return len(_ways(spec, tensors))
+
+    def build(
+        self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
+    ) -> Callable[[Sequence[torch.Tensor], int], Callable[[], None]]:
+        """A kernel, from `cache` where it is there; the result binds it to tensors, and one of `candidates`.
+
+        Raises:
+            FusionError: ninetoothed cannot be used here.
+        """
+        printer = PRINTERS[type(spec)]
+        host.import_triton()
+        if host.interpreted():  # on a GPU the program follows the size of the tensors
+            for program, name in _named(_programs(spec, True), kernel_name):
+                host.build(program, name)
+
+        def bind(tensors: Sequence[torch.Tensor], choice: int) -> Callable[[], None]:
+            steps: list[Callable[[], None]] = []
+            for program, name, operands in _launches(spec, kernel_name, tensors, choice):
+                steps.append(functools.partial(host.build(program, name, cache).launch, *operands))
+            last = printer.after(spec, tensors) if hasattr(printer, "after") else None
+            steps += [last] if last is not None else []
+            if len(steps) == 1:
+                return steps[0]
+
+            def launch() -> None:
+                for step in steps:
+                    step()
+
+            return launch
+
+        return bind
+
+    def prepare(self, requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:
+        """Make and compile kernels side by side in other processes, as far as they are not in `cache`, for launches to
+        find them there. What fails is left to the launch, which says why."""
+        if host.interpreted() or cache is None:
+            return
+        jobs = []
+        for request in requests:
+            spec = request.spec
+            inputs = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in request.inputs]
+            try:
+                tensors = [*inputs, *spec.allocate(inputs)]
+                if all(tensor.numel() == 0 for tensor in tensors[len(inputs) :]):
+                    continue
+                ways = range(self.candidates(spec, tensors)) if request.choice is None else [request.choice]
+                for way in ways:
+                    jobs += [host.Job.of(*launch) for launch in _launches(spec, request.name, tensors, way)]
+            except FusionError:
                 continue
-            ways = range(candidates(spec, tensors)) if request.choice is None else [request.choice]
-            for way in ways:
-                jobs += [host.Job.of(*launch) for launch in _launches(spec, request.name, tensors, way)]
-        except FusionError:
-            continue
-    host.compile_side_by_side(jobs, cache)
+        host.compile_side_by_side(jobs, cache)
 
+    def compile_for(self, specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tuple[Binary, ...]]:
+        """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 
-def compile_for(specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tuple[Binary, ...]]:
-    """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
+        Of each kernel that of all its programs, in the order of their launches.
 
-    Of each kernel that of all its programs, in the order of their launches.
-
-    Raises:
-        FusionError: the architecture's name is of another form, or the compiler fails.
-    """
-    cache = DiskCache("sass")
-    capability = capability_of(architecture)
-    kernels = [_named(_programs(spec, False), kernel_name, capability) for spec, kernel_name in specs]
-    keys = {item: cache.key(repr(item[0]), item[1], architecture) for kernel in kernels for item in kernel}
-    stored = {item: cache.read(key, ".binary") for item, key in keys.items()}
-    found = {item: Binary.from_json(data) for item, data in stored.items() if data is not None}
-    missing = [item for item in keys if item not in found]
-    made = compile_ahead([host.build(*item) for item in missing], architecture) if missing else []
-    for item, binary in zip(missing, made, strict=True):
-        cache.put(keys[item], {".binary": binary.to_json().encode()})
-        found[item] = binary
-    return [tuple(found[item] for item in kernel) for kernel in kernels]
+        Raises:
+            FusionError: the architecture's name is of another form, or the compiler fails.
+        """
+        cache = DiskCache("sass")
+        capability = capability_of(architecture)
+        kernels = [_named(_programs(spec, False), kernel_name, capability) for spec, kernel_name in specs]
+        keys = {item: cache.key(repr(item[0]), item[1], architecture) for kernel in kernels for item in kernel}
+        stored = {item: cache.read(key, ".binary") for item, key in keys.items()}
+        found = {item: Binary.from_json(data) for item, data in stored.items() if data is not None}
+        missing = [item for item in keys if item not in found]
+        made = compile_ahead([host.build(*item) for item in missing], architecture) if missing else []
+        for item, binary in zip(missing, made, strict=True):
+            cache.put(keys[item], {".binary": binary.to_json().encode()})
+            found[item] = binary
+        return [tuple(found[item] for item in kernel) for kernel in kernels]

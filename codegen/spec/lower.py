@@ -39,32 +39,49 @@ def infer_values(graph: SubGraph, inputs: Mapping[str, TensorMeta]) -> dict[str,
     return {name: TensorMeta.of(tensor)._replace(device=device) for name, tensor in env.items()}
 
 
-def supports(
-    graph: SubGraph,
-    metas: Mapping[str, TensorMeta] | None = None,
-    check: Callable[[Spec], None] = lambda spec: None,
-) -> str | None:
-    """Why `graph` cannot be one kernel, or None if it can. Without layouts (here or in ``graph.values``) only its ops
-    are looked at. `check` raises FusionError for what the kernel's target has no way to compute."""
-    lowering = next(module for module in LOWERINGS if module.claims(graph))
-    try:
-        lowering.check_ops(graph)
-        known = dict(graph.values) | dict(metas or {})
-        if all(name in known for name in graph.input_names):
-            if not all(name in known for node in graph.nodes for name in node.outputs):
-                known = infer_values(graph, {name: known[name] for name in graph.input_names})
-            check(lowering.lower(graph, known))
-    except FusionError as error:
-        return str(error)
-    return None
+def check_ops(graph: SubGraph) -> None:
+    """Look at the ops of `graph` alone.
+
+    Raises:
+        FusionError: they cannot be one kernel; the message says why.
+    """
+    _lowering(graph).check_ops(graph)
 
 
-def lower(graph: SubGraph, inputs: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> Spec:
-    """`graph` on inputs of these layouts as one kernel; `define` gives the scalar expressions of its ops.
+def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Definitions = expression) -> Spec:
+    """`graph`, whose values have these layouts, as one kernel; `define` gives the scalar expressions of its ops.
 
     Raises:
         FusionError: it cannot be one kernel; the message says why.
     """
-    lowering = next(module for module in LOWERINGS if module.claims(graph))
+    lowering = _lowering(graph)
     lowering.check_ops(graph)
-    return lowering.lower(graph, infer_values(graph, inputs), define)
+    spec: Spec = lowering.lower(graph, values, define)
+    return spec
+
+
+def _lowering(graph: SubGraph) -> Any:
+    return next(module for module in LOWERINGS if module.claims(graph))
+
+
+def supports(
+    graph: SubGraph,
+    metas: Mapping[str, TensorMeta] | None = None,
+    check_ops: Callable[[SubGraph], None] = check_ops,
+    lower: Callable[[SubGraph, Mapping[str, TensorMeta]], Spec] = lower,
+    accept: Callable[[Spec], None] = lambda spec: None,
+) -> str | None:
+    """Why `graph` cannot be one kernel, or None if it can. Without layouts (here or in ``graph.values``) only its ops
+    are looked at. A target asks with its own `check_ops`, `lower` and `accept`."""
+    known = dict(graph.values) | dict(metas or {})
+    try:
+        if not all(name in known for name in graph.input_names):
+            check_ops(graph)
+            return None
+        if not all(name in known for node in graph.nodes for name in node.outputs):
+            check_ops(graph)
+            known = infer_values(graph, {name: known[name] for name in graph.input_names})
+        accept(lower(graph, known))
+    except FusionError as error:
+        return str(error)
+    return None

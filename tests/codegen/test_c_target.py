@@ -17,7 +17,6 @@ from graph_capture.cache import DiskCache
 from graph_capture.codegen import compiler
 from graph_capture.codegen.c import host as c_host
 from graph_capture.codegen.c import rows as c_rows
-from graph_capture.codegen.c import target as c_target
 from graph_capture.codegen.c.printing import identifier, literal
 from graph_capture.ir.numerics import distance
 
@@ -126,8 +125,8 @@ def test_a_forked_child_computes_alone(threads):
 def test_a_chain_is_one_launch_of_all():
     x, y, z = noise(5, 64), torch.empty(5, 64), torch.empty(5, 64)
     first, second = kernel_of(one("exp"), x).prepare([x], [y]), kernel_of(softmax(), y).prepare([y], [z])
-    chained = c_target.chain([c_target.chain([first]), second])
-    assert isinstance(chained, c_target.Launch)
+    chained = c_host.chain([c_host.chain([first]), second])
+    assert isinstance(chained, c_host.CLaunch)
     del first, second
     for _ in range(2):
         chained()
