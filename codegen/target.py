@@ -85,6 +85,16 @@ class Target(ABC):
     def source(self, spec: Spec) -> str:
         """The code of a spec."""
 
+    def artifacts(self, spec: Spec, kernel_name: str) -> Mapping[str, str]:
+        """What `build` makes on the way, as texts under file names, in the order in which they are made.
+
+        That is the source that is really compiled, and the machine code as text where there is a tool for it.
+
+        Raises:
+            FusionError: it cannot be compiled.
+        """
+        return {}
+
     @abstractmethod
     def build(self, spec: Spec, kernel_name: str, cache: DiskCache | None = None) -> Binding:
         """Compile a spec, or find it in `cache`; the result binds it to the tensors of a call, inputs first, and to one

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from graph_capture.cache import DiskCache
 from graph_capture.codegen import CompiledKernel, is_native
 from graph_capture.codegen.spec.linear import LinearSpec
-from graph_capture.errors import FusionError
+from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Executor
 from graph_capture.ir.ops import FUSED
@@ -28,6 +31,7 @@ from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
 from graph_capture.passes.rewrite import expand, values_of
 from graph_capture.record.recorded import RecordedGraph
+from graph_capture.runtime.account.dump import VARIABLE as DUMP
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.decide.heuristics import FusionHeuristics, fallback_of, input_metas
 from graph_capture.runtime.decide.measure import example_inputs
@@ -67,7 +71,7 @@ class FusionScheduler:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
         config = self.config
         if not config.enable_fusion:
-            return FusedGraph(Program(graph, unchanged(graph.subgraph), (), config), self._memory)
+            return dumped(FusedGraph(Program(graph, unchanged(graph.subgraph), (), config), self._memory))
         off = config.passes_off | ({PARALLEL_LINEAR} if config.merge_linears == "off" else frozenset())
         device = device_of(graph.subgraph)
         if config.profile != "always" and not is_native(config.target, device, self.heuristics.compiler.cache):
@@ -97,7 +101,7 @@ class FusionScheduler:
             used,
             len(regions.found),
         )
-        return self._as_a_whole(Program(graph, rewritten, tuple(regions.found), config))
+        return dumped(self._as_a_whole(Program(graph, rewritten, tuple(regions.found), config)))
 
     def _as_a_whole(self, program: Program) -> FusedGraph:
         """The fused graph; with no kernel in it where it measures no faster for them."""
@@ -115,6 +119,26 @@ class FusionScheduler:
             fused = FusedGraph(fused.program.without_kernels(whole.reason), self._memory)
         fused.program = replace(fused.program, whole=whole)
         return fused
+
+
+_dumps = itertools.count()
+
+
+def dumped(fused: FusedGraph) -> FusedGraph:
+    """`fused`, written down where the environment asks for it: now, and once more when there is a plan."""
+    place = os.environ.get(DUMP)
+    if place:
+        folder = Path(place, f"{os.getpid()}_{next(_dumps):03d}")
+
+        def write() -> None:
+            try:
+                fused.dump(folder)
+            except CaptureError as error:
+                log.warning("%s=%s: %s", DUMP, place, error)
+
+        write()
+        fused.when_planned(write)
+    return fused
 
 
 class _RegionDecider:

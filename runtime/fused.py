@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from graph_capture.log import log
 from graph_capture.passes import Receipt
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.account.bisect import Bisection, bisect
+from graph_capture.runtime.account.dump import dump
 from graph_capture.runtime.account.explain import Explanation, Why, explain, why
 from graph_capture.runtime.account.sample import check_sample
 from graph_capture.runtime.account.verify import Verification, verify
@@ -193,6 +195,10 @@ class FusedGraph:
         """How a replay runs; None before the first one, or where there can be no plan."""
         return self._replay.plan
 
+    def when_planned(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called as soon as there is a plan."""
+        self._replay.on_plan = listener
+
     def constant_tensors(self) -> Sequence[torch.Tensor]:
         """The results of `constants`, made again where a weight behind them has changed."""
         return self._constants() if self._constants is not None else ()
@@ -243,6 +249,24 @@ class FusedGraph:
             SignatureMismatchError: as `__call__`.
         """
         return verify(self.program, self.tensors(self.recorded.bind(args, kwargs)))
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write what became of the recording into a folder, in files that read in order (`index.txt` lists them).
+
+        The recording, its guards, the graph after each pass; of each region its body, spec, generated source, the
+        source that is compiled, machine code where there is a tool for it; the decisions, why each op is fused or not,
+        and, once there has been a replay, the plan. ``GRAPH_CAPTURE_DUMP=FOLDER`` does it for every graph of a process.
+
+        Args:
+            folder: made if it is not there; an earlier dump in it is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CaptureError: the folder holds something else, or cannot be written.
+        """
+        return dump(self.program, folder, self.plan, self.cuda_graphs)
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.

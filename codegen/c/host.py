@@ -128,6 +128,21 @@ def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
     return Path(name)
 
 
+def assembly(source: str) -> str:
+    """What the compiler makes of a whole file, as assembly.
+
+    Raises:
+        FusionError: there is no compiler, or it fails.
+    """
+    chosen = toolchain()
+    line = [*chosen.command, *(flag for flag in chosen.flags if flag != "-shared"), "-x", "c", "-", "-S", "-o", "-"]
+    try:
+        done = subprocess.run(line, input=source, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FusionError(f"the C compiler failed: {getattr(error, 'stderr', None) or error}") from error
+    return f"# {shlex.join(line)}\n{done.stdout}"
+
+
 def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:
     """A kernel's `text`, which follows the prelude, compiled and loaded; equal ones once a process.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +89,11 @@ class CTarget(Target):
         """The kernel's function, without the prelude that all share."""
         return _printed(spec, "kernel")
 
+    def artifacts(self, spec: Spec, kernel_name: str) -> Mapping[str, str]:
+        """The C file as it is compiled, and the compiler's assembly."""
+        text = host.prelude() + _printed(spec, _symbol(kernel_name))
+        return {"kernel.c": text, "kernel.s": host.assembly(text)}
+
     def build(
         self, spec: Spec, kernel_name: str, cache: DiskCache | None = None
     ) -> Callable[[Sequence[torch.Tensor], int], CLaunch]:
@@ -97,7 +102,7 @@ class CTarget(Target):
         Raises:
             FusionError: there is no compiler, or it fails.
         """
-        symbol = re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
+        symbol = _symbol(kernel_name)
         library = host.library(_printed(spec, symbol), cache)
         printer: CPrinter = PRINTERS[type(spec)]
         layouts: dict[Any, tuple[Layout, ...]] = {}
@@ -116,8 +121,12 @@ class CTarget(Target):
         texts = []
         for spec, kernel_name in dict.fromkeys((request.spec, request.name) for request in requests):
             with contextlib.suppress(FusionError):  # `build` raises it again
-                texts.append(_printed(spec, re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)))
+                texts.append(_printed(spec, _symbol(kernel_name)))
         host.compile_ahead(texts, cache)
+
+
+def _symbol(kernel_name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]", "_", kernel_name)
 
 
 def _printed(spec: Spec, symbol: str) -> str:

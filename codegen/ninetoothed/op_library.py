@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from graph_capture.codegen.ninetoothed.host import import_ninetoothed
-from graph_capture.codegen.spec.rows import FUNCTIONS
+from graph_capture.codegen.spec.definitions import agree, evaluate, probes
 from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.binding import arguments, expression, prepare
 from graph_capture.ir.graph import OpNode
@@ -32,7 +32,6 @@ from graph_capture.ir.ops import Kind, op
 from graph_capture.ir.values import Arg
 from graph_capture.log import log
 
-RTOL = 1e-5  # some roundings of float32
 _OF_A_ROW = {"num_normalized_elements": "columns"}  # an application's name for what the scalar language calls `columns`
 _OF_A_KERNEL = {"ndim": 2, "num_normalized_dims": 1}  # arguments of `premake`: a row is the last dimension
 
@@ -279,7 +278,7 @@ def _check(node: OpNode, text: str) -> None:
         _NoDefinitionError: they differ.
     """
     try:
-        tensors = _probes(len(node.inputs), rows=op(node.op_type).kind is Kind.ROW)
+        tensors = probes(len(node.inputs), rows=op(node.op_type).kind is Kind.ROW)
         want = prepare(node)(tensors)
         names = {
             name: tensors[v.index] if isinstance(v, Arg) else v
@@ -289,48 +288,10 @@ def _check(node: OpNode, text: str) -> None:
         raise _NoDefinitionError(f"it cannot be compared: {error}") from error
     columns, ours = tensors[0].shape[-1], expression(node, torch.float32)
     got = evaluate(text, names, columns).expand(want.shape)
-    wrong = ~_close(got, want)
+    wrong = ~agree(got, want)
     if ours is not None:
-        wrong &= ~_close(got, evaluate(ours, names, columns).expand(want.shape))
+        wrong &= ~agree(got, evaluate(ours, names, columns).expand(want.shape))
     if wrong.any():
         at = int(wrong.reshape(-1).to(torch.int8).argmax())
         pair = got.reshape(-1)[at].item(), want.reshape(-1)[at].item()
         raise _NoDefinitionError(f"it computes {pair[0]} where torch's function gives {pair[1]}")
-
-
-def _close(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.isclose(left.float(), right.float(), rtol=RTOL, atol=1e-30, equal_nan=True)
-
-
-def _probes(count: int, rows: bool) -> list[torch.Tensor]:
-    """float32 operands that show what is wrong: all pairs of hard numbers, or rows of several magnitudes."""
-    generator = torch.Generator().manual_seed(0)
-    if rows:
-        matrix = torch.randn(6, 48, generator=generator) * torch.tensor([1e-3, 1.0, 30.0, 1.0, 1.0, 1.0])[:, None]
-        matrix[3, 5], matrix[4, 6], matrix[5] = math.inf, math.nan, 2.0
-        return [matrix, *(torch.randn(48, generator=generator) for _ in range(count - 1))]
-    hard = [0.0, 1e-4, 0.1, 0.5, 1.0, 3.0, 17.0, 100.0, 1e4, 1e30, math.inf]
-    numbers = torch.tensor([*hard, *(-x for x in hard), math.nan])
-    size = len(numbers)
-    operands = [numbers.repeat(size), numbers.repeat_interleave(size)]
-    while len(operands) < count:
-        operands.append(numbers[torch.randint(size, (size * size,), generator=generator)])
-    return operands[:count]
-
-
-def evaluate(text: str, names: Mapping[str, Any], columns: int) -> torch.Tensor:
-    """A scalar expression on tensors, by torch; `names` are its operands, `columns` the elements of a row."""
-    scope: dict[str, Any] = {name: getattr(torch, name) for name in FUNCTIONS if hasattr(torch, name)}
-    scope |= {name: _on_tensors(getattr(torch, name)) for name in ("maximum", "minimum", "where", "exp", "log")}
-    scope |= {
-        "sum": lambda x: x.sum(-1, keepdim=True),
-        "mean": lambda x: x.mean(-1, keepdim=True),
-        "max": lambda x: x.amax(-1, keepdim=True),
-        "min": lambda x: x.amin(-1, keepdim=True),
-        "columns": columns,
-    }
-    return eval(compile(text, "<expression>", "eval"), scope | dict(names))
-
-
-def _on_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return lambda *args: function(*(torch.as_tensor(arg) for arg in args))

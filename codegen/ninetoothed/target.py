@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -124,6 +125,16 @@ class NinetoothedTarget(Target):
     def source(self, spec: Spec) -> str:
         """The generated module, as it is compiled for a GPU."""
         return "\n\n".join(program.source for program in _programs(spec, False))
+
+    def artifacts(self, spec: Spec, kernel_name: str) -> Mapping[str, str]:
+        """The Triton source after rewriting, and with a GPU here its machine code."""
+        named = _named(_programs(spec, host.interpreted()), kernel_name)
+        built = [host.build(program, name) for program, name in named]
+        found = {f"{item.kernel_name}.triton.py": Path(item.triton_file).read_text(encoding="utf-8") for item in built}
+        if host.capability():
+            binaries = compile_ahead(built, f"sm_{host.capability()}")
+            found |= {f"{item.kernel_name}.sass": code.sass for item, code in zip(built, binaries, strict=True)}
+        return found
 
     def candidates(self, spec: Spec, tensors: Sequence[torch.Tensor]) -> int:
         """How many ways there are to cut the work on these tensors (inputs, then outputs); at most four."""

@@ -41,6 +41,11 @@ class Parameter:
     default: Any = inspect.Parameter.empty
     keyword_only: bool = False
 
+    @property
+    def required(self) -> bool:
+        """Whether a call must give it."""
+        return self.default is inspect.Parameter.empty
+
 
 Expression = str | Callable[[Mapping[str, Any], torch.dtype], "str | None"]
 
@@ -144,6 +149,36 @@ def op_of(function: OpOverload) -> Op:
             return row
     namespace, name = function._schema.name.split("::")
     return op(f"{namespace}.{name}.{function._overloadname}")
+
+
+def add_row(row: Op) -> None:
+    """Add a row to the table.
+
+    Raises:
+        CaptureError: there is one of that name, or the name is not free to choose.
+    """
+    if row.name in TABLE:
+        raise CaptureError(f"an op named {row.name!r} is in the table already; choose another name")
+    if row.name.startswith((FUSED, GUARD)) or not row.name.replace(".", "_").isidentifier():
+        raise CaptureError(f"{row.name!r} cannot be an op's name: use letters, digits and underscores")
+    TABLE[row.name] = row
+    _forget()
+
+
+def remove_row(name: str) -> None:
+    """Take a row out of the table.
+
+    Raises:
+        CaptureError: there is none of that name.
+    """
+    if TABLE.pop(name, None) is None:
+        raise CaptureError(f"there is no op named {name!r} in the table")
+    _forget()
+
+
+def _forget() -> None:
+    for known in (op, op_of, written_parameters):
+        known.cache_clear()
 
 
 def _guard(target: Op) -> Op:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -211,10 +212,6 @@ class Why:
 
 def why(program: Program, what: str) -> Why:
     """See `FusedGraph.why`."""
-    inside: dict[str, list[Region]] = {}  # value -> the regions that make it, outermost first
-    for region in program.regions:
-        for name in values_of(region.nodes):
-            inside.setdefault(name, []).append(region)
     named = {name for region in program.regions if region.name == what for name in values_of(region.nodes)}
     asked = [
         node
@@ -223,6 +220,19 @@ def why(program: Program, what: str) -> Why:
     ]
     if not asked:
         raise KeyError(f"no module, value or region of the graph is called {what!r}")
+    return _why(program, asked)
+
+
+def why_all(program: Program) -> Why:
+    """`why` for every recorded op."""
+    return _why(program, program.recorded.subgraph.nodes)
+
+
+def _why(program: Program, asked: Sequence[OpNode]) -> Why:
+    inside: dict[str, list[Region]] = {}  # value -> the regions that make it, outermost first
+    for region in program.regions:
+        for name in values_of(region.nodes):
+            inside.setdefault(name, []).append(region)
     refused: dict[str, list[str]] = {}
     for receipt in program.receipts:
         for refusal in receipt.refused:

@@ -114,6 +114,7 @@ class Replay:
         self._plan: Plan | None = None
         self._static: Tensors = ()
         self._stamp: Any = None
+        self.on_plan: Callable[[], None] | None = None  # called when a plan has been made
         self._latest: list[weakref.ref[torch.Tensor]] = []  # results that lie in the plan's buffers
 
     def run(self, dynamic: Tensors, static: Tensors, stamp: Any = None) -> list[torch.Tensor]:
@@ -223,3 +224,5 @@ class Replay:
         finally:
             self._first_run, self._static = None, ()
             self._memory.leave()
+        if self._plan is not None and self.on_plan is not None:
+            self.on_plan()
