@@ -145,10 +145,11 @@ def _nothing() -> None:
 
 def compile_for(kernels: Sequence[CompiledKernel], architecture: str) -> list[tuple[Binary, ...]]:
     """Machine code of several kernels in one go; see `CompiledKernel.compile_for`."""
-    targets = {kernel.target for kernel in kernels}
-    if len(targets) != 1:
-        raise FusionError("kernels that are compiled together have one target")
-    return next(iter(targets)).compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
+    target = next((target for target in TARGETS.values() if target.compiles(architecture)), None)
+    if target is None:
+        raise FusionError(f"{architecture!r} is not an architecture that a target compiles for, such as 'sm_90'")
+    with naming(target):
+        return target.compile_for([(kernel.spec, kernel.name) for kernel in kernels], architecture)
 
 
 def target_for(chosen: str, device: torch.device, cache: DiskCache | None = None) -> Target:

@@ -110,6 +110,10 @@ class Target(ABC):
     def prepare(self, requests: Sequence[BuildRequest], cache: DiskCache | None = None) -> None:  # noqa: B027
         """Compile kernels side by side into `cache`, as far as that saves time later."""
 
+    def compiles(self, architecture: str) -> bool:
+        """Whether it makes machine code for processors called this, which need not be here."""
+        return False
+
     def compile_for(self, specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tuple[Any, ...]]:
         """Machine code of kernels (their specs and names) for a processor that need not be here.
 

@@ -25,6 +25,7 @@ import torch
 
 from graph_capture.codegen.ninetoothed.host import import_ninetoothed
 from graph_capture.codegen.spec.definitions import agree, evaluate, probes
+from graph_capture.codegen.spec.rows import FUNCTIONS
 from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.binding import arguments, expression, prepare
 from graph_capture.ir.graph import OpNode

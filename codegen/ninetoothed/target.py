@@ -191,6 +191,10 @@ class NinetoothedTarget(Target):
                 continue
         host.compile_side_by_side(jobs, cache)
 
+    def compiles(self, architecture: str) -> bool:
+        """NVIDIA's: ``sm_80``, ``sm_90``, ..."""
+        return architecture.startswith("sm_")
+
     def compile_for(self, specs: Sequence[tuple[Spec, str]], architecture: str) -> list[tuple[Binary, ...]]:
         """Machine code of kernels (their specs and names) for ``sm_80``, ``sm_90``, ...; needs no GPU.
 
