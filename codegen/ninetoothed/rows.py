@@ -176,7 +176,7 @@ def print_source(spec: KernelSpec, blocks: RowBlocks) -> str:
 def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict[str, str]:
     """Operand names as identifiers that collide with nothing in the module (ninetoothed's renaming is textual)."""
     names: dict[str, str] = {}
-    reserved = r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles)|.*(application|arrangement|ninetoothed|triton).*"
+    reserved = r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles|grid)|.*(application|arrangement|ninetoothed|triton).*"
     for prefix, operands in (("x", inputs), ("out", outputs)):
         for index, operand in enumerate(operands):
             name = operand.name
@@ -186,6 +186,17 @@ def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict
             while list(names.values()).count(names[name]) > 1:
                 names[name] += "_"
     return names
+
+
+def _carriers(spec: KernelSpec) -> list[Operand]:
+    """For each dimension of the iteration space an operand that moves along it: the same for all where one does, so that
+    places in the grid are computed once. Where operands are broadcast against each other, none may."""
+    full = max(spec.operands, key=lambda operand: sum(operand.over))
+    found = []
+    for dim in range(len(full.over)):
+        moving = [operand for operand in (full, *spec.operands) if operand.over[dim]]
+        found.append(moving[0] if moving else full)
+    return found
 
 
 class _ProgramPrinter:
@@ -201,21 +212,26 @@ class _ProgramPrinter:
         spec, blocks = self.spec, self.blocks
         rank = len(spec.operands[0].over)
         block = [blocks.columns] if spec.columns is None else [*[1] * (rank - 2), blocks.rows, blocks.columns]
-        full = max(spec.operands, key=lambda operand: sum(operand.over))
-        first = self.names[full.name]  # its sizes are those of all, so that places in the grid are computed once
+        carriers = _carriers(spec)
+        names = [self.names[carrier.name] for carrier in carriers]
         lines, tiles = [], []
         for operand in spec.operands:
             name = self.names[operand.name]
-            shape = [f"{first}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
+            shape = [f"{names[dim]}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
             if spec.columns is not None and operand.over[-1]:
                 shape[-1] = str(spec.columns)
             if shape != [f"{name}.shape[{dim}]" for dim in range(rank)]:
                 lines.append(f"{name}.shape = ({', '.join(shape)},)")
-        tile = ", ".join(map(str, block))
-        grid = f"{first}.tile(({tile},))"
-        if blocks.sweeps:
-            grid += f".tile(({'1, ' * (rank - 1)}-1))"
-        lines.append(f"grid = {grid}.shape")
+        grids = dict[str, str]()  # of each carrier: how many blocks it has along each dimension
+        for name, carrier in dict(zip(names, carriers, strict=True)).items():
+            tile = ", ".join(str(size) if over else "1" for size, over in zip(block, carrier.over, strict=True))
+            form = f"{name}.tile(({tile},))"
+            if blocks.sweeps:
+                form += f".tile(({'1, ' * (rank - 1)}-1))"
+            grids[name] = f"{name}_grid" if len(set(names)) > 1 else "grid"
+            lines.append(f"{grids[name]} = {form}.shape")
+        if len(grids) > 1:
+            lines.append(f"grid = ({', '.join(f'{grids[name]}[{dim}]' for dim, name in enumerate(names))},)")
         for operand in spec.operands:
             sizes = ", ".join(str(size) if over else "1" for size, over in zip(block, operand.over, strict=True))
             form = f"{self.names[operand.name]}.tile(({sizes},))"
