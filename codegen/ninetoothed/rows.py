@@ -176,7 +176,9 @@ def print_source(spec: KernelSpec, blocks: RowBlocks) -> str:
 def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict[str, str]:
     """Operand names as identifiers that collide with nothing in the module (ninetoothed's renaming is textual)."""
     names: dict[str, str] = {}
-    reserved = r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles|grid)|.*(application|arrangement|ninetoothed|triton).*"
+    reserved = (
+        r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles|grid)|.*(application|arrangement|ninetoothed|triton).*"
+    )
     for prefix, operands in (("x", inputs), ("out", outputs)):
         for index, operand in enumerate(operands):
             name = operand.name
@@ -189,8 +191,10 @@ def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict
 
 
 def _carriers(spec: KernelSpec) -> list[Operand]:
-    """For each dimension of the iteration space an operand that moves along it: the same for all where one does, so that
-    places in the grid are computed once. Where operands are broadcast against each other, none may."""
+    """For each dimension of the iteration space an operand that moves along it.
+
+    It is the same for all where one moves along all, so that places in the grid are computed once.
+    """
     full = max(spec.operands, key=lambda operand: sum(operand.over))
     found = []
     for dim in range(len(full.over)):

@@ -79,6 +79,9 @@ class AttentionSpec:
         masks = [_grouped_mask(m, query, self) for m in mask]
         if self.mask and [tuple(size > 1 for size in m.shape[:3]) for m in masks] != [self.mask]:
             raise FusionError("the mask broadcasts in another way than the kernel's")
+        whole = (self.batch, self.heads, self.rows)
+        if any(size not in (1, full) for m in masks for size, full in zip(m.shape[:3], whole, strict=True)):
+            raise FusionError(f"the mask {list(mask[0].shape)} does not broadcast over the scores")
         return [_grouped(query, self, self.width), key, value, *masks, _grouped(out, self, self.out_width)]
 
 
