@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graph_capture import InferEngine
-from graph_capture.cli.main.console import show_error
+from graph_capture.cli.console import show_error
 from graph_capture.errors import CaptureError
 from graph_capture.runtime.llm import Completion
 from graph_capture.tiny import FOLDER

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from graph_capture.cli.main.console import show_error
+from graph_capture.cli.console import show_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 

@@ -10,16 +10,10 @@ import torch
 
 from graph_capture.codegen.launches import Prepares
 from graph_capture.errors import FusionError
-<<<<<<< HEAD:runtime/replay/planner.py
 from graph_capture.ir.binding import flatten_outputs, template
 from graph_capture.ir.interpreter import Executor, Step
 from graph_capture.ir.ops import EXTERNAL, op
-=======
-from graph_capture.ir.interpreter import Executor, Step
-from graph_capture.runtime.replay.forms import template
-from graph_capture.codegen.launches import Prepares
 from graph_capture.ir.layouts import copy_into
->>>>>>> c5085cb (Check what a launch reaches against its tensors, a linear's bias against its columns; copy expanded arguments):graph_capture/planner.py
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Lifetime, live_peak, place
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
