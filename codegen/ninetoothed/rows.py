@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 
 from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.spec.geometry import Geometry
 from graph_capture.codegen.spec.kernel import INDEX, REDUCTIONS, KernelSpec, Operand, Statement
+from graph_capture.codegen.spec.rounding import ROUNDED
 
 MAX_BLOCK = 32768  # elements of a row that one block holds
 SWEEP = 4096  # elements of a longer row that are held at a time
@@ -352,7 +354,12 @@ class _ProgramPrinter:
         return f"{self.values[statement.target]} = {value}"
 
     def _arguments(self, statement: Statement) -> list[str]:
-        return [self.values[a] if isinstance(a, str) else print_number(a) for a in statement.arguments]
+        return print_arguments(statement, self.values)
+
+
+def print_arguments(statement: Statement, values: Mapping[str, str]) -> list[str]:
+    """The arguments of a statement, given what its variables are called."""
+    return [values[a] if isinstance(a, str) else print_number(a, statement.dtype) for a in statement.arguments]
 
 
 def print_statement(statement: Statement, args: Sequence[str]) -> str:
@@ -363,8 +370,11 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     if function == "cast":
         name = "int1" if statement.dtype is torch.bool else str(statement.dtype).removeprefix("torch.")
         return f"ntl.cast({args[0]}, ntl.{name})"
-    if function == "neg":
-        return f"-{args[0]}"
+    if function in ROUNDED:
+        narrow = str(ROUNDED[function]).removeprefix("torch.")
+        return f"ntl.cast(ntl.cast({args[0]}, ntl.{narrow}), ntl.{str(statement.dtype).removeprefix('torch.')})"
+    if function == "neg":  # Triton subtracts from 0, which loses the sign of a zero
+        return f"{args[0]} * -1.0" if statement.dtype.is_floating_point else f"-{args[0]}"
     if function == "~":
         return f"~{args[0]}"
     if function in ("maximum", "minimum"):
@@ -403,8 +413,14 @@ def _log1p(x: str) -> str:
     return f"ntl.where({far}, {x}, ntl.log({rounded}) * ({x} / ({rounded} - 1.0)))"
 
 
-def print_number(value: Any) -> str:
-    """A number as an expression."""
+def print_number(value: Any, dtype: torch.dtype = torch.float32) -> str:
+    """A number in arithmetic of a dtype as an expression."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, float) and dtype is not torch.float64:
+        with numpy.errstate(over="ignore"):
+            narrow = float(numpy.float32(value))
+        return repr(value) if math.isfinite(narrow) and (narrow or not value) else print_number(narrow)
+    if isinstance(value, float) and float(numpy.float32(value)) != value:  # Triton would take it for a float32
+        return f"ntl.full((1,), {value!r}, dtype=ntl.float64)"
     return repr(value)
