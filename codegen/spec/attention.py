@@ -161,6 +161,8 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = No
     if reach >= 2**31:
         raise FusionError(f"{reach} elements need 64-bit offsets")
     scale = node.attr("scale")
+    if scale is not None and not math.isfinite(scale):
+        raise FusionError(f"its scale is {scale}")
     spec = AttentionSpec(
         tuple(Operand(name, values[name].dtype) for name in graph.input_names),
         (Operand(node.outputs[0], out.dtype),),

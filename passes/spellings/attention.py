@@ -161,7 +161,7 @@ def _attention(name: str) -> Guard:
         alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and key.shape[-2] == value.shape[-2]
         require(alike, f"{query}, {key} and {value} do not go together")
         scale = found.numbers.get("scale", 1.0)
-        require(isinstance(scale, (int, float)), f"its scale is {scale!r}")
+        require(isinstance(scale, (int, float)) and abs(scale) < _LARGE, f"its scale is {scale!r}")
         result: dict[str, Any] = {"scale": float(1 / scale if name.endswith("divisor") else scale)}
         if "attn_mask" in found:
             mask, scores = found["attn_mask"], (*query.shape[:-1], key.shape[-2])
@@ -173,6 +173,9 @@ def _attention(name: str) -> Guard:
         return result
 
     return attributes
+
+
+_LARGE = 1e15  # scores that are scaled by more may be infinite on one way, and not on another
 
 
 def _fill(fill: Any, dtype: torch.dtype) -> Attributes:

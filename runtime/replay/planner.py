@@ -12,8 +12,8 @@ from graph_capture.codegen.launches import Prepares
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import flatten_outputs, template
 from graph_capture.ir.interpreter import Executor, Step
-from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.ir.layouts import copy_into
+from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Lifetime, live_peak, place
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
@@ -132,7 +132,7 @@ class Builder(Script):
                 self._copies[slot] = self.static(f"{ref}_copy", strided(value, memory, 0))
                 self.line(f"{self._copying(value)}({self._copies[slot]}, {ref})")
 
-    def _copying(self, value: Value) -> str:
+    def _copying(self, value: SeenValue) -> str:
         """What writes into memory that is laid out like a value; torch refuses where elements of it are one."""
         plain = all(step != 0 or size < 2 for size, step in zip(value.shape, value.stride, strict=True))
         return self.function(torch.Tensor.copy_, "copy_") if plain else self.function(copy_into, "copy_into")
