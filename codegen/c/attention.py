@@ -247,7 +247,8 @@ class _AttentionPrinter:
 
     def _stored(self, operand: int, number: int, batch: str, head: str) -> list[str]:
         spec = self.spec
-        store = c_print.store("to", "e", spec.dtype, "total[r] == 0 ? 0 : mean[r][e] / total[r]")
+        result = "mean[r][e] / total[r]" if spec.strict else "total[r] == 0 ? 0 : mean[r][e] / total[r]"
+        store = c_print.store("to", "e", spec.dtype, result)
         return [
             f"for (int64_t r = 0; r < {spec.rows}; r++) {{",
             f"    {self.kind} *const to = ({self.kind} *)operands[{operand}] + {batch} * numbers[{number}]"

@@ -286,20 +286,25 @@ def scaled_dot_product_attention(
     fill: float | None = None,
     keeps: bool = False,
     tokens_first: bool = False,
+    strict: bool = False,
 ) -> torch.Tensor:
     """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V].
 
     With `fill`, scores become `fill` where the bool `attn_mask` is True, or, if it `keeps`, where it is False.
-    `tokens_first`: key and value are [B, S, H, E], without or with B.
+    `tokens_first`: key and value are [B, S, H, E], without or with B. `strict`: a query whose keys are all masked by
+    -inf gets NaN, as from a softmax that is written out; torch's attention gives 0.
     """
     if tokens_first:
         key, value = key.transpose(-3, -2), value.transpose(-3, -2)
     if fill is not None and attn_mask is not None:
         left_out = attn_mask.logical_not() if keeps else attn_mask
         attn_mask = torch.zeros(left_out.shape, dtype=query.dtype, device=query.device).masked_fill_(left_out, fill)
-    return F.scaled_dot_product_attention(
+    result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+    if strict and attn_mask is not None:
+        result = result.masked_fill((attn_mask == -math.inf).all(-1, keepdim=True), math.nan)
+    return result
 
 
 def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
