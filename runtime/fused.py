@@ -135,7 +135,7 @@ class FusedGraph:
         if region.kernel is None:
             return None
         try:
-            relaid = relaid_outputs(graph, region.node)
+            relaid = relaid_outputs(graph, region)
             if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
                 return Inlined.of(region, region.kernel, self.recorded, self.config)
             make = RegionStep if isinstance(region.kernel, LibraryKernel) else KernelStep
