@@ -62,6 +62,7 @@ class RegionStep:
         self, region: Region, graph: RecordedGraph, config: FusionConfig, relaid: Sequence[tuple[int, TensorMeta]]
     ) -> None:
         assert region.kernel is not None
+        self.failure: str | None = None  # what the kernel raised, if it did
         self.relaid = relaid
         self.region = region
         self.config = config
@@ -81,8 +82,7 @@ class RegionStep:
         except Exception as error:
             if not self.config.fallback_on_error or _is_capturing(tensors):
                 raise  # a capture that has failed says nothing about the kernel
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
+            self._fell_back(error)
             return self.recorded.run(tensors)
         if self.relaid:
             outputs = list(outputs)
@@ -95,6 +95,10 @@ class RegionStep:
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
+
+    def _fell_back(self, error: Exception) -> None:
+        log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
+        self.kernel, self.failure = None, f"{type(error).__name__}: {error}"
 
 
 class KernelStep(RegionStep):
@@ -116,8 +120,7 @@ class KernelStep(RegionStep):
         if not self.config.fallback_on_error:
             raise error
         if self.kernel is not None:
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
+            self._fell_back(error)
 
         def launch() -> None:
             for output, result in zip(outputs, self.recorded.run(inputs), strict=True):
