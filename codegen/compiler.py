@@ -98,6 +98,7 @@ class CompiledKernel:
         self.target.check((*inputs, *outputs))
         if all(tensor.numel() == 0 for tensor in outputs):
             return _nothing
+        _check_memory((*inputs, *outputs))
         try:
             return self._bind((*inputs, *outputs), self.choice)
         except FusionError as error:
@@ -137,6 +138,21 @@ class CompiledKernel:
 
     def __repr__(self) -> str:
         return f"<CompiledKernel {self.name}>"
+
+
+def _check_memory(tensors: Sequence[torch.Tensor]) -> None:
+    """Whether each tensor's elements are all there: a storage may have been resized beneath it.
+
+    Raises:
+        FusionError: they are not.
+    """
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        needed, there = (tensor.storage_offset() + last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+        if needed > there:
+            raise FusionError(f"a tensor {list(tensor.shape)} needs {needed} bytes, and its memory has {there}")
 
 
 def _nothing() -> None:

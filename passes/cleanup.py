@@ -303,6 +303,8 @@ def _transposes(node: OpNode, values: dict[str, TensorMeta]) -> tuple[OpNode, ..
     if node.op_type != "aten.permute.default" or node.inputs[0] not in values:
         return (node,)
     given, rank = values[node.inputs[0]], len(dims)
+    if rank < 2:
+        return (node,)
     order = [dim % rank for dim in dims]
     moved = [place for place, dim in enumerate(order) if place != dim]
     if len(moved) == 2:

@@ -41,7 +41,6 @@ class FusedGraph:
     """A program bound for replay.
 
     Attributes:
-        program: what was recorded, rewritten and decided.
         samples: what `FusionConfig.verify_every` has found lately, oldest first.
     """
 
@@ -49,7 +48,8 @@ class FusedGraph:
         self.samples: deque[Verification] = deque(maxlen=16)
         self._replays = itertools.count(1)
         self._inlines = self._given_up = False  # library calls that were not recorded are steps; one has failed
-        self.program = program
+        self._program = program
+        self._region_steps: list[RegionStep] = []
         self._regions = dict(program.by_node)
         self._bound: list[Constants] = []  # whose results the replay takes as further inputs
         self._more: list[Constants] = []  # that regions hold themselves
@@ -66,7 +66,7 @@ class FusedGraph:
                 self._labels[len(steps)] = label
             steps.append((node, call))
         regions = tuple(self._regions[id(region.node)] for region in program.regions)
-        self.program = replace(program, regions=regions)  # some may not have been bindable
+        self._program = replace(program, regions=regions)  # some may not have been bindable
         names = (*self.subgraph.input_names, *self._inner_names)
         executor = Executor(steps, names, self.subgraph.output_names, self._labels)
         dynamic = len(recorded.signature.names)
@@ -77,24 +77,37 @@ class FusedGraph:
         self._replay = make(executor, dynamic, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
 
     @property
+    def program(self) -> Program:
+        """What was recorded, rewritten and decided; a kernel that has failed since is not used any more."""
+        failed = {step.region.name: step.failure for step in self._region_steps if step.failure is not None}
+        if failed:
+            self._region_steps = [step for step in self._region_steps if step.failure is None]
+            self._program = self._program.without_failed(failed)
+        return self._program
+
+    @program.setter
+    def program(self, program: Program) -> None:
+        self._program = program
+
+    @property
     def recorded(self) -> RecordedGraph:
         """The graph it was made from."""
-        return self.program.recorded
+        return self._program.recorded
 
     @property
     def subgraph(self) -> SubGraph:
         """The rewritten graph; each region is one node whose op starts with ``fused.``."""
-        return self.program.graph
+        return self._program.graph
 
     @property
     def constants(self) -> SubGraph:
         """What is computed once, from weights or from nothing; its results are inputs of `subgraph`."""
-        return self.program.constants
+        return self._program.constants
 
     @property
     def stages(self) -> tuple[tuple[str, SubGraph], ...]:
         """The graph after each pass, by name."""
-        return self.program.stages
+        return self._program.stages
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -104,17 +117,17 @@ class FusedGraph:
     @property
     def receipts(self) -> tuple[Receipt, ...]:
         """What each rule looked at, matched and refused."""
-        return self.program.receipts
+        return self._program.receipts
 
     @property
     def config(self) -> FusionConfig:
         """The configuration it was made with."""
-        return self.program.config
+        return self._program.config
 
     @property
     def whole(self) -> Decision | None:
         """How the whole graph measured against the one with no kernel; None where that was not measured."""
-        return self.program.whole
+        return self._program.whole
 
     def _steps(self, graph: SubGraph) -> Iterator[tuple[OpNode, Call | None, str]]:
         """A region is its kernel, or its parts; whatever is not fused runs as it was recorded, bit for bit."""
@@ -137,11 +150,12 @@ class FusedGraph:
         if region.kernel is None:
             return None
         try:
-            relaid = relaid_outputs(graph, region.node)
+            relaid = relaid_outputs(graph, region)
             if isinstance(region.kernel, LibraryKernel) and not relaid and not self.config.debug_mode:
                 return Inlined.of(region, region.kernel, self.recorded, self.config)
             make = RegionStep if isinstance(region.kernel, LibraryKernel) else KernelStep
             step = make(region, self.recorded, self.config, relaid)
+            self._region_steps.append(step)
             if isinstance(step.kernel, BoundLibrary):
                 self._more.append(step.kernel.constants)
             return step
@@ -215,7 +229,7 @@ class FusedGraph:
     @property
     def constant_bytes(self) -> int:
         """Memory that the results of `constants` take, in bytes."""
-        return self.program.constant_bytes
+        return self._program.constant_bytes
 
     def explain(self) -> Explanation:
         """The receipts: what was found, where, what it saves, what was measured and decided."""

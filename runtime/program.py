@@ -61,6 +61,16 @@ class Program:
         """Memory that the results of `constants` take, in bytes."""
         return sum(self.graph.values[name].nbytes for name in self.constants.output_names)
 
+    def without_failed(self, failures: Mapping[str, str]) -> Program:
+        """The same program without the kernels of regions that have failed: name -> what they raised."""
+        regions = [
+            replace(region, decision=replace(region.decision, use=False, reason=f"its kernel failed: {failures[name]}"))
+            if (name := region.name) in failures
+            else region
+            for region in self.regions
+        ]
+        return replace(self, regions=tuple(regions))
+
     def without_kernels(self, reason: str) -> Program:
         """The same program with every region left as recorded, for `reason`."""
         regions = [

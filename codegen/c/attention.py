@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from graph_capture.codegen.c import printing as c_print
-from graph_capture.codegen.c.host import Layout
+from graph_capture.codegen.c.host import Layout, Place, place
 from graph_capture.codegen.spec.attention import AttentionSpec
 from graph_capture.errors import FusionError
 
@@ -33,18 +33,18 @@ def layout(spec: AttentionSpec, tensors: Sequence[torch.Tensor], thread_work: in
         steps = [step if size > 1 else 0 for size, step in zip(view.shape, view.stride(), strict=True)]
         if index == 3 and len(views) == 5:
             numbers += steps
-        elif steps[3] > 1:
+        elif view.shape[3] > 1 and steps[3] != 1:
             raise FusionError("the elements of a head lie apart")
         else:
             numbers += steps[:3]
     count, units = splits(spec), spec.batch * spec.heads
     work = spec.rows * (spec.width + spec.out_width) * -(-spec.length // count)
-    operands = tuple((index, view.data_ptr() - tensors[index].data_ptr()) for index, view in enumerate(views))
+    operands = tuple(place(index, view, tensors[index]) for index, view in enumerate(views))
     grain = max(1, thread_work // max(1, work))
     if count == 1:
         return (Layout(tuple(numbers), units, grain, operands),)
     scratch = units * count * spec.rows * (spec.out_width + 2)
-    parts, out = (len(tensors), 0), operands[-1]
+    parts, out = Place(len(tensors)), operands[-1]
     return (
         Layout(tuple(numbers), units * count, grain, (*operands[:-1], parts), scratch=scratch),
         Layout(tuple(numbers[-3:]), units, units, (parts, out), "_sum"),
@@ -247,7 +247,8 @@ class _AttentionPrinter:
 
     def _stored(self, operand: int, number: int, batch: str, head: str) -> list[str]:
         spec = self.spec
-        store = c_print.store("to", "e", spec.dtype, "total[r] == 0 ? 0 : mean[r][e] / total[r]")
+        result = "mean[r][e] / total[r]" if spec.strict else "total[r] == 0 ? 0 : mean[r][e] / total[r]"
+        store = c_print.store("to", "e", spec.dtype, result)
         return [
             f"for (int64_t r = 0; r < {spec.rows}; r++) {{",
             f"    {self.kind} *const to = ({self.kind} *)operands[{operand}] + {batch} * numbers[{number}]"

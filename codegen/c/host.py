@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -226,6 +226,42 @@ class _Works(ctypes.Structure):
     _fields_ = (("launches", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
+class Place(NamedTuple):
+    """An address that a function gets: in which tensor of the call, at which byte, and how many bytes it may touch from
+    there on."""
+
+    tensor: int
+    offset: int = 0
+    reach: int = 0
+
+
+def place(tensor: int, view: torch.Tensor, whole: torch.Tensor) -> Place:
+    """The place of a `view` of the call's tensor of this number, which is `whole`."""
+    return Place(tensor, view.data_ptr() - whole.data_ptr(), reach(view.shape, view.stride(), view.dtype))
+
+
+def reach(sizes: Sequence[int], steps: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes from the first to behind the last element of what has these sizes and strides."""
+    if 0 in sizes:
+        return 0
+    return (1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))) * dtype.itemsize
+
+
+def check_reach(layouts: Sequence[Layout], tensors: Sequence[torch.Tensor]) -> None:
+    """Whether launches touch nothing but the elements of these tensors.
+
+    Raises:
+        FusionError: they would.
+    """
+    for layout in layouts:
+        for at in layout.operands:
+            if at.tensor == len(tensors):  # their own memory
+                continue
+            tensor = tensors[at.tensor]
+            if at.offset < 0 or at.offset + at.reach > reach(tensor.shape, tensor.stride(), tensor.dtype):
+                raise FusionError(f"it reaches beyond a tensor {list(tensor.shape)} with strides {tensor.stride()}")
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a launch passes.
@@ -234,7 +270,7 @@ class Layout:
         numbers: sizes and strides, as the function expects them.
         units: of work.
         grain: the fewest units that are worth a thread.
-        operands: for each address, the tensor of the call and an offset in bytes.
+        operands: where each address is.
         part: what the function's name ends in, where a kernel has several.
         scratch: float32 elements that the launches share, which come after the call's tensors.
     """
@@ -242,7 +278,7 @@ class Layout:
     numbers: tuple[int, ...]
     units: int
     grain: int
-    operands: tuple[tuple[int, int], ...]
+    operands: tuple[Place, ...]
     part: str = ""
     scratch: int = 0
 
@@ -276,10 +312,10 @@ def launch(functions: Sequence[Any], tensors: Sequence[torch.Tensor], layouts: S
     base = [tensor.data_ptr() for tensor in (*tensors, shared)]
     parts, places = [], dict[int, list[tuple[Any, int, int]]]()
     for function, layout in zip(functions, layouts, strict=True):
-        addresses = [base[index] + offset for index, offset in layout.operands]
+        addresses = [base[at.tensor] + at.offset for at in layout.operands]
         made = call(function, addresses, layout.numbers, layout.units, layout.grain, shared)
-        for place, (index, offset) in enumerate(layout.operands):
-            places.setdefault(index, []).append((made.held[0], place, offset))
+        for number, at in enumerate(layout.operands):
+            places.setdefault(at.tensor, []).append((made.held[0], number, at.offset))
         parts.append(made)
     made = parts[0] if len(parts) == 1 else chain(parts)
     made.places = places

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from graph_capture.codegen.c import printing as c_print
-from graph_capture.codegen.c.host import Layout
+from graph_capture.codegen.c.host import Layout, place
 from graph_capture.codegen.spec.linear import LinearSpec, Product
 from graph_capture.errors import FusionError
 
@@ -37,7 +37,7 @@ def layout(spec: LinearSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
             raise FusionError(f"{name} lies so that it would have to be copied")
         steps = [step if size > 1 else 0 for size, step in zip(view.shape, view.stride(), strict=True)]
         numbers += [0, *steps] if len(steps) == 1 else steps
-        operands.append((index, view.data_ptr() - tensors[index].data_ptr()))
+        operands.append(place(index, view, tensors[index]))
     block = _block(spec)
     work = block * spec.inner * len(spec.products) * (1 + spec.few)
     units = -(-spec.columns // block)

@@ -240,6 +240,11 @@ INLINE float power_float(float base, float exponent) { return (float)exp((double
 
 INLINE double exp_double(double x) { return exp(x); }
 INLINE double log_double(double x) { return log(x); }
+INLINE float round_bfloat16_float(float x) { return as_float(rounded_bfloat16(x) & 0xffff0000u); }
+INLINE float round_float16_float(float x) { return from_float16(to_float16(x)); }
+INLINE double round_bfloat16_double(double x) { return round_bfloat16_float((float)x); }
+INLINE double round_float16_double(double x) { return round_float16_float((float)x); }
+INLINE double round_float32_double(double x) { return (float)x; }
 INLINE double log1p_double(double x) { return log1p(x); }
 INLINE double tanh_double(double x) { return tanh(x); }
 INLINE double erf_double(double x) { return erf(x); }

@@ -184,13 +184,23 @@ class Scalars:
 
 def pick(function: str, left: str, right: str, dtype: torch.dtype) -> str:
     """The larger or smaller of two values; NaN if one is."""
-    sign = ">" if function == "maximum" else "<"
+    sign = ">=" if function == "maximum" else "<="  # of two zeros the first, as torch's scalar loops
     either = f" || {left} != {left}" if dtype.is_floating_point else ""
     return f"{left} {sign} {right}{either} ? {left} : {right}"
 
 
 def weight(statements: Iterable[Statement], loads: int) -> int:
     """What statements cost an element, in additions: rough, to tell much work from little."""
-    costs: Mapping[str, int] = {"cast": 0, "/": 4, "sqrt": 4, "rsqrt": 8, "power": 100, "sin": 60, "cos": 60}
+    costs: Mapping[str, int] = {
+        "cast": 0,
+        "/": 4,
+        "sqrt": 4,
+        "rsqrt": 8,
+        "round_float16": 4,
+        "round_bfloat16": 4,
+        "power": 100,
+        "sin": 60,
+        "cos": 60,
+    }
     heavy = ("exp", "log", "log1p", "tanh", "erf")
     return loads + sum(costs.get(s.function, 16 if s.function in heavy else 1) for s in statements)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from graph_capture.codegen.c import printing as c_print
-from graph_capture.codegen.c.host import Layout
+from graph_capture.codegen.c.host import Layout, place
 from graph_capture.codegen.spec.rotary import RotarySpec, Track
 from graph_capture.errors import FusionError
 
@@ -35,11 +35,12 @@ def layout(spec: RotarySpec, tensors: Sequence[torch.Tensor], thread_work: int) 
             *(step if size > 1 else 0 for size, step in zip(view.shape, view.stride(), strict=True)),
             view.shape[1],
         ]
-        operands.append((names.index(_tensor(spec, name)), view.data_ptr() - tensor.data_ptr()))
+        operands.append(place(names.index(_tensor(spec, name)), view, tensor))
     work = sum(track.heads * spec.width * 8 for track in spec.tracks)
     calls = [Layout(tuple(numbers), batch * length, max(1, thread_work // work), tuple(operands))]
     if spec.count:
-        calls.append(Layout((), 1, 1, ((names.index(spec.count), 0),), "_count"))
+        counter = tensors[names.index(spec.count)]
+        calls.append(Layout((), 1, 1, (place(names.index(spec.count), counter, counter),), "_count"))
     return tuple(calls)
 
 
@@ -208,8 +209,8 @@ class _RotaryPrinter:
         for condition, stride in (("if (stride == 1) {", ""), ("} else {", " * stride")):
             lines += [condition, *(["    #pragma omp simd"] if not stride else [])]
             lines.append(f"    for (int64_t j = {first}; j < {stop}; j++) {{")
-            for place, value in values("j"):
-                index = f"({place}){stride}" if stride else place
+            for element, value in values("j"):
+                index = f"({element}){stride}" if stride else element
                 lines.append(f"        {c_print.store('to', index, dtype, value)}")
             lines.append("    }")
         return [*lines, "}"]

@@ -14,7 +14,7 @@ import torch
 
 from graph_capture.codegen.c import lanes as c_lanes
 from graph_capture.codegen.c import printing as c_print
-from graph_capture.codegen.c.host import Layout
+from graph_capture.codegen.c.host import Layout, Place, reach
 from graph_capture.codegen.c.sweeps import WIDE, Sweeps
 from graph_capture.codegen.spec.kernel import INDEX, KernelSpec, Operand, Statement
 
@@ -41,7 +41,16 @@ def layout(spec: KernelSpec, tensors: Sequence[torch.Tensor], thread_work: int) 
             units *= size
         elements = min(spec.columns, WIDE) if blocks > 1 else spec.columns
     work = sum(c_print.weight(sweep.element, len(spec.operands)) for sweep in spec.passes)
-    operands = tuple((index, 0) for index in range(len(spec.operands)))
+    operands = tuple(
+        Place(
+            index,
+            0,
+            reach(
+                [n if moves else 1 for n, moves in zip(geometry.sizes, operand.over, strict=True)], steps, operand.dtype
+            ),
+        )
+        for index, (operand, steps) in enumerate(zip(spec.operands, geometry.strides, strict=True))
+    )
     return (Layout(numbers, units, max(1, thread_work // max(1, work * elements)), operands),)
 
 

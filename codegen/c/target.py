@@ -111,7 +111,9 @@ class CTarget(Target):
             key = tuple((tensor.shape, tensor.stride()) for tensor in tensors)
             found = layouts.get(key)
             if found is None:
-                found = layouts[key] = printer.layout(spec, tensors, THREAD_WORK)
+                found = printer.layout(spec, tensors, THREAD_WORK)
+                host.check_reach(found, tensors)
+                layouts[key] = found
             return host.launch([getattr(library, symbol + layout.part) for layout in found], tensors, found)
 
         return bind

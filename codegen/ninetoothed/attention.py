@@ -204,7 +204,8 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
     ]
     body += [condition, *(f"    {line}" for line in inner)] if condition else inner
     lines += [f"    {line}" for line in body]
-    lines.append("out = ntl.where((total == 0.0)[:, None], 0.0, mean / total[:, None])")
+    empty = not spec.strict or splits.count > 1  # what a split has nothing of, others may have
+    lines.append(f"out = {_divided('(total == 0.0)[:, None]', 'mean / total[:, None]', empty)}")
     if splits.count > 1:
         lines += ["peak = top", "sum = total"]
     return lines
@@ -212,6 +213,11 @@ def _attention(spec: AttentionSpec, splits: Splits, interpreted: bool) -> list[s
 
 def _cast(text: str) -> str:
     return f"ntl.cast({text}, ntl.float32)"
+
+
+def _divided(nothing: str, quotient: str, zero: bool) -> str:
+    """A quotient that is 0 (rather than NaN) where there is nothing to divide."""
+    return f"ntl.where({nothing}, 0.0, {quotient})" if zero else quotient
 
 
 def _combine(spec: AttentionSpec, splits: Splits) -> tuple[list[str], list[str], list[str]]:
@@ -241,6 +247,6 @@ def _combine(spec: AttentionSpec, splits: Splits) -> tuple[list[str], list[str],
         f"shares = ntl.exp(tops - ntl.where(highest == {low}, 0.0, highest)) * {sums}",
         "total = ntl.sum(shares, axis=0)",
         f"mean = ntl.sum({parts} * shares[:, None], axis=0)",
-        "out = ntl.where(total == 0.0, 0.0, mean / total)",
+        f"out = {_divided('total == 0.0', 'mean / total', not spec.strict)}",
     ]
     return names, lines, body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from graph_capture.codegen.ninetoothed.rows import print_number, print_statement
+from graph_capture.codegen.ninetoothed.rows import print_arguments, print_statement
 from graph_capture.codegen.spec.linear import LinearSpec
 
 
@@ -77,7 +77,7 @@ class LinearPrinter(ABC):
             lines.append(f"{name}_value = {part(name, operand.over[0])}")
         for statement in spec.statements:
             values[statement.target] = f"v{statement.target[1:]}"
-            arguments = [values[a] if isinstance(a, str) else print_number(a) for a in statement.arguments]
+            arguments = print_arguments(statement, values)
             lines.append(f"{values[statement.target]} = {print_statement(statement, arguments)}")
         for name, stored in zip(self.outputs, spec.stores, strict=True):
             lines.append(f"{part(name, True)} = {values[stored]}")

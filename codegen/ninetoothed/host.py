@@ -92,19 +92,41 @@ def triton_mode(interpret: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interpreted_reductions() -> Iterator[None]:
-    """Triton's own reductions were decorated when it was imported, for compiling; lend the interpreter its form."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    """Triton's own reductions were decorated when it was imported, for compiling; lend the interpreter its form.
 
-    before = {name: getattr(tl, name) for name in ("sum", "max", "min")}
+    And arithmetic like torch's on the CPU: it cuts bfloat16 off, NaN too, and which of two zeros is the larger is open.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        data = torch.from_numpy(numpy.array(source.data, copy=True, ndmin=1)).to(torch.bfloat16)
+        return TensorHandle(data.view(torch.uint16).numpy().reshape(numpy.shape(source.data)), tl.bfloat16)
+
+    def pick(larger: bool) -> Callable[..., Any]:
+        def function(left: Any, right: Any) -> Any:
+            first = (left >= right) if larger else (left <= right)
+            return numpy.where(first | (left != left), left, right)
+
+        return lambda self, lhs, rhs: self.binary_op(lhs, rhs, function)
+
+    lent: list[tuple[Any, str, Any]] = [(InterpreterBuilder, "cast_impl", cast_impl)]
+    lent += [(InterpreterBuilder, f"create_{name}imumf", pick(name == "max")) for name in ("max", "min")]
+    for name in ("sum", "max", "min"):
+        if not isinstance(getattr(tl, name), InterpretedFunction):
+            lent.append((tl, name, InterpretedFunction(getattr(tl, name).fn)))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in lent]
     try:
-        for name, function in before.items():
-            if not isinstance(function, InterpretedFunction):
-                setattr(tl, name, InterpretedFunction(function.fn))
+        for owner, name, function in lent:
+            setattr(owner, name, function)
         yield
     finally:
-        for name, function in before.items():
-            setattr(tl, name, function)
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 
 from graph_capture.codegen.ninetoothed.host import GeneratedProgram
 from graph_capture.codegen.spec.geometry import Geometry
 from graph_capture.codegen.spec.kernel import INDEX, REDUCTIONS, KernelSpec, Operand, Statement
+from graph_capture.codegen.spec.rounding import ROUNDED
 
 MAX_BLOCK = 32768  # elements of a row that one block holds
 SWEEP = 4096  # elements of a longer row that are held at a time
@@ -176,7 +178,9 @@ def print_source(spec: KernelSpec, blocks: RowBlocks) -> str:
 def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict[str, str]:
     """Operand names as identifiers that collide with nothing in the module (ninetoothed's renaming is textual)."""
     names: dict[str, str] = {}
-    reserved = r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles)|.*(application|arrangement|ninetoothed|triton).*"
+    reserved = (
+        r"v\d+.*|ntl|inside|grid|index|step|.*_(value|tiles|grid)|.*(application|arrangement|ninetoothed|triton).*"
+    )
     for prefix, operands in (("x", inputs), ("out", outputs)):
         for index, operand in enumerate(operands):
             name = operand.name
@@ -186,6 +190,19 @@ def operand_names(inputs: Sequence[Operand], outputs: Sequence[Operand]) -> dict
             while list(names.values()).count(names[name]) > 1:
                 names[name] += "_"
     return names
+
+
+def _carriers(spec: KernelSpec) -> list[Operand]:
+    """For each dimension of the iteration space an operand that moves along it.
+
+    It is the same for all where one moves along all, so that places in the grid are computed once.
+    """
+    full = max(spec.operands, key=lambda operand: sum(operand.over))
+    found = []
+    for dim in range(len(full.over)):
+        moving = [operand for operand in (full, *spec.operands) if operand.over[dim]]
+        found.append(moving[0] if moving else full)
+    return found
 
 
 class _ProgramPrinter:
@@ -201,21 +218,26 @@ class _ProgramPrinter:
         spec, blocks = self.spec, self.blocks
         rank = len(spec.operands[0].over)
         block = [blocks.columns] if spec.columns is None else [*[1] * (rank - 2), blocks.rows, blocks.columns]
-        full = max(spec.operands, key=lambda operand: sum(operand.over))
-        first = self.names[full.name]  # its sizes are those of all, so that places in the grid are computed once
+        carriers = _carriers(spec)
+        names = [self.names[carrier.name] for carrier in carriers]
         lines, tiles = [], []
         for operand in spec.operands:
             name = self.names[operand.name]
-            shape = [f"{first}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
+            shape = [f"{names[dim]}.shape[{dim}]" if over else "1" for dim, over in enumerate(operand.over)]
             if spec.columns is not None and operand.over[-1]:
                 shape[-1] = str(spec.columns)
             if shape != [f"{name}.shape[{dim}]" for dim in range(rank)]:
                 lines.append(f"{name}.shape = ({', '.join(shape)},)")
-        tile = ", ".join(map(str, block))
-        grid = f"{first}.tile(({tile},))"
-        if blocks.sweeps:
-            grid += f".tile(({'1, ' * (rank - 1)}-1))"
-        lines.append(f"grid = {grid}.shape")
+        grids = dict[str, str]()  # of each carrier: how many blocks it has along each dimension
+        for name, carrier in dict(zip(names, carriers, strict=True)).items():
+            tile = ", ".join(str(size) if over else "1" for size, over in zip(block, carrier.over, strict=True))
+            form = f"{name}.tile(({tile},))"
+            if blocks.sweeps:
+                form += f".tile(({'1, ' * (rank - 1)}-1))"
+            grids[name] = f"{name}_grid" if len(set(names)) > 1 else "grid"
+            lines.append(f"{grids[name]} = {form}.shape")
+        if len(grids) > 1:
+            lines.append(f"grid = ({', '.join(f'{grids[name]}[{dim}]' for dim, name in enumerate(names))},)")
         for operand in spec.operands:
             sizes = ", ".join(str(size) if over else "1" for size, over in zip(block, operand.over, strict=True))
             form = f"{self.names[operand.name]}.tile(({sizes},))"
@@ -332,7 +354,12 @@ class _ProgramPrinter:
         return f"{self.values[statement.target]} = {value}"
 
     def _arguments(self, statement: Statement) -> list[str]:
-        return [self.values[a] if isinstance(a, str) else print_number(a) for a in statement.arguments]
+        return print_arguments(statement, self.values)
+
+
+def print_arguments(statement: Statement, values: Mapping[str, str]) -> list[str]:
+    """The arguments of a statement, given what its variables are called."""
+    return [values[a] if isinstance(a, str) else print_number(a, statement.dtype) for a in statement.arguments]
 
 
 def print_statement(statement: Statement, args: Sequence[str]) -> str:
@@ -343,8 +370,11 @@ def print_statement(statement: Statement, args: Sequence[str]) -> str:
     if function == "cast":
         name = "int1" if statement.dtype is torch.bool else str(statement.dtype).removeprefix("torch.")
         return f"ntl.cast({args[0]}, ntl.{name})"
-    if function == "neg":
-        return f"-{args[0]}"
+    if function in ROUNDED:
+        narrow = str(ROUNDED[function]).removeprefix("torch.")
+        return f"ntl.cast(ntl.cast({args[0]}, ntl.{narrow}), ntl.{str(statement.dtype).removeprefix('torch.')})"
+    if function == "neg":  # Triton subtracts from 0, which loses the sign of a zero
+        return f"{args[0]} * -1.0" if statement.dtype.is_floating_point else f"-{args[0]}"
     if function == "~":
         return f"~{args[0]}"
     if function in ("maximum", "minimum"):
@@ -383,8 +413,14 @@ def _log1p(x: str) -> str:
     return f"ntl.where({far}, {x}, ntl.log({rounded}) * ({x} / ({rounded} - 1.0)))"
 
 
-def print_number(value: Any) -> str:
-    """A number as an expression."""
+def print_number(value: Any, dtype: torch.dtype = torch.float32) -> str:
+    """A number in arithmetic of a dtype as an expression."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, float) and dtype is not torch.float64:
+        with numpy.errstate(over="ignore"):
+            narrow = float(numpy.float32(value))
+        return repr(value) if math.isfinite(narrow) and (narrow or not value) else print_number(narrow)
+    if isinstance(value, float) and float(numpy.float32(value)) != value:  # Triton would take it for a float32
+        return f"ntl.full((1,), {value!r}, dtype=ntl.float64)"
     return repr(value)

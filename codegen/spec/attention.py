@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """``softmax(scale * query @ key.T + mask) @ value`` for each batch element and key head; 0 where all is masked.
+    """``softmax(scale * query @ key.T + mask) @ value`` for each batch element and key head.
 
     Attributes:
         inputs: query, key, value, and the mask if there is one.
@@ -38,6 +38,7 @@ class AttentionSpec:
         scale: of the scores.
         mask: for the mask's batch, heads and rows, whether it moves along them; () without a mask.
         cap: what scores are soft-capped at before they are masked.
+        strict: whether a query all of whose keys are masked gets NaN, rather than 0.
     """
 
     inputs: tuple[Operand, ...]
@@ -51,6 +52,7 @@ class AttentionSpec:
     scale: float
     mask: tuple[bool, ...]
     cap: float | None = None
+    strict: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +81,9 @@ class AttentionSpec:
         masks = [_grouped_mask(m, query, self) for m in mask]
         if self.mask and [tuple(size > 1 for size in m.shape[:3]) for m in masks] != [self.mask]:
             raise FusionError("the mask broadcasts in another way than the kernel's")
+        whole = (self.batch, self.heads, self.rows)
+        if any(size not in (1, full) for m in masks for size, full in zip(m.shape[:3], whole, strict=True)):
+            raise FusionError(f"the mask {list(mask[0].shape)} does not broadcast over the scores")
         return [_grouped(query, self, self.width), key, value, *masks, _grouped(out, self, self.out_width)]
 
 
@@ -158,6 +163,8 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = No
     if reach >= 2**31:
         raise FusionError(f"{reach} elements need 64-bit offsets")
     scale = node.attr("scale")
+    if scale is not None and not math.isfinite(scale):
+        raise FusionError(f"its scale is {scale}")
     spec = AttentionSpec(
         tuple(Operand(name, values[name].dtype) for name in graph.input_names),
         (Operand(node.outputs[0], out.dtype),),
@@ -170,6 +177,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: object = No
         float(query.shape[-1] ** -0.5 if scale is None else scale),
         (),
         node.attr("cap"),
+        bool(node.attr("strict")) or node.op_type == "capped_attention",
     )
     metas = [values[name] for name in graph.input_names]
     tensors = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device="meta") for m in metas]

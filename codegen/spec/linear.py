@@ -131,6 +131,10 @@ class LinearSpec:
                 raise FusionError(f"{product.weight} lies in another way than the kernel's")
             weights.append(weight[part])
             if product.bias:
+                if given[product.bias].shape != weight.shape[:1]:  # torch broadcasts it
+                    raise FusionError(
+                        f"{product.bias} is {list(given[product.bias].shape)}, not {weight.shape[0]} columns"
+                    )
                 biases.append(given[product.bias][part])
         extras = [_as_matrix(given[operand.name], space, operand.over) for operand in self.extras]
         outputs = []

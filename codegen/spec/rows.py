@@ -2,17 +2,18 @@
 
 Expressions come from the op table as Python text; here they are parsed, typed, and flattened into three-address form
 with equal subexpressions computed once. Floating-point arithmetic is in float32 (float64 if a float64 takes part), and
-rounds once where a value leaves the region.
+rounds where a value leaves the region, or where the code could tell (see `rounding`).
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from graph_capture.codegen.spec import rounding
 from graph_capture.codegen.spec.geometry import Geometry, Sizes, arrange, dense_strides, order_of
 from graph_capture.codegen.spec.kernel import INDEX, REDUCTIONS, KernelSpec, Operand, Statement
 from graph_capture.errors import FusionError
@@ -42,6 +43,7 @@ FUNCTIONS = (
     "maximum",
     "minimum",
 )
+_OF_BOOLS = {"+": "|", "maximum": "|", "*": "&", "minimum": "&"}  # arithmetic that torch lets bools take part in
 DTYPES = frozenset(
     {
         torch.float64,
@@ -112,12 +114,13 @@ class _Builder:
         self, graph: SubGraph, values: Mapping[str, TensorMeta], space: tuple[int, ...], define: Definitions
     ) -> None:
         self.graph, self.values, self.space, self.define = graph, values, space, define
-        self.statements: list[Statement] = []
+        self.made: dict[str, Statement] = {}  # by their targets, in order
         self.variables: dict[str, str] = {}  # value -> variable that holds it
         self.dtypes: dict[str, torch.dtype] = {}  # variable -> dtype it is computed in
         self._known: dict[tuple[Any, ...], str] = {}
         wide = any(meta.dtype is torch.float64 for meta in values.values())
         self.float = torch.float64 if wide else torch.float32
+        self.shown = rounding.shown(graph, values, self.float)
         for name in graph.input_names:
             self.dtypes[name] = values[name].dtype
             self.variables[name] = name
@@ -140,14 +143,19 @@ class _Builder:
         row = op(node.op_type).kind is Kind.ROW
         if row:
             self._check_row(node, bound, first, out)
-        scope: dict[str, Any] = {
-            name: self.variables[node.inputs[value.index]] if isinstance(value, Arg) else value
-            for name, value in bound.items()
-        }
+        common = first.dtype if row else self._common_dtype(node, out)
+        compares = out.dtype is torch.bool and common.is_floating_point
+        scope: dict[str, Any] = {}
+        for name, value in bound.items():
+            if isinstance(value, Arg):
+                value = self.variables[node.inputs[value.index]]
+            scope[name] = self.rounded(value, common) if compares else value
         scope.setdefault("columns", self.space[-1] if self.space else 1)
-        working = self._computed(first.dtype) if row else self._working_dtype(node, out)
-        result = _Parser(self, scope, working).visit(ast.parse(text, mode="eval").body)
-        self.variables[node.outputs[0]] = self.cast(result, self._computed(out.dtype))
+        result = _Parser(self, scope, self._computed(common)).visit(ast.parse(text, mode="eval").body)
+        result = self.cast(result, self._computed(out.dtype))
+        if node.outputs[0] in self.shown:
+            result = self.rounded(result, out.dtype)
+        self.variables[node.outputs[0]] = result
 
     def _check_row(self, node: OpNode, bound: Mapping[str, Any], first: TensorMeta, out: TensorMeta) -> None:
         dims = bound.get("dim", -1)
@@ -163,41 +171,75 @@ class _Builder:
         if len(out.shape) < rank and name in self.graph.users:
             raise FusionError(f"{node.op_type} drops its dimension and is used inside")
 
-    def _working_dtype(self, node: OpNode, out: TensorMeta) -> torch.dtype:
+    def _common_dtype(self, node: OpNode, out: TensorMeta) -> torch.dtype:
         """The dtype that operands are brought to: the result's, or for a comparison their common one."""
         if out.dtype is not torch.bool:
-            return self._computed(out.dtype)
+            return out.dtype
         probes = [
             torch.empty(self.values[name].shape, dtype=self.values[name].dtype, device="meta") for name in node.inputs
         ]
         scalars = [value for _, value in node.attrs if isinstance(value, (bool, int, float))]
         operands = [*probes, *scalars]
+        if len(operands) == 2:
+            return torch.result_type(*operands)
         dtype = probes[0].dtype
         for operand in operands[1:]:
             dtype = torch.promote_types(dtype, torch.result_type(probes[0], operand))
-        return self._computed(dtype)
+        return dtype
 
     # --- statements
 
     def emit(self, function: str, args: tuple[Any, ...], dtype: torch.dtype) -> str:
         """The variable that holds ``function(args)``, computed at most once."""
+        if dtype is torch.bool:
+            function = _OF_BOOLS.get(function, function)
         key = (function, *((type(a), a) for a in args), dtype)
         if key not in self._known:
             target = f"%{len(self._known)}"  # no operand is called so
             self._known[key] = target
             self.dtypes[target] = dtype
-            self.statements.append(Statement(target, function, args, dtype))
+            self.made[target] = Statement(target, function, args, dtype)
         return self._known[key]
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         """`value` (a variable or a number) in `dtype`."""
         if not isinstance(value, str):
-            return bool(value) if dtype is torch.bool else float(value) if dtype.is_floating_point else int(value)
+            return rounding.number(value, dtype)
         if self.dtypes[value] is dtype:
             return value
         if dtype is torch.bool:
             return self.emit("!=", (value, 0.0 if self.dtypes[value].is_floating_point else 0), torch.bool)
         return self.emit("cast", (value,), dtype)
+
+    def rounded(self, value: Any, dtype: torch.dtype) -> Any:
+        """`value` (a variable or a number) as memory of `dtype` would hold it."""
+        if not dtype.is_floating_point or dtype is self.float or self._fits(value, dtype):
+            return value
+        if not isinstance(value, str):
+            return rounding.rounded(value, dtype)
+        return self.emit(rounding.ROUNDINGS[dtype], (self.cast(value, self.float),), self.float)
+
+    def _fits(self, value: Any, dtype: torch.dtype) -> bool:
+        """Whether `value` is known to be one of a floating-point dtype."""
+        if not isinstance(value, str):
+            return not isinstance(value, (int, float)) or rounding.rounded(value, dtype) == value
+        made = self.made.get(value)
+        if made is None:
+            return rounding.embeds(self.dtypes[value], dtype)
+        if made.function in rounding.ROUNDED:
+            return rounding.embeds(rounding.ROUNDED[made.function], dtype)
+        if made.function == "cast":
+            return self._fits(made.arguments[0], dtype)
+        arguments = made.arguments[1:] if made.function == "where" else made.arguments
+        return made.function in rounding.SELECTIONS and all(self._fits(argument, dtype) for argument in arguments)
+
+    def _stored(self, name: str) -> Any:
+        """What an output is stored from: it is rounded there anyway."""
+        variable = self.variables[name]
+        made = self.made.get(variable) if isinstance(variable, str) else None
+        if made is not None and rounding.ROUNDED.get(made.function) is self.values[name].dtype:
+            return made.arguments[0]
+        return variable
 
     def spec(self) -> KernelSpec:
         """The finished description."""
@@ -206,10 +248,11 @@ class _Builder:
         for name in self.graph.output_names:
             if name in self.graph.input_names:
                 raise FusionError(f"output {name} is an input")
-            stores.append(self.variables[name])
+            stores.append(self._stored(name))
             if not isinstance(stores[-1], str):
                 raise FusionError(f"output {name} is a constant")
-        reduces = any(statement.function in REDUCTIONS for statement in self.statements)
+        statements = _used(self.made.values(), stores)
+        reduces = any(statement.function in REDUCTIONS for statement in statements)
         metas = [self.values[name] for name in names]
         shapes, strides = [meta.shape for meta in metas], [meta.stride for meta in metas]
         for index in range(len(self.graph.input_names), len(names)):
@@ -224,7 +267,7 @@ class _Builder:
             tuple(operands[:inputs]),
             tuple(operands[inputs:]),
             None if flat else found.sizes[-1],
-            tuple(self.statements),
+            tuple(statements),
             tuple(stores),
         )
 
@@ -253,6 +296,16 @@ class _Builder:
             keepdim=keepdim,
             order=order_of(shape, stride) if output and keepdim else (),
         )
+
+
+def _used(statements: Iterable[Statement], stores: Iterable[str]) -> list[Statement]:
+    """Those whose results are stored, or used on the way there."""
+    wanted, found = set(stores), []
+    for statement in reversed([*statements]):
+        if statement.target in wanted:
+            wanted.update(a for a in statement.arguments if isinstance(a, str))
+            found.append(statement)
+    return found[::-1]
 
 
 class _Parser(ast.NodeVisitor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,18 @@ def apart(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]
     return [t.clone() if name in written else t for name, t in zip(graph.input_names, inputs, strict=True)]
 
 
-def in_float64(graph: SubGraph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Run a graph with every floating-point value in float64, casts between floats included."""
-    nodes = [
-        OpNode(node.op_type, node.inputs, node.outputs, tuple((k, _widen(v)) for k, v in node.attrs))
-        for node in graph.nodes
-    ]
+def in_float64(graph: SubGraph, inputs: Sequence[torch.Tensor], rounds: Collection[str] = ()) -> list[torch.Tensor]:
+    """Run a graph with every floating-point value in float64, casts between floats included.
+
+    The casts that make the values `rounds` round first, as they were told.
+    """
+    nodes = []
+    for node in graph.nodes:
+        name, given = node.outputs[0] if node.outputs else "", node.inputs
+        if name in rounds:
+            nodes.append(OpNode(node.op_type, given, (f"{name} rounded",), node.attrs))
+            given = (f"{name} rounded",)
+        nodes.append(OpNode(node.op_type, given, node.outputs, tuple((k, _widen(v)) for k, v in node.attrs)))
     executor = Executor([(node, None) for node in nodes], graph.input_names, graph.output_names)
     inputs = apart(graph, inputs)
     return executor.run([_widened(tensor) for tensor in inputs])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from graph_capture.errors import FusionError
 from graph_capture.ir.ops import TABLE, Expression, Kind, Op, parameters_of
 from graph_capture.ir.values import Arg
 
@@ -64,9 +65,27 @@ _pointwise("mul.Scalar", aten.mul.Scalar, "self * other")
 _pointwise("div.Scalar", aten.div.Scalar, "self / other")
 
 
+_NAN, _INF = "(1e999 - 1e999)", "1e999"  # as the language of expressions writes them
+
+
+def _number(value: Any) -> str:
+    """A recorded number as the language of expressions writes it.
+
+    Raises:
+        FusionError: it is none that kernels compute with.
+    """
+    if not isinstance(value, (int, float)):
+        raise FusionError(f"{value!r} is not a real number")
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NAN if math.isnan(value) else _INF if value > 0 else f"(-{_INF})"
+    return f"({value!r})" if value < 0 else repr(value)
+
+
 def _power(given: Mapping[str, Any], dtype: torch.dtype) -> str | None:
     by_hand = {2: "self * self", 3: "self * self * self", 0.5: "sqrt(self)", -0.5: "rsqrt(self)", -1: "1 / self"}
     exponent = given["exponent"]
+    if not isinstance(exponent, (int, float)):
+        return None
     if not dtype.is_floating_point:
         return by_hand.get(exponent) if isinstance(exponent, int) and exponent > 0 else None
     if exponent in by_hand or not math.isfinite(exponent) or exponent == 0:
@@ -74,10 +93,9 @@ def _power(given: Mapping[str, Any], dtype: torch.dtype) -> str | None:
     magnitude = "power(abs(self), exponent)"
     if exponent != int(exponent):
         return f"where((self < 0) & (abs(self) < {_INF}), {_NAN}, {magnitude})"
-    return f"where(self < 0, -{magnitude}, {magnitude})" if exponent % 2 else magnitude
+    below = "(self < 0) | (1 / self < 0)"  # -0.0 too
+    return f"where({below}, -{magnitude}, {magnitude})" if exponent % 2 else magnitude
 
-
-_NAN, _INF = "(1e999 - 1e999)", "1e999"  # as the language of expressions writes them
 
 _pointwise("pow", aten.pow.Tensor_Scalar, _power)
 _pointwise("neg", aten.neg.default, "-self")
@@ -108,7 +126,8 @@ _pointwise("trunc", aten.trunc.default, "where(self < 0, -floor(-self), floor(se
 
 def _softplus(given: Mapping[str, Any], dtype: torch.dtype) -> str:
     beta, threshold = given.get("beta", 1), given.get("threshold", 20)
-    return f"where(self * {beta!r} > {threshold!r}, self, log1p(exp(self * {beta!r})) / {beta!r})"
+    beta, threshold = _number(beta), _number(threshold)
+    return f"where(self * {beta} > {threshold}, self, log1p(exp(self * {beta})) / {beta})"
 
 
 _pointwise("softplus", aten.softplus.default, _softplus)
@@ -181,7 +200,7 @@ def _variance(root: bool) -> Expression:
     def make(given: Mapping[str, Any], dtype: torch.dtype) -> str:
         correction = 1 if given.get("correction") is None else given["correction"]
         centred = "(self - mean(self))"
-        text = f"sum({centred} * {centred}) / maximum(columns - {correction!r}, 0)"
+        text = f"sum({centred} * {centred}) / maximum(columns - {_number(correction)}, 0)"
         return f"sqrt({text})" if root else text
 
     return make
@@ -220,10 +239,10 @@ def rms_norm(
 
 def _rms_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
     eps = torch.finfo(dtype).eps if given.get("eps") is None else given["eps"]
-    text = f"input * rsqrt(mean(input * input) + {eps!r})"
+    text = f"input * rsqrt(mean(input * input) + {_number(eps)})"
     if given.get("weight") is None:
         return text
-    return f"{text} * (weight + {given['offset']!r})" if given.get("offset") else f"{text} * weight"
+    return f"{text} * (weight + {_number(given['offset'])})" if given.get("offset") else f"{text} * weight"
 
 
 _row("rms_norm", rms_norm, Kind.ROW, _rms_norm)
@@ -238,7 +257,7 @@ def layer_norm(
 
 def _layer_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
     centred = "(input - mean(input))"
-    text = f"{centred} * rsqrt(mean({centred} * {centred}) + {given.get('eps', 1e-5)!r})"
+    text = f"{centred} * rsqrt(mean({centred} * {centred}) + {_number(given.get('eps', 1e-5))})"
     text += "" if given.get("weight") is None else " * weight"
     return text if given.get("bias") is None else f"{text} + bias"
 
@@ -267,20 +286,25 @@ def scaled_dot_product_attention(
     fill: float | None = None,
     keeps: bool = False,
     tokens_first: bool = False,
+    strict: bool = False,
 ) -> torch.Tensor:
     """`F.scaled_dot_product_attention`: [B, H, L, E] x [B, H, S, E] x [B, H, S, V] -> [B, H, L, V].
 
     With `fill`, scores become `fill` where the bool `attn_mask` is True, or, if it `keeps`, where it is False.
-    `tokens_first`: key and value are [B, S, H, E], without or with B.
+    `tokens_first`: key and value are [B, S, H, E], without or with B. `strict`: a query whose keys are all masked by
+    -inf gets NaN, as from a softmax that is written out; torch's attention gives 0.
     """
     if tokens_first:
         key, value = key.transpose(-3, -2), value.transpose(-3, -2)
     if fill is not None and attn_mask is not None:
         left_out = attn_mask.logical_not() if keeps else attn_mask
         attn_mask = torch.zeros(left_out.shape, dtype=query.dtype, device=query.device).masked_fill_(left_out, fill)
-    return F.scaled_dot_product_attention(
+    result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+    if strict and attn_mask is not None:
+        result = result.masked_fill((attn_mask == -math.inf).all(-1, keepdim=True), math.nan)
+    return result
 
 
 def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def _capped_spellings() -> tuple[Function, ...]:
 def _capped(found: Found) -> Attributes:
     cap = found.numbers["cap"]
     require(isinstance(cap, (int, float)) and cap > 0, f"its cap is {cap!r}")
-    return {**_attention("")(found), "cap": float(cap)}
+    return {**_attention("capped")(found), "cap": float(cap)}
 
 
 def _attention(name: str) -> Guard:
@@ -161,7 +161,7 @@ def _attention(name: str) -> Guard:
         alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and key.shape[-2] == value.shape[-2]
         require(alike, f"{query}, {key} and {value} do not go together")
         scale = found.numbers.get("scale", 1.0)
-        require(isinstance(scale, (int, float)), f"its scale is {scale!r}")
+        require(isinstance(scale, (int, float)) and abs(scale) < _LARGE, f"its scale is {scale!r}")
         result: dict[str, Any] = {"scale": float(1 / scale if name.endswith("divisor") else scale)}
         if "attn_mask" in found:
             mask, scores = found["attn_mask"], (*query.shape[:-1], key.shape[-2])
@@ -170,9 +170,14 @@ def _attention(name: str) -> Guard:
             if "fill_" in found.numbers:
                 result |= {**_fill(found.numbers["fill_"], query.dtype), **({"keeps": True} if "keeps" in name else {})}
             require(mask.dtype is (torch.bool if "fill" in result else query.dtype), f"the mask is {mask.dtype}")
+            if name != "capped" and result.get("fill", -math.inf) == -math.inf:
+                result["strict"] = True
         return result
 
     return attributes
+
+
+_LARGE = 1e15  # scores that are scaled by more may be infinite on one way, and not on another
 
 
 def _fill(fill: Any, dtype: torch.dtype) -> Attributes:
@@ -220,7 +225,7 @@ _HEADS = ({"query": (2, 4, 3, 8), "key": (2, 4, 3, 8), "value": (2, 4, 3, 8), "a
 _PRODUCT = ({"input": (2, 3, 8), "other": (2, 8, 3)},)
 _BATCHED = ({"query": (4, 3, 8), "key": (4, 3, 8), "value": (4, 3, 8), "attn_mask": (4, 1, 3)},)
 _TOKENS_FIRST = ({"query": (2, 6, 4, 8), "key": (2, 4, 2, 8), "value": (2, 4, 2, 8), "attn_mask": (2, 1, 4, 4)},)
-_ANY_CALL = frozenset({"repeats", "scale", "cap", "is_causal", "dropout_p", "fill", "keeps"})
+_ANY_CALL = frozenset({"repeats", "scale", "cap", "is_causal", "dropout_p", "fill", "keeps", "strict"})
 _GROUPED = ({"query": (2, 6, 4, 8), "key": (2, 2, 4, 8), "value": (2, 2, 4, 8), "attn_mask": (2, 1, 4, 4)},)
 
 RULES = (

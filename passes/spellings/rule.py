@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
+from graph_capture.ir.binding import prepare as prepare_call
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.values import TensorMeta
+from graph_capture.ir.ops import op
+from graph_capture.ir.values import TensorMeta, freeze
 from graph_capture.passes.cleanup import clean_up
 from graph_capture.passes.pattern import Function, Pattern
 
@@ -88,7 +91,51 @@ def rule(name: str, spellings: Iterable[Function], attributes: Guard, *, round: 
         return canonicalize(clean_up(graph), ROUNDS[:round])
 
     first, *others = spellings
-    return Rule(Pattern(name, first, tuple(others), prepare=prepare, **options), attributes, round)
+    return Rule(Pattern(name, first, tuple(others), prepare=prepare, **options), _careful(name, attributes), round)
+
+
+def _careful(name: str, attributes: Guard) -> Guard:
+    """A guard that also refuses what it cannot compute with, what rounds more than the op does, and what the op makes
+    something else of."""
+
+    def guard(found: Found) -> Attributes:
+        output = found["output"]
+        for meta in found.values.values():
+            coarse = meta.dtype.is_floating_point and output.dtype.is_floating_point
+            coarse = coarse and torch.promote_types(meta.dtype, output.dtype) is not meta.dtype
+            require(not coarse, f"it rounds to {meta.dtype} on the way to {output}")
+        try:
+            result = attributes(found)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # 1 / 0, a dimension that is not there
+            raise Unfit(f"its shapes or numbers are of another kind: {error}") from error
+        names = ("input" if parameter.name == "self" else parameter.name for parameter in op(name).parameters)
+        given = tuple((n, found[n].shape, found[n].stride, found[n].dtype) for n in names if n in found)
+        made = _made(name, given, tuple((n, freeze(value)) for n, value in result.items()))
+        require(made == (output.shape, output.dtype), f"{name} makes {made} of it, not {output}")
+        return result
+
+    return guard
+
+
+@functools.lru_cache(maxsize=4096)
+def _made(name: str, given: tuple[Any, ...], attributes: tuple[tuple[str, Any], ...]) -> Any:
+    """Shape and dtype of what an op makes of tensors (name, shape, strides, dtype), or the error that it raises."""
+    known = dict(attributes)
+    inputs = [item for item in given if item[0] not in known]
+    order = ("input" if parameter.name == "self" else parameter.name for parameter in op(name).parameters)
+    names, skipped = {item[0] for item in inputs}, []
+    for parameter in order:
+        if parameter in names:
+            known.update(dict.fromkeys(skipped))
+            skipped = []
+        elif parameter not in known:
+            skipped.append(parameter)
+    node = OpNode(name, tuple(item[0] for item in inputs), ("output",), known)
+    try:
+        result = prepare_call(node)([torch.empty_strided(*item[1:3], dtype=item[3], device="meta") for item in inputs])
+    except Exception as error:
+        return f"an error, {error},"
+    return tuple(result.shape), result.dtype
 
 
 HALF = (torch.float32, torch.bfloat16)  # float16 is spelled as bfloat16 is; the guard compares dtypes

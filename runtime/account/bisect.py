@@ -14,6 +14,7 @@ from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Call, Executor
 from graph_capture.ir.numerics import distance
 from graph_capture.ir.ops import FUSED
+from graph_capture.log import log
 from graph_capture.runtime.library import run
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Kernel
@@ -59,13 +60,25 @@ def bisect(program: Program, call: Bound, constants: Sequence[torch.Tensor], tol
         return any(off for _, off in compared)
 
     for name, graph in program.stages:
-        if leaves(name, graph, {}):
+        try:
+            off = leaves(name, graph, {})
+        except Exception as error:  # an op that a pass made does not run
+            log.warning("after %s the graph does not run: %s: %s", name, type(error).__name__, error)
+            steps.append((name, float("inf")))
+            off = True
+        if off:
             return Bisection(name, steps[-1][1], tuple(steps))
     kernels: dict[int, Call] = {}
     for region in program.regions:
         if region.decision and region.kernel is not None:
             kernels[id(region.node)] = partial(_apply, region.kernel)
-            if leaves(region.name, program.graph, kernels):
+            try:
+                off = leaves(region.name, program.graph, kernels)
+            except Exception as error:  # a replay runs the recorded ops in its place
+                log.warning("the kernel of %s failed: %s: %s", region.name, type(error).__name__, error)
+                del kernels[id(region.node)]
+                continue
+            if off:
                 return Bisection(region.name, steps[-1][1], tuple(steps))
     return Bisection(None, steps[-1][1] if steps else 0.0, tuple(steps))
 

@@ -244,6 +244,9 @@ def _softmax(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor)
 
 
 def _matmul(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Writer | None:
+    if 1 in (tensor.dim() for tensor in inputs):  # torch resizes `out` there and back, with a warning
+        return None
+
     def form(emit: Emit[Any], inputs: Sequence[Any], out: Any) -> None:
         emit.call(torch.matmul, *inputs, out=out)
 

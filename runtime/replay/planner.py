@@ -12,6 +12,7 @@ from graph_capture.codegen.launches import Prepares
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import flatten_outputs, template
 from graph_capture.ir.interpreter import Executor, Step
+from graph_capture.ir.layouts import copy_into
 from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Lifetime, live_peak, place
@@ -129,7 +130,12 @@ class Builder(Script):
             if 0 < value.nbytes <= COPIED * self._saved[value.group]:
                 memory = torch.empty(value.nbytes, dtype=torch.uint8, device=value.device)
                 self._copies[slot] = self.static(f"{ref}_copy", strided(value, memory, 0))
-                self.line(f"{self.function(torch.Tensor.copy_, 'copy_')}({self._copies[slot]}, {ref})")
+                self.line(f"{self._copying(value)}({self._copies[slot]}, {ref})")
+
+    def _copying(self, value: SeenValue) -> str:
+        """What writes into memory that is laid out like a value; torch refuses where elements of it are one."""
+        plain = all(step != 0 or size < 2 for size, step in zip(value.shape, value.stride, strict=True))
+        return self.function(torch.Tensor.copy_, "copy_") if plain else self.function(copy_into, "copy_into")
 
     def _constant_steps(self) -> set[int]:
         """The steps that depend on nothing which could change: they run once."""
@@ -273,7 +279,7 @@ class Builder(Script):
         group = self._value(step.fills[0]).group
         if group in self._copied:
             out = self._refs[step.fills[0]] = self.static(self._executor.names[step.fills[0]], self._buffers[group])
-            self.line(f"{self.function(torch.Tensor.copy_, 'copy_')}({out}, {text})")
+            self.line(f"{self._copying(self._value(step.fills[0]))}({out}, {text})")
         elif form.result == "tensor":
             (self.aside if form.is_view else self.line)(f"{targets[0]} = {text}")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import math
 import re
@@ -14,6 +15,9 @@ import torch
 from graph_capture.codegen.launches import BoundKernel, Chain, Operand, Prepares
 from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.values import Arg, arg_indices
+
+
+LONGEST = 80  # letters of a name
 
 
 class Ref(str):
@@ -136,9 +140,9 @@ class Script:
         return all(name in self.namespace for name in names)
 
     def name(self, wish: str) -> Ref:
-        """A new variable, called like `wish`."""
-        base = re.sub(r"\W", "_", wish) or "value"
-        if base[0].isdigit() or keyword.iskeyword(base):
+        """A new variable, called like `wish` as far as ASCII goes: Python takes other letters for each other."""
+        base = re.sub(r"[^A-Za-z0-9_]", "_", wish)[:LONGEST].lstrip("_") or "value"
+        if base[0].isdigit() or keyword.iskeyword(base) or hasattr(builtins, base):
             base = f"v{base}"
         name, number = base, 1
         while name in self._names:

@@ -11,16 +11,17 @@ import torch
 from graph_capture.codegen import CompiledKernel
 from graph_capture.codegen.launches import Launch, Tensors
 from graph_capture.errors import FusionError
+from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Executor
-from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.numerics import apart, close_enough
+from graph_capture.ir.ops import ATTENTION_OPS
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
-from graph_capture.passes.rewrite import unviewable
+from graph_capture.passes.strides import noticed
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.library import Constants, LibraryKernel
+from graph_capture.runtime.library import Constants, LibraryKernel, run
 from graph_capture.runtime.region import Region
 
 
@@ -61,6 +62,7 @@ class RegionStep:
         self, region: Region, graph: RecordedGraph, config: FusionConfig, relaid: Sequence[tuple[int, TensorMeta]]
     ) -> None:
         assert region.kernel is not None
+        self.failure: str | None = None  # what the kernel raised, if it did
         self.relaid = relaid
         self.region = region
         self.config = config
@@ -80,8 +82,7 @@ class RegionStep:
         except Exception as error:
             if not self.config.fallback_on_error or _is_capturing(tensors):
                 raise  # a capture that has failed says nothing about the kernel
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
+            self._fell_back(error)
             return self.recorded.run(tensors)
         if self.relaid:
             outputs = list(outputs)
@@ -94,6 +95,10 @@ class RegionStep:
                 if not close_enough(fused, eager):
                     log.warning("%s: %s differs from the recorded ops beyond rounding", self.region.name, name)
         return outputs
+
+    def _fell_back(self, error: Exception) -> None:
+        log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
+        self.kernel, self.failure = None, f"{type(error).__name__}: {error}"
 
 
 class KernelStep(RegionStep):
@@ -115,8 +120,7 @@ class KernelStep(RegionStep):
         if not self.config.fallback_on_error:
             raise error
         if self.kernel is not None:
-            log.warning("%s failed and replays as recorded from now on: %s", self.region.name, error)
-            self.kernel = None
+            self._fell_back(error)
 
         def launch() -> None:
             for output, result in zip(outputs, self.recorded.run(inputs), strict=True):
@@ -140,14 +144,33 @@ def _inlined(
     return node, KernelStep(replace(region, node=node, kernel=kernel.product), graph, config, ())
 
 
-def relaid_outputs(graph: SubGraph, node: OpNode) -> list[tuple[int, TensorMeta]]:
-    """The outputs, by position, that must have the strides that were recorded, for the views of them."""
+def relaid_outputs(graph: SubGraph, region: Region) -> list[tuple[int, TensorMeta]]:
+    """The outputs, by position, that must be brought to the strides that were recorded, for somebody could tell."""
     found = []
-    for index, name in enumerate(node.outputs):
+    ways = _strides(graph, region)
+    for index, name in enumerate(region.node.outputs):
         meta = graph.values[name]
-        if not is_contiguous(meta) and unviewable(graph, name, torch.empty(meta.shape, device="meta")) is not None:
+        if any(noticed(graph, name, way[index]) is not None for way in ways if len(way[index]) == len(meta.shape)):
             found.append((index, meta))
     return found
+
+
+def _strides(graph: SubGraph, region: Region) -> list[list[tuple[int, ...]]]:
+    """The strides that the results of a region's kernel may have; torch's attention has one of two."""
+    metas = [graph.values[name] for name in region.node.inputs]
+    inputs = [torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta") for meta in metas]
+    contiguous = [torch.empty(graph.values[name].shape, device="meta") for name in region.node.outputs]
+    try:
+        if isinstance(region.kernel, CompiledKernel):
+            return [[tensor.stride() for tensor in region.kernel.spec.allocate(inputs)]]
+        results = flatten_outputs(run(region.body, inputs))
+    except Exception:  # the kernel does not fit, or meta tensors do not know an op: a call will tell
+        results = contiguous
+    ways = [[tensor.stride() for tensor in results]]
+    if any(node.op_type in ATTENTION_OPS for node in region.body.nodes):
+        moved = (t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else t for t in results)
+        ways += [[tensor.stride() for tensor in contiguous], [tensor.stride() for tensor in moved]]
+    return ways
 
 
 _NOTHING = torch.empty(0)  # stands for what is not a weight
