@@ -123,7 +123,7 @@ def _same_as(graph: SubGraph, node: OpNode) -> str | None:
     if same is None:
         return None
     given = graph.values[same]
-    return same if (given.shape, given.stride, given.dtype) == (out.shape, out.stride, out.dtype) else None
+    return same if _looks(given) == _looks(out) else None
 
 
 def _changes_nothing(node: OpNode, out: TensorMeta) -> bool:
@@ -166,7 +166,8 @@ def collapse_views(graph: SubGraph) -> SubGraph:
             continue
         if node.op_type == "aten.unsqueeze.default" and _repeated(graph, node.outputs[0]):
             continue  # the two are a repetition
-        reshaped = [name for name, by_reshapes in chain[1:] if by_reshapes and is_contiguous(graph.values[name])]
+        whole = [name for name, by_reshapes in chain[1:] if by_reshapes and graph.values[name].bits == out.bits]
+        reshaped = [name for name in whole if is_contiguous(graph.values[name])]
         if reshaped and is_contiguous(out):
             root = names.get(reshaped[-1], reshaped[-1])
             kept[-1] = replace(node, op_type="aten.view.default", inputs=(root,), attrs=(("size", out.shape),))
@@ -228,8 +229,13 @@ def _chain(graph: SubGraph, node: OpNode) -> list[tuple[str, bool]]:
     return found
 
 
+def _looks(meta: TensorMeta) -> tuple[object, ...]:
+    """All that a reader can tell of a value besides its elements."""
+    return meta.shape, meta.stride, meta.dtype, meta.device, meta.bits
+
+
 def _layout(meta: TensorMeta) -> tuple[object, ...]:
-    return meta.shape, meta.stride, meta.offset, meta.dtype
+    return *_looks(meta), meta.offset
 
 
 def split_constants(graph: SubGraph, weights: Collection[str] = ()) -> tuple[SubGraph, SubGraph]:

@@ -25,7 +25,6 @@ from graph_capture.passes.pipeline import Rewritten
 from graph_capture.passes.receipts import Receipt
 from graph_capture.record.guards import Guards
 from graph_capture.record.recorded import RecordedGraph
-from graph_capture.record.source import ModulePaths
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.decide.heuristics import FusionHeuristics
 from graph_capture.runtime.decide.whole import device_of
@@ -109,7 +108,7 @@ def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tenso
     _check(len(rewritten.output_names) == len(recorded.output_names), "the fused graph has other outputs")
     for part in (recorded, rewritten, constants):
         _check_values(part)
-    graph = RecordedGraph(recorded, signature, template, captured, Guards(ModulePaths(), captured))
+    graph = RecordedGraph(recorded, signature, template, captured, Guards(captured))
     same = table.get("environment") == environment_key(device_of(recorded))
     regions = _RegionDecoder(decoder, rewritten, FusionHeuristics(config), same)
     found = tuple(map(regions.decode, as_list(table.get("regions"))))

@@ -54,6 +54,8 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Defini
     Raises:
         FusionError: it cannot be one kernel; the message says why.
     """
+    if any(values[name].bits for name in graph.input_names if name in values):
+        raise FusionError("an input is a conjugate or negative view, and kernels read memory as it is")
     lowering = _lowering(graph)
     lowering.check_ops(graph)
     spec: Spec = lowering.lower(graph, values, define)

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graph_capture.calls.structure import ByIdentity, Spec, slots_of, state_of
+from graph_capture.calls.structure import NAMES, Part, Spec, is_bound, slots_of, state_of
 from graph_capture.ir.values import TensorMeta
 
 Matcher = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]], "FastCall | None"]
 LIMIT = 20_000  # lines; a call that holds more is walked over
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class FastCall(NamedTuple):
@@ -36,10 +39,15 @@ def matcher(
     sharing: Sequence[tuple[int, int]],
     metas: Sequence[TensorMeta],
     closed: Mapping[int, Any],
+    kinds: Sequence[tuple[Any, ...]] | None = None,
 ) -> Matcher | None:
-    """A function of a call's ``args``, ``kwargs`` and surroundings; None where the signature is too unusual for one."""
+    """A function of a call's ``args``, ``kwargs`` and surroundings; None where the signature is too unusual for one.
+
+    Args:
+        kinds: class, `requires_grad`, bits and attributes of each tensor; None where they do not count.
+    """
     try:
-        return _Matcher(arguments, contents, sharing, metas, closed).compiled()
+        return _Matcher(arguments, contents, sharing, metas, closed, kinds).compiled()
     except _TooUnusual:
         return None
 
@@ -52,14 +60,15 @@ class _Matcher:
         sharing: Sequence[tuple[int, int]],
         metas: Sequence[TensorMeta],
         closed: Mapping[int, Any],
+        kinds: Sequence[tuple[Any, ...]] | None,
     ) -> None:
-        self._contents, self._metas, self._closed = contents, metas, closed
+        self._contents, self._metas, self._closed, self._kinds = contents, metas, closed, kinds
         self._lines: list[str] = []
         self._globals: dict[str, Any] = {
             "FastCall": FastCall,
             "state_of": state_of,
-            "ByIdentity": ByIdentity,
-            "plain": (torch.Tensor, torch.nn.Parameter),
+            "is_bound": is_bound,
+            "plain": _PLAIN,
             "strided": torch.strided,
             "dict_of": object.__getattribute__,
         }
@@ -102,8 +111,7 @@ class _Matcher:
             self._refuse_unless(f"type({name}) is tuple and len({name}) == {len(spec[3])}")
             self._all(spec[3], name)
         elif tag == "is":
-            value, name = self._constant(self._closed[spec[1]]), self._variable(text)
-            self._refuse_unless(f"({name}.value if type({name}) is ByIdentity else {name}) is {value}")
+            self._refuse_unless(f"{text} is {self._constant(self._closed[spec[1]])}")
         else:
             raise _TooUnusual
 
@@ -117,6 +125,12 @@ class _Matcher:
         self._lines.append(f"    {name} = {text}")
         shape, stride = self._constant(meta.shape), self._constant(meta.stride)
         self._refuse_unless(f"type({name}) in plain and {name}.layout is strided and {name}.shape == {shape}")
+        if self._kinds is not None:
+            kind, requires_grad, conjugate, negative, attributes = self._kinds[number]
+            if conjugate or negative or attributes is not None or kind not in _PLAIN:
+                raise _TooUnusual
+            self._refuse_unless(f"type({name}) is {self._constant(kind)} and {name}.requires_grad is {requires_grad}")
+            self._refuse_unless(f"not ({name}.__dict__ or {name}.is_neg() or {name}.is_conj())")
         dtype, device = self._constant(meta.dtype), self._constant(meta.device)
         self._refuse_unless(f"{name}.stride() == {stride} and {name}.dtype is {dtype} and {name}.device == {device}")
         return None
@@ -129,6 +143,11 @@ class _Matcher:
         name = f"o{number}"
         self._lines.append(f"    {name} = {text}")
         self._refuse_unless(f"type({name}) is {self._constant(kind)}")
+        if kind in NAMES:
+            self._refuse_unless(f"is_bound({name})" if keys else f"not is_bound({name})")
+            return self._check(children[0], f"{name}.cell_contents") if keys else None
+        if any(type(key) is Part for key in keys):
+            raise _TooUnusual
         if issubclass(kind, list):
             self._refuse_unless(f"len({name}) == {len(children)}")
             return self._all(children, name)

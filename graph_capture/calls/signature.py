@@ -1,7 +1,8 @@
 """What a call looks like: the structure of its arguments, each tensor's layout, which of them share memory.
 
-Tensors count by shape, stride, dtype, device and aliasing; Python values by equality and type; containers and objects
-by what they hold; modules and functions by identity (see `graph_capture.calls.structure`).
+Tensors count by shape, stride, dtype, device, aliasing, class, `requires_grad`, and the bits of conjugate and negative
+views; Python values by equality and type; containers and objects by what they hold; modules and functions by identity
+(see `graph_capture.calls.structure`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Call:
             named += surroundings().items()
         self.arguments = tuple([(label, walk.spec(value, (None, label))) for label, value in named])
         walk.unify()
-        layouts = tuple([_layout(tensor) for tensor in walk.tensors])
+        more = walk.attributes
+        layouts = tuple([(*_layout(t), *_kind(t), more.get(i)) for i, t in enumerate(walk.tensors)])
         self.key = (self.arguments, tuple(walk.contents), layouts, _sharing(walk.tensors))
 
     @property
@@ -66,6 +68,7 @@ class Signature:
         names: a value name for each distinct tensor.
         metas: their layouts.
         closed: the objects that count by identity, by their ids.
+        requires_grad: whether one of the recorded tensors did.
     """
 
     def __init__(self, call: Call) -> None:
@@ -74,6 +77,8 @@ class Signature:
         self.names: tuple[str, ...] = _names(call.walk.paths)
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
         self.closed = call.walk.closed  # kept alive: the key holds their ids
+        self.strict = True  # otherwise, of a tensor only shape, strides, dtype and device count
+        self.requires_grad = any(tensor.requires_grad for tensor in call.tensors)
 
     @classmethod
     def restored(
@@ -87,14 +92,16 @@ class Signature:
         """A signature from its parts, with nothing in it that counts by identity."""
         self = cls.__new__(cls)
         self.key = (arguments, contents, tuple(map(_layout_of, metas)), sharing)
+        self.strict = self.requires_grad = False
         self._order = dict.fromkeys(label for label, _ in arguments)
         self.names, self.metas, self.closed = names, metas, {}
         return self
 
     @cached_property
     def _matcher(self) -> Matcher | None:
-        arguments, contents, _, sharing = self.key
-        return matcher(arguments, contents, sharing, self.metas, self.closed)
+        arguments, contents, layouts, sharing = self.key
+        kinds = [layout[-5:] for layout in layouts] if self.strict else None
+        return matcher(arguments, contents, sharing, self.metas, self.closed, kinds)
 
     def match(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], surroundings: Surroundings | None
@@ -112,7 +119,10 @@ class Signature:
         Raises:
             SignatureMismatchError: the message names the argument, what was expected, and what came.
         """
-        if call.key != self.key:
+        key = call.key
+        if not self.strict:
+            key = (*key[:2], tuple([layout[:-5] for layout in key[2]]), key[3])
+        if key != self.key:
             raise SignatureMismatchError(self.difference(call))
 
     def difference(self, call: Call) -> str:
@@ -169,9 +179,9 @@ class _Comparison:
 
     def specs(self, old: Spec, new: Spec, label: str) -> str | None:
         if old[0] == "tensor" and new[0] == "tensor":
-            given = self._call.tensors[new[1]]
-            if _layout(given) != self._signature.key[2][old[1]]:
-                return f"{label}: expected {_full(self._signature.metas[old[1]])}, got {_full(TensorMeta.of(given))}"
+            given, wanted = self._call.key[2][new[1]], self._signature.key[2][old[1]]
+            if given[: len(wanted)] != wanted:
+                return f"{label}: {self._other_tensor(old[1], self._call.tensors[new[1]], given, wanted)}"
             if old[1] != new[1]:
                 return f"{label}: the recording was given one tensor here and elsewhere; this call gives two"
             return None
@@ -191,6 +201,13 @@ class _Comparison:
             parts = zip(old[2], new[2], strict=True)
             return next(filter(None, (self.specs(before, after, label) for before, after in parts)), None)
         return None if old == new else self._unlike(old, new, label)
+
+    def _other_tensor(self, number: int, tensor: torch.Tensor, given: tuple[Any, ...], wanted: tuple[Any, ...]) -> str:
+        if self._signature.strict and given[:-5] == wanted[:-5]:
+            kinds = zip(_KINDS, wanted[-5:], given[-5:], strict=True)
+            what, before, now = next((what, b, n) for what, b, n in kinds if b != n)
+            return f"its {what} was {before} and is now {now}"
+        return f"expected {_full(self._signature.metas[number])}, got {_full(TensorMeta.of(tensor))}"
 
     def _children(self, old: Spec, new: Spec, whole_old: Spec, whole_new: Spec, label: str) -> str | None:
         if old[0] is not new[0] or old[1] != new[1] or len(old[2]) != len(new[2]):
@@ -238,7 +255,7 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
     first: dict[int, tuple[int, int]] = {}
     result = []
     for index, tensor in enumerate(tensors):
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.is_nested:
             result.append((index, 0))
             continue
         start = int(tensor.storage_offset()) * tensor.itemsize
@@ -249,9 +266,21 @@ def _sharing(tensors: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A tensor's shape, strides, dtype and device; strides of dimensions of size 1 address nothing and do not count."""
+    if tensor.is_nested:  # it has no shape, and is not recorded
+        return (tensor.dim(), "nested", tensor.dtype, tensor.device)
     if tensor.layout != torch.strided:
         return (tensor.shape, tensor.layout, tensor.dtype, tensor.device)
     return (tensor.shape, _counting(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
+
+
+_KINDS = ("class", "requires_grad", "conjugate bit", "negative bit", "attributes")
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What Python code, or an op, can tell of a tensor besides its layout."""
+    if tensor.layout != torch.strided:
+        return (type(tensor), tensor.requires_grad, False, False)
+    return (type(tensor), tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
 
 
 def _layout_of(meta: TensorMeta) -> tuple[Any, ...]:
@@ -274,6 +303,8 @@ def _steps(path: Path) -> list[Any]:
 
 
 def _step(key: Any) -> str:
+    if key is None:  # what a variable holds
+        return ""
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 

@@ -5,18 +5,19 @@ A `Walk` goes over a value once and describes it by *specs*, nested tuples that 
 - ``("tensor", i)``: the i-th distinct tensor;
 - ``("value", type, value)``: a number, a string, None, ...; floats as text, so that NaN equals itself and -0.0 not 0.0;
 - ``("ref", k)``: the k-th mutable object (list, dict, set, instance); what it holds is ``contents[k]``;
-- ``("node", type, context, children)``: an immutable container (tuple, namedtuple, registered pytree node);
+- ``("node", type, context, children)``: an immutable container (tuple, namedtuple, slice, partial, bound method,
+  registered pytree node);
 - ``("foreign", form, children)``: another library's tensor, device, ..., by its parts (`graph_capture.calls.foreign`);
 - ``("is", id)``: anything else (a module, a function), by identity.
 
-Instances are opened, so that a cache or a dataclass counts by what it holds; those of the standard library and torch's
-own, modules, functions and classes are not.
+Instances are opened, so that a cache, a dataclass or a callable object counts by what it holds; most of the standard
+library's and torch's own, modules, functions and classes are not. Variables of a closure and names in globals (`NAMES`)
+count as objects that hold one value.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import enum
 import functools
 import sys
@@ -28,25 +29,58 @@ import numpy
 import torch
 from torch.utils import _pytree as pytree
 
-from graph_capture.calls.foreign import LIBRARIES, Exposures, Form
+from graph_capture.calls.foreign import LIBRARIES, Exposures
+from graph_capture.errors import CaptureError
 
 VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum)
 _SCALARS = frozenset({type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size})
 _MUTABLE = frozenset({list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque})
-_CLOSED = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, torch.nn.Module)
-_CLOSED_PACKAGES = sys.stdlib_module_names - {"types"} | {"torch", "numpy"} | LIBRARIES.keys()
+_CLOSED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.nn.Module)
+_OPEN_STANDARD = {"types", "argparse", "dataclasses", "collections", "configparser", "string"}
+_OTHERS = {"torch", "numpy", "triton", "ninetoothed", "graph_capture"}
+_CLOSED_PACKAGES = sys.stdlib_module_names - _OPEN_STANDARD | _OTHERS | LIBRARIES.keys()
+CONTAINERS = (dict, list, set, collections.deque)
 
 Spec = tuple[Any, ...]
 Path = tuple[Any, ...] | None  # (the parent's path, the step from it)
 
 
-class ByIdentity:
-    """Marks a value that counts by identity although it could be opened."""
+class Part(str):
+    """The name of something that a container holds besides its entries: a factory, a bound, an attribute."""
 
-    __slots__ = ("value",)
+    __slots__ = ()
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+
+class GlobalName:
+    """A name in a function's globals, as something that holds a value.
+
+    Attributes:
+        table: the globals.
+        name: the name.
+    """
+
+    __slots__ = ("name", "table")
+
+    def __init__(self, table: dict[str, Any], name: str) -> None:
+        self.table, self.name = table, name
+
+    @property
+    def cell_contents(self) -> Any:
+        """What lies under the name.
+
+        Raises:
+            ValueError: nothing does.
+        """
+        if self.name not in self.table:
+            raise ValueError(self.name)
+        return self.table[self.name]
+
+    @cell_contents.setter
+    def cell_contents(self, value: Any) -> None:
+        self.table[self.name] = value
+
+
+NAMES = (types.CellType, GlobalName)
 
 
 class Walk:
@@ -55,8 +89,10 @@ class Walk:
     Attributes:
         tensors: the distinct tensors.
         paths: where each tensor was first met.
+        attributes: number of a tensor -> the attributes that Python code has set on it, where it has.
         objects: the mutable objects.
         contents: what each of `objects` holds, as a spec.
+        arrays: the numpy arrays, with their specs.
         closed: the objects that count by identity; whoever keeps a spec must keep them alive.
         exposures: the torch tensors that stand for other libraries'.
     """
@@ -65,8 +101,10 @@ class Walk:
         self.exposures = exposures or Exposures()
         self.tensors: list[torch.Tensor] = []
         self.paths: list[Path] = []
+        self.attributes: dict[int, Spec] = {}
         self.objects: list[Any] = []
         self.contents: list[Spec] = []
+        self.arrays: list[tuple[numpy.ndarray, Spec]] = []
         self.closed: dict[int, Any] = {}
         self._tensor_numbers: dict[int, int] = {}
         self._object_numbers: dict[int, int] = {}
@@ -82,25 +120,36 @@ class Walk:
                 number = self._tensor_numbers[id(value)] = len(self.tensors)
                 self.tensors.append(value)
                 self.paths.append(path)
+                if value.__dict__:
+                    names, held = tuple(value.__dict__), tuple(value.__dict__.values())
+                    self.attributes[number] = (names, self._children(held, names, path))
             return ("tensor", number)
-        if kind is ByIdentity:
-            return self.spec_of_identity(value.value)
         if kind is float or kind is complex:
             return ("value", kind, repr(value))
         if kind is tuple:
             return ("node", tuple, None, tuple([self.spec(v, (path, i)) for i, v in enumerate(value)]))
-        if kind in _MUTABLE:
+        if kind in _MUTABLE or kind in NAMES:
             return self._reference(value, path)
-        if isinstance(value, (*VALUES, numpy.generic)):
+        if isinstance(value, (*VALUES, range)) or (kind is frozenset and all(type(item) in _SCALARS for item in value)):
             return ("value", kind, value)
+        if isinstance(value, numpy.generic):
+            return ("array", value.dtype.str, None, value.tobytes())
+        if kind is slice:
+            return ("node", kind, None, self._children((value.start, value.stop, value.step), None, path))
+        if kind is functools.partial:
+            parts = (value.func, value.args, value.keywords)
+            return ("node", kind, None, self._children(parts, ("func", "args", "keywords"), path))
+        if kind is types.MethodType:
+            return ("node", kind, None, self._children((value.__func__, value.__self__), ("func", "self"), path))
         if kind in pytree.SUPPORTED_NODES and isinstance(value, (tuple, list, dict)):
             children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
-            return ("node", kind, _Context(context), self._children(children, context, path))
+            return ("node", kind, Context(context), self._children(children, context, path))
         if isinstance(value, tuple):  # namedtuples, torch.return_types
             names = getattr(value, "_fields", None)
             return ("node", kind, None, self._children(tuple(value), names, path))
         if isinstance(value, numpy.ndarray):
-            return ("array", value.dtype.str, value.shape, value.tobytes())
+            self.arrays.append((value, ("array", value.dtype.str, value.shape, value.tobytes())))
+            return self.arrays[-1][1]
         if self.exposures.adapters and (foreign := self.exposures.parts(value)) is not None:
             return ("foreign", foreign[0], tuple([self.spec(part, path) for part in foreign[1]]))
         if isinstance(value, tuple(_MUTABLE)) or _is_open(value):
@@ -115,16 +164,25 @@ class Walk:
     def content(self, number: int, path: Path = None) -> Spec:
         """What the object `number` holds now."""
         value = self.objects[number]
-        if isinstance(value, (list, collections.deque)):
-            keys: tuple[Any, ...] = tuple(range(len(value)))
-            children: Sequence[Any] = value
+        if isinstance(value, NAMES):
+            held = [value.cell_contents] if is_bound(value) else []
+            keys: tuple[Any, ...] = (None,) * len(held)
+            children: Sequence[Any] = held
+        elif isinstance(value, (list, collections.deque)):
+            keys = tuple(range(len(value)))
+            children = list(value)
         elif isinstance(value, dict):
-            keys, children = tuple(value), list(value.values())
+            keys, children = tuple(dict.keys(value)), list(dict.values(value))
+            _check_plain(keys, "key", value)
         elif isinstance(value, set):
+            _check_plain(value, "member", value)
             return (type(value), frozenset(value), ())
         else:
             state = state_of(value)
             keys, children = tuple(state), list(state.values())
+        if type(value) not in _SIMPLE:
+            parts = parts_of(value)
+            keys, children = (*keys, *parts), [*children, *parts.values()]
         return (type(value), keys, self._children(children, keys, path))
 
     def unify(self) -> None:
@@ -162,7 +220,13 @@ class Walk:
         return tuple([self.spec(child, (path, key)) for key, child in zip(keys, children, strict=True)])
 
 
-class _Context:
+def signed(walk: Walk) -> set[Any]:
+    """What of the objects that a walk has met is part of its specs: their ids, and names in globals with their dicts'."""
+    found: set[Any] = {id(value) for value in walk.objects}
+    return found | {(id(value.table), value.name) for value in walk.objects if type(value) is GlobalName}
+
+
+class Context:
     """A pytree node's context: compared by value, whatever it is."""
 
     __slots__ = ("value",)
@@ -171,14 +235,48 @@ class _Context:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and bool(self.value == other.value)
+        return isinstance(other, Context) and bool(self.value == other.value)
 
     def __hash__(self) -> int:
         return 0
 
 
+_SIMPLE = frozenset({list, dict, set, collections.OrderedDict, *NAMES})
+
+
+def parts_of(value: Any) -> dict[Part, Any]:
+    """What a container holds besides its entries."""
+    found: dict[Part, Any] = {}
+    if isinstance(value, CONTAINERS):
+        if isinstance(value, collections.defaultdict):
+            found[Part("default_factory")] = value.default_factory
+        if isinstance(value, collections.deque):
+            found[Part("maxlen")] = value.maxlen
+        found |= {Part(f"attribute {name}"): held for name, held in state_of(value).items()}
+    return found
+
+
+def is_bound(name: Any) -> bool:
+    """Whether a variable of a closure, or a name in globals, holds a value."""
+    try:
+        return name.cell_contents is not name
+    except ValueError:
+        return False
+
+
+def _check_plain(keys: Any, what: str, holder: Any) -> None:
+    """Refuse keys and members of sets that a replay could not renew.
+
+    Raises:
+        CaptureError: one is a tensor.
+    """
+    for key in keys:
+        if isinstance(key, torch.Tensor):
+            raise CaptureError(f"a {type(holder).__name__} has a tensor as a {what}; a replay could not renew it")
+
+
 def _is_open(value: Any) -> bool:
-    if isinstance(value, _CLOSED) or callable(value):
+    if isinstance(value, _CLOSED):
         return False
     kind: Any = type(value)
     return kind.__module__.partition(".")[0] not in _CLOSED_PACKAGES and (
@@ -189,8 +287,13 @@ def _is_open(value: Any) -> bool:
 @functools.cache
 def slots_of(kind: Any) -> tuple[str, ...]:
     """The attributes that instances of a class hold outside their ``__dict__``."""
-    names = [slot for base in kind.__mro__ for slot in _as_names(base.__dict__.get("__slots__", ()))]
+    names = [_mangled(base, s) for base in kind.__mro__ for s in _as_names(base.__dict__.get("__slots__", ()))]
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _mangled(kind: type, name: str) -> str:
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{name}" if private else name
 
 
 def _as_names(slots: Any) -> tuple[str, ...]:
@@ -203,138 +306,3 @@ def state_of(value: Any) -> Mapping[str, Any]:
     slots = slots_of(kind)
     held = {name: getattr(value, name) for name in slots if hasattr(value, name)} if slots else {}
     return {**held, **value.__dict__} if hasattr(value, "__dict__") else held
-
-
-def items_of(value: Any) -> tuple[Any, ...] | None:
-    """What a container or an opened instance holds itself, flat; None for anything else."""
-    if isinstance(value, dict):
-        return (*value, *value.values())
-    if isinstance(value, (list, tuple, set, collections.deque)):
-        return tuple(value)
-    if not isinstance(value, (*VALUES, torch.Tensor)) and _is_open(value):
-        state = state_of(value)
-        return (*state, *state.values())
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class ResultTemplate:
-    """How to make a value again from new tensors, and how to bring a call's own objects up to date.
-
-    Attributes:
-        root: the spec of the value.
-        contents: object number -> what the object must hold; objects not in it are left as they are.
-        known: how many objects the call brings along; those numbered higher are made.
-        closed: the objects that count by identity.
-        tensors: the numbers of the tensors that are needed, in the order in which `build` gets them.
-    """
-
-    root: Spec
-    contents: Mapping[int, Spec]
-    known: int
-    closed: Mapping[int, Any]
-    tensors: tuple[int, ...]
-
-    @classmethod
-    def of(cls, value: Any, before: Walk, after: Walk) -> ResultTemplate:
-        """The template of `value` and of every change between `before` and `after` (made by ``before.again()``)."""
-        root = after.spec(value)
-        contents = {
-            number: content
-            for number, content in enumerate(after.contents)
-            if number >= len(before.objects) or content != before.contents[number]
-        }
-        needed: dict[int, None] = {}
-        _tensors_in(root, needed)
-        for content in contents.values():
-            _tensors_in(content[2], needed)
-        return cls(root, contents, len(before.objects), after.closed, tuple(needed))
-
-    @functools.cached_property
-    def forms(self) -> Mapping[int, Form]:
-        """The numbers of the tensors that become another library's."""
-        found: dict[int, Form] = {}
-        for spec in (self.root, *(content[2] for content in self.contents.values())):
-            _foreign_in(spec, found)
-        return found
-
-    @property
-    def changes(self) -> bool:
-        """Whether `build` alters an object that the call brings along."""
-        return any(number < self.known for number in self.contents)
-
-    def build(self, tensors: Sequence[torch.Tensor], objects: Sequence[Any]) -> Any:
-        """The value, from one tensor for each of `self.tensors` and the call's own mutable objects."""
-        if self.root[0] == "tensor" and not self.contents:
-            return tensors[0]
-        by_number = dict(zip(self.tensors, tensors, strict=True))
-        made = [*objects]
-        for number, (kind, _, _) in self.contents.items():
-            if number >= self.known:
-                made.append(kind() if kind in _MUTABLE else kind.__new__(kind))
-        for number, content in self.contents.items():
-            self._fill(made[number], content, by_number, made)
-        return self._make(self.root, by_number, made)
-
-    def _fill(self, target: Any, content: Spec, tensors: Mapping[int, Any], objects: Sequence[Any]) -> None:
-        _, keys, children = content
-        values = [self._make(child, tensors, objects) for child in children]
-        if isinstance(target, (list, collections.deque)):
-            target.clear()
-            target.extend(values)
-        elif isinstance(target, set):
-            target.clear()
-            target.update(keys)
-        elif isinstance(target, dict):
-            target.clear()
-            target.update(zip(keys, values, strict=True))
-        else:
-            for name in set(state_of(target)) - set(keys):
-                object.__delattr__(target, name)
-            for name, value in zip(keys, values, strict=True):
-                object.__setattr__(target, name, value)
-
-    def _make(self, spec: Spec, tensors: Mapping[int, Any], objects: Sequence[Any]) -> Any:
-        tag = spec[0]
-        if tag == "tensor":
-            return tensors[spec[1]]
-        if tag == "value":
-            return spec[1](spec[2]) if spec[1] in (float, complex) else spec[2]
-        if tag == "ref":
-            return objects[spec[1]]
-        if tag == "is":
-            return self.closed[spec[1]]
-        if tag == "array":
-            return numpy.frombuffer(spec[3], dtype=spec[1]).reshape(spec[2]).copy()
-        if tag == "foreign":
-            return spec[1].whole([self._make(child, tensors, objects) for child in spec[2]])
-        _, kind, context, children = spec
-        values = [self._make(child, tensors, objects) for child in children]
-        if isinstance(context, _Context):
-            return pytree.SUPPORTED_NODES[kind].unflatten_fn(values, context.value)
-        return kind(*values) if hasattr(kind, "_fields") else kind(values)
-
-
-def _tensors_in(spec: Any, found: dict[int, None]) -> None:
-    """The tensor numbers in a spec, or in a tuple of specs."""
-    if not spec or not isinstance(spec, tuple):
-        return
-    tag = spec[0]
-    if tag == "tensor":
-        found[spec[1]] = None
-    elif tag in ("node", "foreign"):
-        _tensors_in(spec[-1], found)
-    elif isinstance(tag, tuple):
-        for child in spec:
-            _tensors_in(child, found)
-
-
-def _foreign_in(spec: Any, found: dict[int, Form]) -> None:
-    """The tensors in a spec, or in a tuple of specs, that become another library's."""
-    if not spec or not isinstance(spec, tuple):
-        return
-    if spec[0] == "foreign":
-        found.update({child[1]: spec[1] for child in spec[2] if child[0] == "tensor"})
-    elif spec[0] == "node" or isinstance(spec[0], tuple):
-        for child in spec[3] if spec[0] == "node" else spec:
-            _foreign_in(child, found)

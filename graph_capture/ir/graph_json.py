@@ -201,6 +201,7 @@ def encode_meta(meta: TensorMeta) -> list[Any]:
         str(meta.device),
         meta.offset,
         meta.storage,
+        meta.bits,
     ]
 
 
@@ -210,13 +211,15 @@ def decode_meta(value: Any) -> TensorMeta:
     Raises:
         CacheError: it is none.
     """
-    shape, stride, dtype, device, offset, storage = as_list(value, 6)
+    shape, stride, dtype, device, offset, storage, bits = as_list(value, 7)
     sizes, steps = tuple(map(integer, as_list(shape))), tuple(map(integer, as_list(stride)))
     if len(steps) not in (0, len(sizes)):
         raise CacheError(f"{len(sizes)} dimensions with {len(steps)} strides")
     if type(storage) is not int:
         raise CacheError(f"{storage!r} is not a storage")
-    return TensorMeta(sizes, steps, named("dtype", dtype), decode_device(device), integer(offset), storage)
+    if bits not in (0, 1, 2, 3):
+        raise CacheError(f"{bits!r} are not a view's bits")
+    return TensorMeta(sizes, steps, named("dtype", dtype), decode_device(device), integer(offset), storage, bits)
 
 
 def named(tag: str, name: Any) -> Any:

@@ -63,7 +63,8 @@ class TensorMeta(NamedTuple):
     """What is known of a value without its data.
 
     `stride` and `offset` count elements. Values with the same non-negative `storage` share memory (an alias set);
-    -1 means that nothing is known to share it.
+    -1 means that nothing is known to share it. `bits` is not 0 for a view whose values are not what lies in its memory:
+    1 for a conjugate one, 2 for a negative one, or their sum.
     """
 
     shape: tuple[int, ...]
@@ -72,13 +73,15 @@ class TensorMeta(NamedTuple):
     device: torch.device
     offset: int = 0
     storage: int = -1
+    bits: int = 0
 
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int = -1) -> TensorMeta:
         shape = tuple(tensor.shape)
         if tensor.layout is not torch.strided:
             return cls(shape, (), tensor.dtype, tensor.device, 0, storage)
-        return cls(shape, tensor.stride(), tensor.dtype, tensor.device, int(tensor.storage_offset()), storage)
+        bits = int(tensor.is_conj()) + 2 * int(tensor.is_neg())
+        return cls(shape, tensor.stride(), tensor.dtype, tensor.device, int(tensor.storage_offset()), storage, bits)
 
     @property
     def numel(self) -> int:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graph_capture.calls.context import Context, context, difference, transformed, without_grad
 from graph_capture.calls.foreign import Form, settle
 from graph_capture.calls.signature import Bound, Call, Signature, Surroundings
-from graph_capture.calls.structure import ResultTemplate
+from graph_capture.calls.template import ResultTemplate
 from graph_capture.errors import DataDependentError, SignatureMismatchError
 from graph_capture.ir.effects import written_inputs
 from graph_capture.ir.graph import SubGraph
@@ -20,7 +21,10 @@ from graph_capture.ir.interpreter import Executor
 from graph_capture.ir.memory import RandomState, storage_bytes
 from graph_capture.ir.ops import GUARD
 from graph_capture.record.check import CheckCost
+from graph_capture.record.fit import Fit, Property
+from graph_capture.record.gradients import requiring, tied
 from graph_capture.record.guards import Guards
+from graph_capture.record.rebinding import Rebinding
 
 if TYPE_CHECKING:
     import networkx
@@ -38,8 +42,12 @@ class RecordedGraph:
         template: how the result is made, and what a replay changes in the objects of a call.
         captured: the tensors that were used but not passed in, by value name: parameters and buffers under their
             module names, others as ``const``. They are read at each replay, so changes in place are honoured.
-        guards: the addresses of the captured tensors, and the guards on the modules that ran.
+        guards: the addresses of the captured tensors, and the guards on everything else that the run read.
         verification: what checking the recording cost; None where it was recorded with ``verify=False``.
+        context: what was switched on around the recording; None where that does not count (a loaded graph).
+        fit: what a call must be beyond its signature.
+        rebindings: names outside the arguments that a replay assigns. If there are any, the template makes a pair of the
+            result and the values for them.
     """
 
     def __init__(
@@ -51,6 +59,10 @@ class RecordedGraph:
         guards: Guards,
         verification: CheckCost | None = None,
         surroundings: Surroundings | None = None,
+        properties: Sequence[Property] = (),
+        around: Context | None = None,
+        graded: frozenset[str] | None = None,
+        rebindings: Sequence[Rebinding] = (),
     ) -> None:
         self.subgraph = subgraph
         self.signature = signature
@@ -59,6 +71,10 @@ class RecordedGraph:
         self.guards = guards
         self.verification = verification
         self.surroundings = surroundings
+        self.context = around
+        self._graded = graded
+        self.rebindings = tuple(rebindings)
+        self.fit = Fit(properties, signature.names, self.captured, subgraph, self.written)
 
     @cached_property
     def _interpreter(self) -> Executor:
@@ -101,14 +117,29 @@ class RecordedGraph:
         Raises:
             SignatureMismatchError: as `run`.
         """
+        self._check_context()
         call: Bound | None = self.signature.match(args, kwargs, self.surroundings)
         if call is None:
             call = Call(args, self.signature.ordered(kwargs), self.surroundings)
             self.signature.check(call)
-        broken = self.guards.broken()
+        broken = self.guards.broken() or self.fit.misfit(call.tensors, self.guards.moves)
         if broken is not None:
             raise SignatureMismatchError(f"{broken}; record again")
         return call
+
+    def _check_context(self) -> None:
+        """Refuse a call that is traced or transformed, or under another mode than the recording was.
+
+        Raises:
+            SignatureMismatchError: it is.
+        """
+        reason = transformed()
+        if reason is not None:
+            raise SignatureMismatchError(f"{reason}: a replay runs on plain tensors only; call the code itself there")
+        now = context()
+        if self.context is not None and without_grad(now) != without_grad(self.context):
+            changed = difference(without_grad(self.context), without_grad(now))
+            raise SignatureMismatchError(f"{changed}; record again under it")
 
     def replay(self, call: Bound, execute: Execute | None = None) -> Any:
         """Run the graph on a call that fits, and make the result.
@@ -124,9 +155,28 @@ class RecordedGraph:
                 results = execute(call.tensors, self.static)
         else:
             results = execute(call.tensors, self.static)
+        if torch.is_grad_enabled() and any(self.requiring):
+            results = tied(results, self.requiring)
         if self.template.forms:
             results = settle(results, *self._settled)
-        return self.template.build(results, call.objects)
+        return self.built(results, call.objects)
+
+    def built(self, results: Sequence[Any], objects: Sequence[Any]) -> Any:
+        """The result, from one tensor for each output; what the code assigns is assigned."""
+        made = self.template.build(results, objects)
+        if not self.rebindings:
+            return made
+        result, values = made
+        for rebinding, value in zip(self.rebindings, values, strict=True):
+            rebinding.assign(value)
+        return result
+
+    @cached_property
+    def requiring(self) -> tuple[bool, ...]:
+        """Which outputs would require a gradient if one could be computed."""
+        if self._graded is None:
+            return requiring(self.subgraph, self.captured)
+        return tuple(name in self._graded for name in self.subgraph.output_names)
 
     @cached_property
     def _settled(self) -> tuple[list[Form | None], list[bool]]:

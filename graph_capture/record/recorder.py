@@ -11,7 +11,7 @@ import contextlib
 import enum
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -36,7 +36,24 @@ _READS_DATA = {
     torch.Tensor.tolist: "tolist()",
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.__array__: "numpy.asarray()",
+    torch.Tensor.__dlpack__: "__dlpack__()",
 }
+
+# What Python code can ask of a tensor besides what a signature holds.
+_PROPERTIES = {
+    (asked if callable(asked) else asked.__get__): name
+    for name in (
+        "storage_offset",
+        "is_shared",
+        "is_pinned",
+        "is_inference",
+        "grad",
+        "_version",
+        "requires_grad",
+        "is_leaf",
+    )
+    for asked in (getattr(torch.Tensor, name),)
+} | {torch.Tensor.grad_fn.__get__: "grad_fn"}  # type: ignore[attr-defined]
 
 _SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -56,10 +73,12 @@ class Recording:
         verify: bool = False,
         surroundings: Surroundings | None = None,
         rollback: bool = False,
+        roots: Sequence[Any] = (),
     ) -> None:
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._surroundings = surroundings
         self._rollback = rollback
+        self._roots = roots
         self._keep_whole = keep_whole
         self._data_dependent = data_dependent
         self._verify = verify
@@ -92,6 +111,15 @@ class Recording:
             raise CaptureError("there is no graph: the recording has not ended, or it ended with an exception")
         return self._graph
 
+    @property
+    def result(self) -> Any:
+        """What `output` was given; where gradients are enabled, as a replay would give it.
+
+        Raises:
+            CaptureError: as `graph`.
+        """
+        return self._output if self.graph else None
+
     def __enter__(self) -> Recording:
         if is_recording():
             raise CaptureError("a recording is already active in this thread; end it before you start another")
@@ -99,7 +127,8 @@ class Recording:
             raise CaptureError("a recording can be entered once; call record() again")
         (args, kwargs), self._arguments = self._arguments, None
         guard = self._data_dependent == "guard"
-        writer = GraphBuilder(args, kwargs, self._surroundings, guard=guard, verify=self._verify or self._rollback)
+        verify = self._verify or self._rollback
+        writer = GraphBuilder(args, kwargs, self._surroundings, guard=guard, verify=verify, roots=self._roots)
         with contextlib.ExitStack() as stack:
             if not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.no_grad())
@@ -110,6 +139,7 @@ class Recording:
             stack.enter_context(_DispatchMode(writer))
             if self._keep_whole:
                 stack.enter_context(_FunctionMode(writer))
+            stack.enter_context(writer.reads_of_code)
             self._stack = stack.pop_all()
         self._writer = writer
         _active.recording = self
@@ -122,10 +152,12 @@ class Recording:
         _active.recording = None
         self._stack.close()
         assert writer is not None
-        output, self._output = self._output, None
+        output = self._output if self._has_output or error is not None else writer.alive()
+        self._output = None
         if error is None:
             with contextlib.nullcontext() if torch.is_inference_mode_enabled() else torch.no_grad():
-                self._graph = writer.finish(output if self._has_output else writer.alive(), rollback=self._rollback)
+                self._graph = writer.finish(output, rollback=self._rollback)
+            self._output = writer.settled(output)
 
 
 def record(*args: Any, data_dependent: DataDependent = "error", verify: bool = True, **kwargs: Any) -> Recording:
@@ -215,6 +247,13 @@ class _DispatchMode(TorchDispatchMode):
             return writer.constant(args[0])
         if treatment is _Treatment.READ:
             return writer.reads(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
+        if treatment is _Treatment.MIXED:
+            raise CaptureError(
+                f"{func} gives Python numbers beside tensors ({writer.modules.source()}), and a replay would keep the "
+                "recorded ones. Let it give them as tensors"
+            )
+        for position in _READS_INPUTS.get(func._opname, ()):
+            writer.reads(op("values"), args[position : position + 1], {}, _nothing, what=f"{func._opname} reads")
         depends = _by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
         result = writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
         if depends:
@@ -227,6 +266,7 @@ class _Treatment(enum.Enum):
     RECORD = "record it"
     CONSTANT = "its result is a literal of the code"
     READ = "its result is a Python value"
+    MIXED = "its results are tensors and Python values"
     SHAPE = "the shape of its result may depend on data"
 
 
@@ -238,7 +278,64 @@ def _treatment(func: Any) -> _Treatment:
         return _Treatment.CONSTANT
     if torch.Tag.data_dependent_output in func.tags:
         return _Treatment.READ
+    tensors = ["Tensor" in str(value.type) for value in func._schema.returns]
+    if tensors and not any(tensors):
+        return _Treatment.READ if func.namespace != "aten" or func._opname in _NUMBERS else _Treatment.RUN
+    if not all(tensors) and func.namespace != "aten":
+        return _Treatment.MIXED
     return _Treatment.SHAPE if torch.Tag.dynamic_output_shape in func.tags else _Treatment.RECORD
+
+
+def _nothing() -> None:
+    pass
+
+
+# Of ATen's ops that give Python values, those whose values are data; the others tell shapes, or choose an algorithm.
+_NUMBERS = frozenset(
+    [
+        "_nnz",
+        "q_scale",
+        "q_zero_point",
+        "q_per_channel_axis",
+        "qscheme",
+        "_choose_qparams_per_tensor",
+        "is_coalesced",
+        "allclose",
+        "equal",
+        "is_nonzero",
+        "item",
+        "_nested_tensor_from_mask_left_aligned",
+        "_is_zerotensor",
+        "sparse_dim",
+        "dense_dim",
+        "_dimI",
+        "_dimV",
+    ]
+)
+# Ops that read the values of an input (by position) where no dispatch shows it, and give results of another shape.
+_READS_INPUTS: dict[str, tuple[int, ...]] = {
+    "_pack_padded_sequence": (1,),
+    "_pad_packed_sequence": (1,),
+    "_ctc_loss": (2, 3),
+    "ctc_loss": (2, 3),
+    "segment_reduce": (),
+}
+
+
+def _read_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors whose values a function reads in C++ above the dispatcher, to decide what it runs."""
+    if func in (torch.tensor_split, torch.Tensor.tensor_split):
+        given = [*args[1:2], kwargs.get("tensor_indices_or_sections"), kwargs.get("indices_or_sections")]
+    elif func in _RECURRENT and len(args) > 2 and not isinstance(args[2], (list, tuple)):
+        given = [args[1]]  # the batch sizes of a packed sequence
+    elif func in _RECURRENT and len(args) > 3 and isinstance(args[3], (list, tuple)):
+        given = [args[1]]
+    else:
+        return []
+    return [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
+
+
+_RECURRENT = frozenset(getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
 def _by_values(func: Any, args: Any) -> bool:
@@ -258,8 +355,14 @@ class _FunctionMode(TorchFunctionMode):
         writer = self.writer
         if func in _READS_DATA:
             return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=_READS_DATA[func])
+        if func is torch._C._set_grad_enabled:
+            writer.grad.set(*args)
         if func == _SETS_DATA:
             writer.replaces_memory(args[0])
+        for tensor in [] if writer.suspended else _read_by(func, args, kwargs):
+            writer.reads(op("values"), (tensor,), {}, _nothing, what=f"{getattr(func, '__name__', func)} reads")
+        if func in _PROPERTIES and not writer.suspended:
+            writer.asked(func, _PROPERTIES[func], args[0])
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)

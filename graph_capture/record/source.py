@@ -15,29 +15,31 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from graph_capture.cache import source_folders
 from graph_capture.calls.foreign import LIBRARIES, adapters, handle_of
-from graph_capture.calls.structure import items_of
 from graph_capture.ir.values import Source
+from graph_capture.record.state import State
 
-PLAIN = (bool, int, float, str, type(None))  # attributes of these types are guarded
+OUR_CODE = ("<signature>", "<plan>")  # where code that is written here says it comes from
 # These leave their fast path where a torch function mode is active.
 _SHY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_INTERNAL = frozenset(vars(torch.nn.Module())) - {"training"}
 
 
 @functools.cache
 def _not_users() -> tuple[str, ...]:
-    """How the names of files begin that are torch's or this package's, or of code that was never in a file."""
-    return (_TORCH, "<", *(os.path.join(os.path.abspath(folder), "") for folder in source_folders()))
+    """How the names of files begin that are torch's or this package's."""
+    return (_TORCH, *(os.path.join(os.path.abspath(folder), "") for folder in source_folders()))
 
 
 @functools.cache
-def _is_user_file(file: str) -> bool:
+def is_user_file(file: str, unnamed: bool = False) -> bool:
+    """Whether a file is the user's; code that was never in one (typed in, made by `exec`) only if `unnamed`."""
+    if file.startswith("<") and (not unnamed or file.startswith(("<frozen", "<eval_with_key", *OUR_CODE))):
+        return False
     return not file.startswith(_not_users()) and not file.endswith("contextlib.py")
 
 
 def _is_users(frame: FrameType) -> bool:
-    if not _is_user_file(frame.f_code.co_filename):
+    if not is_user_file(frame.f_code.co_filename):
         return False
     return str(frame.f_globals.get("__name__")).partition(".")[0] not in LIBRARIES
 
@@ -70,24 +72,19 @@ class ModulePaths:
     A module called by the user's own code is a root; inside it, modules, parameters and buffers go by their names
     under that root. (torch's ModuleTracker is not used: its hooks act on every thread's calls.)
 
+    Args:
+        state: where to note what modules hold, before they run.
+
     Attributes:
-        entered: the modules that ran, with their paths.
-        parents: id of a module -> its parent in a root, and its name there.
         owners: id of a tensor that a module holds (of another library: of its handle) -> where.
-        attributes: id of a module -> its plain attributes as they were before it ran.
-        containers: id of a module -> its lists, dicts and objects, and what these held.
     """
 
-    def __init__(self) -> None:
-        self.entered: dict[torch.nn.Module, str] = {}
-        self.parents: dict[int, tuple[torch.nn.Module, str]] = {}
+    def __init__(self, state: State | None = None) -> None:
         self.owners: dict[int, Owner] = {}
+        self._state = state or State()
         self._foreign = bool(adapters())
-        self.attributes: dict[int, dict[str, Any]] = {}
-        self.containers: dict[int, dict[str, tuple[Any, tuple[Any, ...]]]] = {}
         self._paths: dict[int, str] = {}  # id of a module -> its path
         self._roots: list[torch.nn.Module] = []  # kept alive, so that the ids stay valid
-        self._seen: set[int] = set()  # ids of containers
         self._stack: list[str] = []
         self._shy: list[Any] = []  # guards
         self._thread = threading.get_ident()
@@ -104,9 +101,10 @@ class ModulePaths:
         if id(module) not in self._paths:
             # A module met inside a known one without being its child (built in forward) is named under it.
             self._roots.append(module)
-            self._add(module, self._stack[-1] if self._stack else "")
+            path = self._stack[-1] if self._stack else ""
+            self._state.see(module, path)
+            self._add(module, path)
         path = self._paths[id(module)]
-        self.entered[module] = path
         self._stack.append(path)
         if isinstance(module, _SHY):
             self._shy.append(torch._C.DisableTorchFunction())
@@ -123,7 +121,6 @@ class ModulePaths:
             return
         self._paths[id(module)] = path
         if isinstance(module, torch.jit.ScriptModule):  # its parts live in C++ and are never called from Python
-            self.attributes[id(module)], self.containers[id(module)] = {}, {}
             kept = dict([*module.named_parameters(), *module.named_buffers()])
             for name, tensor in kept.items():
                 self.owners.setdefault(
@@ -131,11 +128,6 @@ class ModulePaths:
                 )
             return
         held = vars(module)
-        own = [(name, value) for name, value in held.items() if name not in _INTERNAL]
-        self.attributes[id(module)] = {name: value for name, value in own if type(value) in PLAIN}
-        self.containers[id(module)] = {
-            name: (value, items) for name, value in own if (items := self._items(value)) is not None
-        }
         for table in (module._parameters, module._buffers, held):
             for name, value in table.items():
                 foreign = self._foreign and not isinstance(value, torch.Tensor)
@@ -145,17 +137,7 @@ class ModulePaths:
                     self.owners.setdefault(id(held_as), Owner(table, name, where, weakref.ref(value)))
         for name, child in module._modules.items():
             if child is not None:
-                self.parents.setdefault(id(child), (module, name))
                 self._add(child, f"{path}.{name}" if path else name)
-
-    def _items(self, value: Any) -> tuple[Any, ...] | None:
-        """What a container holds; of one that many modules share (a config) only once."""
-        if type(value) in PLAIN or id(value) in self._seen:
-            return None
-        items = items_of(value)
-        if items is not None:
-            self._seen.add(id(value))
-        return items
 
     def owner_of(self, tensor: Any) -> Owner | None:
         """Where a module holds `tensor` (or a handle of another library's), if one does."""

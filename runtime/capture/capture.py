@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
-import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
-from graph_capture.calls.foreign import is_module
+from graph_capture.calls.context import Context, context, transformed
+from graph_capture.calls.context import difference as context_difference
 from graph_capture.calls.signature import Bound, Call
-from graph_capture.calls.structure import ByIdentity, Walk
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.log import log
 from graph_capture.record.diff import differences
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.recorder import DataDependent, Recording, is_recording
 from graph_capture.runtime.capture.buckets import Bucket, Buckets, compare
+from graph_capture.runtime.capture.surroundings import surroundings
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.fused import FusedGraph
 
-LARGE = 10_000  # values; something around a function that holds more (a tokenizer) counts by identity
 RESTLESS = 8  # recordings in a row without a replay that are worth a warning
+VARIANTS = 8  # recordings of one signature, for values that Python reads
+Key = tuple[Any, ...]
 
 
 class Captured:
     """A callable that records at the first call of each signature and replays the fused graph afterwards.
 
-    A signature is the structure of the arguments, the shape, stride, dtype, device and aliasing of each tensor, the
-    value of everything else, and what a function uses from around it: its closure, its globals, its ``self``. At most
-    `max_signatures` are kept; the one used longest ago goes first.
+    A signature is the structure of the arguments, the layout and the kind of each tensor, the value of everything else,
+    what a function uses from around it (its closure, its globals, its ``self``), and what is switched on around the call
+    (autocast, default dtype and device, flags). At most `max_signatures` are kept; the one used longest ago goes first.
+    Everything else that a recording read is guarded; see `guards`. Attributes and methods of a captured module are
+    reached through it; a copy or a pickled one records anew.
 
     Attributes:
-        misses: why the latest recordings were made, oldest first.
+        misses: why the latest recordings were made, oldest first: what differed, what it was and what it is.
     """
 
     def __init__(
@@ -53,41 +58,51 @@ class Captured:
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self._function = function
+        self._made_with = (config, max_signatures, check, data_dependent, verify, dict(buckets))
         self._scheduler = FusionScheduler(config)
         self._max_signatures = max_signatures
         self._check = check
+        self._found_around = surroundings(function)
+        around = (lambda: self._found_around) if self._found_around else None
+        self._surroundings = around
         self._options: dict[str, Any] = {
             "data_dependent": data_dependent,
             "verify": verify,
-            "surroundings": self._surroundings,
+            "surroundings": around,
+            "roots": (function,),
         }
-        self._large = frozenset(name for name, value in surroundings(function).items() if _is_large(value))
         self._in_a_row = self._recordings = 0
         self._buckets = Buckets(function, buckets) if buckets else None
-        self._graphs: OrderedDict[tuple[Any, ...], FusedGraph] = OrderedDict()
+        self._graphs: OrderedDict[Key, list[FusedGraph]] = OrderedDict()
+        self._changing: OrderedDict[Key, frozenset[str]] = OrderedDict()  # what the latest recording changed
+        self._declined: dict[str, None] = {}  # reasons that were told
+        self._given_up: set[Key] = set()
         self._lock = threading.RLock()
         self.misses: deque[str] = deque(maxlen=64)
 
     @property
     def graphs(self) -> tuple[FusedGraph, ...]:
         """The fused graphs, the most recently used last."""
-        return tuple(self._graphs.values())
+        return tuple(fused for variants in self._graphs.values() for fused in variants)
 
     @property
     def guards(self) -> str:
-        """What must hold for each recording to be replayed: its signature, and the weights and modules it relies on."""
-        return "\n".join(
-            "\n    ".join((str(fused.recorded.signature), *fused.recorded.guards)) for fused in self._graphs.values()
-        )
+        """What must hold for each recording to be replayed: its signature, and what else it read."""
+        return "\n".join("\n    ".join((str(g.recorded.signature), *g.recorded.guards)) for g in self.graphs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay, or record and return the recording's own result.
 
+        Where a call is traced or transformed, or a gradient is asked of an argument, the function itself runs.
+
         Raises:
             CaptureError: the call cannot be recorded; see `record`.
         """
-        if is_recording():  # inside another captured function: one of its ops
+        if torch.compiler.is_compiling() or is_recording():  # inside another captured function: one of its ops
             return self._function(*args, **kwargs)
+        reason = transformed()
+        if reason is not None:
+            return self._run(reason, args, kwargs)
         padded = self._buckets.pad(args, kwargs) if self._buckets is not None else None
         if padded is None:
             return self._call(args, kwargs)
@@ -97,15 +112,26 @@ class Captured:
             self._check_padding(args, kwargs, result)
         return result
 
+    def _run(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function as it is."""
+        if reason not in self._declined:
+            self._declined[reason] = None
+            self.misses.append(f"run as it is: {reason}")
+            log.warning("%s runs as it is where %s", self, reason)
+        return self._function(*args, **kwargs)
+
     def _check_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Compare what was just recorded with the call as it is.
 
         Raises:
             CaptureError: it writes into the caller's memory or objects, or padding changes the result.
         """
-        key, fused = next(reversed(self._graphs.items()))
+        if not self._graphs:
+            return
+        key, variants = next(reversed(self._graphs.items()))
+        recorded = variants[-1].recorded
         try:
-            if fused.recorded.writes or fused.recorded.template.changes:
+            if recorded.writes or recorded.template.changes:
                 raise CaptureError("a call that writes into its arguments or the model cannot be padded")
             if self._options["verify"]:
                 compare(result, self._function(*args, **kwargs))
@@ -113,38 +139,118 @@ class Captured:
             self._graphs.pop(key, None)
             raise
 
+    # --- finding a recording
+
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        around = context()
         with self._lock:
-            fused = next(reversed(self._graphs.values()), None)  # mostly the one
-            call: Bound | None = None
-            if fused is not None and fused.recorded.guards.broken() is None:
-                call = fused.recorded.signature.match(args, kwargs, self._surroundings)
-            if call is None:
+            found = self._at_once(around, args, kwargs)
+            if found is None:
                 call = Call(args, kwargs, self._surroundings)
-                fused = self._graphs.get(call.key)
-                if fused is None:
-                    return self._record(call, args, kwargs, self._why(call))
-                broken = fused.recorded.guards.broken()
-                if broken is not None:
-                    return self._record(call, args, kwargs, broken)
-                self._graphs.move_to_end(call.key)
-            assert fused is not None
+                key = (around, call.key)
+                reason = self._not_recorded(key, call)
+                if reason is not None:
+                    return self._run(reason, args, kwargs)
+                candidates, why = self._candidates(key, call)
+                if not candidates:
+                    return self._record(key, call, args, kwargs, why or self._why(around, call))
+            else:
+                call, candidates = found
             self._in_a_row = 0
-        try:
+        changed: DataDependentError | None = None
+        for fused in candidates:
+            try:
+                return self._replay(fused, call, around)
+            except DataDependentError as error:
+                changed = error
+        with self._lock:
+            call = Call(args, kwargs, self._surroundings)
+            key = (around, call.key)
+            if len(self._graphs.get(key, ())) >= VARIANTS:
+                self._give_up(key, str(changed))
+                return self._function(*args, **kwargs)
+            return self._record(key, call, args, kwargs, str(changed))
+
+    def _at_once(self, around: Context, args: Any, kwargs: Any) -> tuple[Bound, list[FusedGraph]] | None:
+        """The call with the latest recordings, if they are seen at once to fit: mostly they do."""
+        variants = next(reversed(self._graphs.values()), None)
+        if variants is None or len(variants) != 1 or variants[0].recorded.context != around:
+            return None
+        recorded = variants[0].recorded
+        if recorded.guards.broken() is not None:
+            return None
+        call = recorded.signature.match(args, kwargs, self._surroundings)
+        if call is None or recorded.fit.misfit(call.tensors, recorded.guards.moves) is not None:
+            return None
+        return (call, variants) if not (recorded.signature.requires_grad and torch.is_grad_enabled()) else None
+
+    def _candidates(self, key: Key, call: Call) -> tuple[list[FusedGraph], str | None]:
+        """The recordings of a signature that fit, the latest first; why others do not."""
+        why = None
+        found = []
+        variants = self._graphs.get(key, [])
+        for fused in reversed(variants):
+            recorded = fused.recorded
+            broken = recorded.guards.broken()
+            if broken is not None:
+                why = broken
+                variants.remove(fused)
+                continue
+            misfit = recorded.fit.misfit(call.tensors, recorded.guards.moves)
+            if misfit is None:
+                found.append(fused)
+            why = why or misfit
+        if found:
+            self._graphs.move_to_end(key)
+        elif len(variants) >= VARIANTS:
+            variants.clear()
+        return found, why
+
+    def _not_recorded(self, key: Key, call: Call) -> str | None:
+        """Why a call runs as it is; None where it is recorded and replayed."""
+        if key in self._given_up:
+            return "a value that Python reads has had too many values"
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
+            return "an argument requires a gradient (call it under torch.no_grad())"
+        other = next((t for t in call.tensors if type(t) not in _PLAIN), None)
+        if any(tensor.is_nested for tensor in call.tensors):
+            return "an argument is a nested tensor"
+        if other is not None:
+            return f"an argument is a {type(other).__name__}"
+        module = self._function
+        if isinstance(module, torch.nn.Module) and any(
+            isinstance(p, UninitializedTensorMixin) for p in module.parameters()
+        ):
+            return "a lazy module gets its weights"
+        return None
+
+    def _why(self, around: Context, call: Call) -> str:
+        variants = next((found for found in reversed(self._graphs.values()) if found), None)
+        if variants is None:
+            return "the first call"
+        recorded = variants[-1].recorded
+        changed = context_difference(recorded.context, around) if recorded.context is not None else None
+        return changed or recorded.signature.difference(call)
+
+    def _replay(self, fused: FusedGraph, call: Bound, around: Context) -> Any:
+        if around[2] is None:
             return fused.replay(call)
-        except DataDependentError as changed:
-            with self._lock:
-                return self._record(Call(args, kwargs, self._surroundings), args, kwargs, str(changed))
+        with torch._C.DisableTorchFunction():  # the default device is a function mode, and recorded ops know theirs
+            return fused.replay(call)
 
-    def _surroundings(self) -> dict[str, Any]:
-        found = surroundings(self._function)
-        return {name: ByIdentity(value) if name in self._large else value for name, value in found.items()}
+    def _give_up(self, key: Key, changed: str) -> None:
+        self._given_up.add(key)
+        self._graphs.pop(key, None)
+        log.warning(
+            "%s has recorded %d values of what Python reads, and runs such calls as they are: %s",
+            self,
+            VARIANTS,
+            changed,
+        )
 
-    def _why(self, call: Call) -> str:
-        latest = next(reversed(self._graphs.values()), None)
-        return "the first call" if latest is None else latest.recorded.signature.difference(call)
+    # --- recording
 
-    def _record(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
+    def _record(self, key: Key, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         log.info("recording %s: %s", self, why)
         self.misses.append(why)
         self._recordings += 1
@@ -152,35 +258,36 @@ class Captured:
         if self._in_a_row == RESTLESS:
             log.warning("%s has recorded %d calls in a row and replayed none; lately: %s", self, RESTLESS, why)
         with Recording(args, kwargs, **self._options) as recording:
-            result = self._function(*args, **kwargs)
-            recording.output(result)
+            recording.output(self._function(*args, **kwargs))
         graph = recording.graph
         if self._check is not None:
             self._record_twice(call, graph)
-        previous = self._graphs.pop(call.key, None)
-        if previous is not None:
-            self._settle(previous.recorded, graph)
-        self._graphs[call.key] = self._scheduler.analyze(graph)
-        while len(self._graphs) > self._max_signatures:
-            self._graphs.popitem(last=False)
-        return result
+        if not self._changes(key, graph):
+            self._graphs.setdefault(key, []).append(self._scheduler.analyze(graph))
+            self._graphs.move_to_end(key)
+            while len(self._graphs) > self._max_signatures:
+                self._graphs.popitem(last=False)
+        return recording.result
 
-    def _settle(self, previous: RecordedGraph, graph: RecordedGraph) -> None:
-        """Deal with plain attributes that the code itself changes: harmless where it records the same ops all the same.
+    def _changes(self, key: Key, graph: RecordedGraph) -> bool:
+        """Whether the code changed something outside its arguments, so that its recording holds no longer.
 
         Raises:
-            CaptureError: it records other ops, so that no recording could ever be replayed.
+            CaptureError: it did so the last time too.
         """
-        changed = previous.guards.rebound & graph.guards.rebound
-        if not changed:
-            return
-        found = differences(previous, graph)
-        if found:
+        changed = frozenset(name for name, _, _ in graph.guards.changed)
+        before = self._changing.pop(key, frozenset())
+        repeated = changed & before
+        if repeated:
             raise CaptureError(
-                f"the code changes {', '.join(sorted(changed))} at each call and computes with it ({found[0]}). Keep "
-                "it in a tensor that is written in place, or pass it in"
+                f"the code changes {', '.join(sorted(repeated)[:5])} at each call, which a replay would not. Keep it in a "
+                "tensor that is written in place, or in an object that is passed in"
             )
-        graph.guards.without(changed)
+        if changed:
+            self._changing[key] = changed
+            while len(self._changing) > self._max_signatures:
+                self._changing.popitem(last=False)
+        return bool(changed)
 
     def _record_twice(self, call: Call, graph: RecordedGraph) -> None:
         """Record `check` too and compare.
@@ -209,6 +316,65 @@ class Captured:
     def __repr__(self) -> str:
         return f"<captured {self._function!r:.60}: {len(self._graphs)} signatures>"
 
+    # --- standing for the module
+
+    def __getattr__(self, name: str) -> Any:
+        """What the captured module or function has; a method that gives the module gives this."""
+        if name.startswith("__") or "_function" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = getattr(self._function, name)
+        if getattr(found, "__self__", None) is not self._function or not isinstance(self._function, torch.nn.Module):
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = found(*args, **kwargs)
+            return self if result is self._function else result
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = (
+            name.startswith("_") or name == "misses" or not isinstance(self.__dict__.get("_function"), torch.nn.Module)
+        )
+        if own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._function, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return _again(copy.deepcopy(self._function, memo), *self._made_with)
+
+    def __copy__(self) -> Captured:
+        return _again(self._function, *self._made_with)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self._function, *self._made_with)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _again(
+    function: Callable[..., Any],
+    config: FusionConfig | None,
+    max_signatures: int,
+    check: Any,
+    data_dependent: DataDependent,
+    verify: bool,
+    buckets: Mapping[str, Bucket],
+) -> Captured:
+    """A fresh capture."""
+    return Captured(
+        function,
+        config,
+        max_signatures=max_signatures,
+        check=check,
+        data_dependent=data_dependent,
+        verify=verify,
+        buckets=buckets,
+    )
+
 
 def capture(
     function: Callable[..., Any],
@@ -216,14 +382,17 @@ def capture(
     *,
     max_signatures: int = 16,
     check: Any = None,
-    data_dependent: DataDependent = "error",
+    data_dependent: DataDependent = "guard",
     verify: bool = True,
     verify_every: int | None = None,
     buckets: Mapping[str, Bucket] | None = None,
 ) -> Captured:
     """Wrap a module or function for inference: recorded at the first call of each new signature, replayed afterwards.
 
-    A call whose guards no longer hold (a weight was replaced, a flag of a module changed) is recorded again.
+    A call whose guards no longer hold (a weight was replaced, a flag of a module changed) is recorded again. A call
+    that is traced or transformed (`torch.compile`, `torch.func`, `make_fx`, `torch.jit.trace`, a mode of torch's), or an
+    argument of which requires a gradient, runs as it is, with one warning. Results of replays where gradients are enabled
+    raise in a backward pass.
 
     Args:
         function: a module, function, method or callable.
@@ -232,8 +401,8 @@ def capture(
         check: other inputs (one argument, a tuple of positional or a dict of keyword arguments). At the first call they
             are recorded too, and every scalar and op that differs is reported: what the code computed in Python. What
             that recording writes is undone.
-        data_dependent: with "guard", a value that Python reads is checked at each replay, and recorded again where it
-            changed.
+        data_dependent: a value that Python reads is checked at each replay, and recorded again where it changed, up to 8
+            values; after that, calls of the signature run as they are. With "error" it is refused.
         verify: check each recording by one replay; see `record`.
         verify_every: see `FusionConfig.verify_every`; None leaves what `config` says.
         buckets: dimensions that may be padded, by a name of yours, so that one recording serves all lengths up to a
@@ -264,38 +433,3 @@ def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-def surroundings(function: Any) -> dict[str, Any]:
-    """What `function` uses besides its arguments, by name. A module's are guarded by the guards of each recording."""
-    if isinstance(function, torch.nn.Module) or is_module(function):
-        return {}
-    if isinstance(function, functools.partial):
-        return {"partial": (function.args, function.keywords), **surroundings(function.func)}
-    if isinstance(function, types.MethodType):
-        owner = function.__self__
-        held = vars(owner) if callable(owner) and not isinstance(owner, (torch.nn.Module, type)) else owner
-        return {"self": held, **surroundings(function.__func__)}
-    if not isinstance(function, types.FunctionType):
-        call = getattr(type(function), "__call__", None)  # noqa: B004
-        return surroundings(types.MethodType(call, function)) if isinstance(call, types.FunctionType) else {}
-    code, around = function.__code__, function.__globals__
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    found = {name: cell.cell_contents for name, cell in cells if _is_bound(cell)}
-    return found | {n: around[n] for n in code.co_names if n in around and not isinstance(around[n], _STATIC)}
-
-
-_STATIC = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-
-
-def _is_bound(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
-
-
-def _is_large(value: Any) -> bool:
-    walk = Walk()
-    walk.spec(value)
-    return len(walk.objects) + sum(len(content[2]) for content in walk.contents) > LARGE

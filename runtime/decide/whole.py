@@ -11,7 +11,7 @@ import torch
 
 from graph_capture.cache import DiskCache
 from graph_capture.calls.signature import Call
-from graph_capture.calls.structure import ResultTemplate
+from graph_capture.calls.template import ResultTemplate
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.memory import RandomState

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from graph_capture.calls.signature import Signature
-from graph_capture.calls.structure import ResultTemplate, Spec
+from graph_capture.calls.structure import Spec
+from graph_capture.calls.template import ResultTemplate
 from graph_capture.errors import CacheError, CaptureError
 from graph_capture.ir.graph_json import (
     as_dict,
@@ -33,6 +34,8 @@ def encode_structure(graph: RecordedGraph) -> dict[str, Any]:
         CaptureError: they hold something that only the process that recorded can know.
     """
     signature, template = graph.signature, graph.template
+    if graph.rebindings:
+        raise CaptureError(f"the code assigns {graph.rebindings[0].path}, which a saved graph cannot")
     arguments, contents, _, sharing = signature.key
     if graph.surroundings is not None:
         around = set(graph.surroundings())
