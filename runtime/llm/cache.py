@@ -109,6 +109,7 @@ class SlotCache(Cache):
     Attributes:
         slots: what they share.
         stateful: whether one of them keeps a state, which cannot be cut short, and which padding would get into.
+        slotted: whether one of them keeps keys and values, so that a token needs a mask over those before it.
     """
 
     def __init__(self, layers: list[Any], slots: Slots) -> None:
@@ -116,6 +117,7 @@ class SlotCache(Cache):
         self.slots = slots
         self._states = [layer for layer in layers if isinstance(layer, StateLayer)]
         self.stateful = bool(self._states)
+        self.slotted = any(isinstance(layer, SlotLayer) for layer in layers)
 
     def begin(self, length: int, fresh: bool) -> None:
         """See `Slots.begin`."""

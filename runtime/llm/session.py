@@ -290,7 +290,7 @@ class Session:
         """The logits of one token a row, [B, V]."""
         length = ids.shape[1]
         self.cache.begin(length, fresh)
-        if not self._padded:
+        if not self._padded or not (fresh or self.cache.slotted):
             return self.calling(ids, self.cache, keep)
         slots = torch.arange(length if fresh else self.capacity, device=ids.device)
         positions = (self.slots.where - self._offset[:, None]).clamp(min=0)
