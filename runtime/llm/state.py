@@ -7,6 +7,7 @@ adapter, cast it, replace a module, patch a forward. It looks before each answer
 from __future__ import annotations
 
 import enum
+import sys
 import types
 import weakref
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 _OWN = frozenset({"accelerated", "generate", "forward"})  # what `accelerate` puts on a model; the last two if ours
-_SEEN_APART = frozenset({"_parameters", "_buffers", "_modules", *_HOOKS})
+_SEEN_APART = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
+_SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})  # most of what there is
 
 
 @dataclass
@@ -53,9 +55,11 @@ class ModelState:
 
     def changed(self, before: ModelState, but: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
         """The names of parts that are others than they were, `but` these."""
-        if len(self.parts) == len(before.parts) and self.names == before.names:
+        if self.names == before.names:
             pairs = zip(self.names, before.parts, self.parts, strict=True)
-            return [_joined(name) for name, old, new in pairs if not _same(old, new) and name not in but]
+            return [
+                _joined(name) for name, old, new in pairs if old is not new and not _same(old, new) and name not in but
+            ]
         old, new = (dict(zip(state.names, state.parts, strict=True)) for state in (before, self))
         return [
             _joined(name)
@@ -93,7 +97,6 @@ class Observer:
         for path, module in self._model.named_modules():
             self._module(_Adder(state, tensors, opened, path), module)
         self._global(state)
-        state.parts = [_frozen(part) for part in state.parts]
         state.places = [(_version(tensor), _address(tensor)) for tensor in tensors]
         state.values = self._sample(tensors, state.places)
         return state
@@ -112,21 +115,23 @@ class Observer:
         for name in _HOOKS:
             hooks = held.get(name)
             if hooks:
-                add.inside(name, hooks, 0)
+                add.inside(name, hooks)
                 add.state.hooked = add.state.hooked or add.path or type(module).__name__
         for name, child in held["_modules"].items():
             add(f"{name}:", child)
         for name, value in held.items():
             if name not in _SEEN_APART and not (name in _OWN and _is_ours(value)):
-                add.inside(name, value, 0)
+                (add.plain if type(value) in _SIMPLE else add.inside)(name, value)
         for base in type(module).__mro__:
             if base is nn.Module:
                 break
             if id(base) not in add.opened:
                 add.opened.add(id(base))
-                for name, value in vars(base).items():
-                    if isinstance(value, types.FunctionType):
-                        add(f"{base.__qualname__}.{name}()", value)
+                add.functions(base.__qualname__, vars(base))
+                around = sys.modules.get(base.__module__)
+                if around is not None and id(around) not in add.opened:
+                    add.opened.add(id(around))
+                    add.functions(around.__name__, vars(around))
 
     def _global(self, state: ModelState) -> None:
         """What lies around all modules."""
@@ -159,21 +164,30 @@ class _Adder:
         self.state, self.opened, self.path = state, opened, path
         self._tensors = tensors
 
-    def __call__(self, name: str, value: Any) -> None:
-        """Something that counts by its value or its identity."""
+    def plain(self, name: str, value: Any) -> None:
+        """Something that counts by its value."""
         self.state.names.append((self.path, name))
         self.state.parts.append(value)
+
+    def __call__(self, name: str, value: Any) -> None:
+        """Something that counts by its value or its identity."""
+        self.plain(name, value if isinstance(value, _PLAIN) else _frozen(value))
         if isinstance(value, torch.Tensor):
-            self.state.names.append((self.path, f"{name} is"))
-            self.state.parts.append(f"{tuple(value.shape)} {value.dtype} {value.device} {value.layout}")
+            self.plain(f"{name} is", (value.shape, value.dtype, value.device, value.layout))
             self._tensors.append(value)
 
-    def inside(self, name: str, value: Any, depth: int) -> None:
+    def functions(self, owner: str, held: Mapping[str, Any]) -> None:
+        """The functions of a class or a Python module: somebody may put others in their places."""
+        for name, value in list(held.items()):
+            if isinstance(value, types.FunctionType):
+                self(f"{owner}.{name}()", value)
+
+    def inside(self, name: str, value: Any, depth: int = 0) -> None:
         """Something that counts by what it holds, where that can be seen."""
-        if isinstance(value, (*_PLAIN, torch.Tensor)) or depth > DEEPEST:
-            return self(name, value)
-        if id(value) in self.opened:  # seen under another name
-            return self(name, value)
+        if type(value) in _SIMPLE:
+            return self.plain(name, value)
+        if id(value) in self.opened or depth > DEEPEST or isinstance(value, (*_PLAIN, torch.Tensor)):
+            return self(name, value)  # or seen under another name
         entries = None if isinstance(value, _CLOSED) else _entries(value)
         if entries is None or len(entries) > _MANY:
             return self(name, value)
@@ -181,7 +195,7 @@ class _Adder:
         if not isinstance(value, (list, tuple, set, frozenset, dict)):
             self(name, value)
         else:
-            self(name, len(entries))
+            self.plain(name, len(entries))
         for key, inner in entries:
             self.inside(f"{name}.{key}", inner, depth + 1)
         return None
@@ -200,9 +214,7 @@ def _entries(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _frozen(part: Any) -> Any:
-    """`part`, without keeping it alive where it counts by identity."""
-    if isinstance(part, _PLAIN):
-        return part
+    """What counts by identity, without being kept alive."""
     try:
         return weakref.ref(part)
     except TypeError:
@@ -214,7 +226,7 @@ def _same(old: Any, new: Any) -> bool:
         return True
     if isinstance(old, weakref.ref) or isinstance(new, weakref.ref):
         return isinstance(old, weakref.ref) and isinstance(new, weakref.ref) and old() is new() is not None
-    if isinstance(new, _PLAIN):
+    if isinstance(new, (*_PLAIN, tuple)):
         return type(old) is type(new) and (old == new or (old != old and new != new))
     return False
 
