@@ -24,7 +24,7 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.decide.heuristics import FusionHeuristics
 from graph_capture.runtime.fuse import FusionScheduler, fuse
 from graph_capture.runtime.fused import FusedGraph
-from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate
+from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate, unaccelerate
 from graph_capture.runtime.load import load
 
 configure()
@@ -64,4 +64,5 @@ __all__ = [
     "record",
     "start_graph_recording",
     "stop_graph_recording",
+    "unaccelerate",
 ]

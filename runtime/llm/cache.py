@@ -1,11 +1,12 @@
-"""A key/value cache of fixed slots, as transformers' models use one."""
+"""A cache of fixed memory, as transformers' models use one: slots for keys and values, and states."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from graph_capture.errors import CaptureError
 
@@ -44,7 +45,7 @@ class SlotLayer(StaticLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            StaticLayer.lazy_initialization(self, key_states, value_states)
         self.keys.index_copy_(2, self.slots.where, key_states)
         self.values.index_copy_(2, self.slots.where, value_states)
         return (key_states, value_states) if self.slots.fresh else (self.keys, self.values)
@@ -61,20 +62,112 @@ class SlotLayer(StaticLayer):
             held.copy_(held.index_select(0, beam_idx))
 
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_STATES: Any = getattr(cache_utils, "LinearAttentionLayer", object)  # since transformers 5.3 or so
 
 
-def slot_cache(config: Any, capacity: int, device: torch.device) -> tuple[Cache, Slots]:
+class StateLayer(_STATES):
+    """The states of one layer that keeps no keys and values: of a convolution, of a recurrence.
+
+    They are made at the first step, and written in place from then on.
+    """
+
+    def forget(self) -> None:
+        """Begin anew: what comes next is a beginning."""
+        for number in self.has_previous_state:
+            self.has_previous_state[number] = False
+
+    def go_on(self) -> None:
+        """What comes next follows what is held."""
+        for number in self.has_previous_state:
+            self.has_previous_state[number] = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """In place: the recorded steps know the memory."""
+        for held in (*self.conv_states.values(), *self.recurrent_states.values()):
+            if held is not None:
+                held.copy_(held.index_select(0, beam_idx))
+
+
+class HybridLayer(StateLayer, SlotLayer):
+    """Keys and values, and states beside them."""
+
+    def __init__(self, capacity: int, slots: Slots, states: int) -> None:
+        SlotLayer.__init__(self, capacity, slots)
+        _STATES.__init__(self, number_of_states=states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        (StaticLayer if len(args) == 2 and not kwargs else _STATES).lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        SlotLayer.reorder_cache(self, beam_idx)
+        StateLayer.reorder_cache(self, beam_idx)
+
+
+class SlotCache(Cache):
+    """The layers of one model.
+
+    Attributes:
+        slots: what they share.
+        stateful: whether one of them keeps a state, which cannot be cut short, and which padding would get into.
+        slotted: whether one of them keeps keys and values, so that a token needs a mask over those before it.
+    """
+
+    def __init__(self, layers: list[Any], slots: Slots) -> None:
+        super().__init__(layers=layers)
+        self.slots = slots
+        self._states = [layer for layer in layers if isinstance(layer, StateLayer)]
+        self.stateful = bool(self._states)
+        self.slotted = any(isinstance(layer, SlotLayer) for layer in layers)
+
+    def begin(self, length: int, fresh: bool) -> None:
+        """See `Slots.begin`."""
+        self.slots.begin(length, fresh)
+        for layer in self._states:
+            layer.forget() if fresh else layer.go_on()
+
+    def released(self, config: Any, filled: int) -> DynamicCache:
+        """A cache of transformers' own with a copy of the first `filled` slots, and of the states."""
+        made = DynamicCache(config=config)
+        for ours, theirs in zip(self.layers, made.layers, strict=True):
+            if isinstance(ours, SlotLayer):
+                theirs.update(*(held[:, :, :filled].clone() for held in (ours.keys, ours.values)))
+            if isinstance(ours, StateLayer):
+                for number, states in ours.conv_states.items():
+                    if states is not None:
+                        theirs.update_conv_state(states.clone(), state_idx=number)
+                for number, states in ours.recurrent_states.items():
+                    if states is not None:
+                        theirs.update_recurrent_state(states.clone(), state_idx=number)
+        return made
+
+
+def slot_cache(config: Any, capacity: int, device: torch.device) -> SlotCache:
     """A cache for a model of this transformers configuration, without memory until the first use.
 
     Raises:
-        CaptureError: the model keeps something else than keys and values of each token.
+        CaptureError: the model keeps something else than keys and values of each token, and states.
     """
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = sorted(kinds - _ATTENTION)
-    if other or getattr(text, "kv_sharing_modes", None):
-        what = ", ".join(other) or "layers that share keys"
-        raise CaptureError(f"{type(config).__name__} has {what}, which a cache of slots cannot keep")
-    slots = Slots(device)
-    return Cache(layers=[SlotLayer(capacity, slots) for _ in range(text.num_hidden_layers)]), slots
+    slots, layers = Slots(device), list[Any]()
+    try:
+        known = DynamicCache(config=config).layers
+    except Exception as error:
+        raise CaptureError(f"transformers has no cache for a {type(config).__name__}: {error}") from error
+    for layer in known:
+        kind = type(layer).__name__
+        states = getattr(layer, "number_of_states", 1)
+        if kind in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            layers.append(SlotLayer(capacity, slots))
+        elif kind == "LinearAttentionLayer":
+            layers.append(StateLayer(number_of_states=states))
+        elif kind in ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"):
+            layers.append(HybridLayer(capacity, slots, states))
+        elif kind == "DummyLayer":
+            layers.append(layer)
+        else:
+            raise CaptureError(
+                f"{type(config).__name__} keeps its past in a {kind}, which memory of fixed slots cannot hold"
+            )
+    if not layers:  # nothing is said of them: one for each layer, of keys and values
+        text = config.get_text_config(decoder=True)
+        layers = [SlotLayer(capacity, slots) for _ in range(text.num_hidden_layers)]
+    return SlotCache(layers, slots)

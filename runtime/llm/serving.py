@@ -1,0 +1,243 @@
+"""Who may be served by captured steps: an engine's sessions, what they rest on, and when they are given up."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from graph_capture.errors import CaptureError
+from graph_capture.log import log
+from graph_capture.runtime.config import FusionConfig
+from graph_capture.runtime.fuse import FusionScheduler
+from graph_capture.runtime.llm.calling import Calling
+from graph_capture.runtime.llm.own import OwnSession
+from graph_capture.runtime.llm.proof import goes_further, prove
+from graph_capture.runtime.llm.session import OutOfSlots, Progress, Session
+from graph_capture.runtime.llm.state import ModelState, Observer
+
+SESSIONS = 2  # batch sizes whose caches are kept
+
+
+class Serving:
+    """The sessions of one model.
+
+    A session's recordings, its slots and the proofs rest on the model that made them. Before each call the model is
+    looked at: other weights cost what the slots hold, other parts or settings everything.
+
+    Attributes:
+        model: what is called.
+        target: the module of transformers in it that generates.
+        capacity: slots of a cache.
+        sessions: by batch size, the latest last.
+        declined: why the latest call was left to the model's own ``generate``; None where it was not.
+        eager_first: whether a new length of prompts is first answered as the model does it, and recorded afterwards.
+    """
+
+    def __init__(self, model: Any, target: Any, capacity: int, config: FusionConfig, progress: Progress) -> None:
+        self.model, self.target, self.capacity = model, target, capacity
+        self.enable_fusion = self.eager_first = True
+        self.sessions: OrderedDict[int, Session] = OrderedDict()
+        self.declined: str | None = None
+        self.scheduler = FusionScheduler(config)
+        self._progress = progress
+        self._proofs: dict[tuple[bool, bool], tuple[int, str | None]] = {}  # as far as so many tokens; why not
+        self._observer = Observer(model)
+        self._seen: ModelState | None = None
+        self._calling: Calling | None = None
+        self._current: Session | OwnSession | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def calling(self) -> Calling:
+        """How the model is called.
+
+        Raises:
+            CaptureError: its forward takes no cache.
+        """
+        if self._calling is None:
+            self._calling = Calling(self.model, self.target)
+        return self._calling
+
+    def reset(self) -> None:
+        """Forget what was said: nothing that was computed with earlier weights is used again.
+
+        Needed only after a write that torch does not count and that reaches but a few values of a weight
+        (``weight.data[3] = 0``); other changes are seen.
+        """
+        with self.alone():
+            self.forget_prompts()
+            for session in self.sessions.values():
+                for phase in session.phases.values():
+                    if phase.fused is not None:
+                        phase.fused.refresh()
+
+    def forget_prompts(self) -> None:
+        """Let no prompt go on from what the slots hold."""
+        for session in self.sessions.values():
+            session.truncate(0)
+
+    def explain(self) -> str:
+        """What became of every captured step: the receipts, and what runs as it is and why."""
+        parts = [] if self.declined is None else [f"the model runs as it is: {self.declined}"]
+        for session in self.sessions.values():
+            for phase in session.phases.values():
+                what = f"runs as it is: {phase.reason}" if phase.fused is None else str(phase.fused.explain())
+                parts.append(f"{phase.name} ({phase.replays} replays)\n{what}")
+        return "\n\n".join(parts) or "nothing has been captured yet"
+
+    def session(self, batch: int) -> Session:
+        """The cache and the captured steps for so many sequences; made at the first use, the latest two are kept.
+
+        Raises:
+            CaptureError: see `Session`.
+        """
+        session = self.sessions.get(batch)
+        if session is None:
+            while len(self.sessions) >= SESSIONS:
+                self.sessions.popitem(last=False)
+            self._progress(f"making a cache of {self.capacity} slots for {batch} sequences")
+            session = Session(
+                self.calling, self.scheduler, batch, self.capacity, self._progress, self._without_other_changes
+            )
+            self.sessions[batch] = session
+        self.sessions.move_to_end(batch)
+        session.fusing, session.eager_first = self.enable_fusion, self.eager_first
+        return session
+
+    def session_for(self, batch: int, padded: bool, total: int) -> Session | OwnSession:
+        """What answers a call: captured steps, or the model as it is where they do not serve.
+
+        Raises:
+            CaptureError: there is no memory for a cache.
+        """
+        self.declined = self.hindrance()
+        session: Session | OwnSession | None = None
+        if self.declined is None:
+            session, self.declined = self.proven(batch, padded, total)
+        if session is None:
+            log.info("the model answers as it is: %s", self.declined)
+            session = OwnSession(self.model, batch, self.capacity, self.declined or "")
+        self._current = session
+        return session
+
+    def proven(self, batch: int, padded: bool, total: int) -> tuple[Session | None, str | None]:
+        """The session for so many rows, if the model has proved itself over it; else None, and the reason.
+
+        Args:
+            padded: whether rows differ in length.
+            total: tokens that there may be in the end.
+
+        Raises:
+            OutOfSlots: there is no memory for a cache.
+        """
+        total = min(total, self.capacity)
+        key = (batch > 1, padded)
+        reached, reason = self._proofs.get(key, (0, None))
+        if reason is not None:
+            return None, reason
+        try:
+            session = self.session(batch)
+        except OutOfSlots:
+            raise
+        except Exception as error:  # whatever the model's own code makes of our cache
+            first = (str(error).strip().splitlines() or [""])[0]
+            reason = first if isinstance(error, CaptureError) else f"{type(error).__name__}: {first:.200}"
+            self.sessions.pop(batch, None)
+            self._proofs[key] = (0, reason)
+            return None, reason
+        if reached == 0 or goes_further(self.target.config, reached, total):
+            self._progress("comparing the model with itself over a cache of fixed slots")
+            reason = prove(session, padded, total)
+            self._proofs[key] = (max(reached, total), reason)
+            self._absorb(session)
+        self._current = session
+        return (None, reason) if reason is not None else (session, None)
+
+    def settle(self) -> None:
+        """Record what the latest answer ran as it is."""
+        if self._current is not None:
+            self._current.settle()
+
+    def hindrance(self) -> str | None:
+        """Why no captured step may run here and now; None where nothing speaks against it."""
+        if self._seen is not None and self._seen.hooked is not None:
+            return f"a hook is registered on {self._seen.hooked}, and a replay calls none"
+        if any(module.training for module in self.model.modules()):
+            return "the model is in training mode"
+        if torch._C._is_any_autocast_enabled():
+            return "autocast is on"
+        modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
+        modes += _get_current_dispatch_mode_stack()
+        if modes:
+            return f"a {type(modes[0]).__name__} is active"
+        try:
+            self.calling  # noqa: B018
+        except CaptureError as error:
+            return str(error)
+        return None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads' calls waiting, and look at the model.
+
+        Raises:
+            CaptureError: this thread has a stream under way.
+        """
+        if self._owner == threading.get_ident():
+            raise CaptureError("this thread has a stream under way: read it to its end, or close() it")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                self._look()
+                yield
+            finally:
+                self._owner = None
+
+    def _look(self) -> None:
+        """See what became of the model, and give up what does not hold any more."""
+        state, before = self._observer.look(), self._seen
+        self._seen = state
+        if before is None:
+            return
+        changed = state.changed(before, self._observer.restless)
+        if changed:
+            log.info("the model has changed (%s): its steps are recorded again", ", ".join(changed[:3]))
+            self.sessions.clear()
+            self._proofs.clear()
+            self._calling = self._current = None
+        elif not state.same_weights(before):
+            self.forget_prompts()
+
+    @contextmanager
+    def _without_other_changes(self) -> Iterator[None]:
+        """What becomes of the model in here is our own doing."""
+        before = self._observer.look()
+        yield
+        if self._seen is not None:
+            quiet = not before.changed(self._seen, self._observer.restless) and before.same_weights(self._seen)
+            if quiet:
+                self._seen = self._observer.look()
+
+    def _absorb(self, session: Session) -> None:
+        """Find what the model changes in itself at each call: it says nothing about others' changes."""
+        before = self._observer.look()
+        try:
+            session.prove_prompt([[0]] * session.batch)
+            after = self._observer.look()
+            session.prove_prompt([[0]] * session.batch)
+        except Exception:  # it does not run over our cache, and is not served
+            return
+        finally:
+            session.truncate(0)
+        self._seen = self._observer.look()
+        self._observer.disturbs(before, after)
+        self._observer.disturbs(after, self._seen)
