@@ -170,9 +170,16 @@ def supports(target: Target, graph: SubGraph) -> str | None:
 
     Without layouts in ``graph.values`` only its ops are looked at.
     """
+
+    def accept(spec: Spec) -> None:
+        try:
+            target.accept(spec)
+        except FusionError as error:
+            raise FusionError(f"the target {target.name!r} refuses it: {error}") from error
+
     try:
         with naming(target):
-            return lowering.supports(graph, None, target.check_ops, target.lower, target.accept)
+            return lowering.supports(graph, None, target.check_ops, target.lower, accept)
     except FusionError as error:
         return str(error)
 

@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from graph_capture.codegen import CompiledKernel, KernelCompiler
+from graph_capture.codegen import CompiledKernel, KernelCompiler, Target, register_target, unregister_target
+from graph_capture.codegen.spec.definitions import register_op, unregister_op
 from graph_capture.errors import (
     CacheError,
     CaptureError,
@@ -25,6 +26,7 @@ from graph_capture.runtime.decide.heuristics import FusionHeuristics
 from graph_capture.runtime.fuse import FusionScheduler, fuse
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate, unaccelerate
+from graph_capture.runtime.llm.models import register_architecture, unregister_architecture
 from graph_capture.runtime.load import load
 
 configure()
@@ -49,6 +51,7 @@ __all__ = [
     "RecordedGraph",
     "SignatureMismatchError",
     "SubGraph",
+    "Target",
     "TensorMeta",
     "UnrecordedWriteError",
     "accelerate",
@@ -62,7 +65,13 @@ __all__ = [
     "load",
     "pattern",
     "record",
+    "register_architecture",
+    "register_op",
+    "register_target",
     "start_graph_recording",
     "stop_graph_recording",
     "unaccelerate",
+    "unregister_architecture",
+    "unregister_op",
+    "unregister_target",
 ]

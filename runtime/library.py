@@ -10,7 +10,7 @@ import torch
 from graph_capture.codegen import CompiledKernel
 from graph_capture.errors import FusionError
 from graph_capture.ir.graph import SubGraph
-from graph_capture.ir.interpreter import Executor
+from graph_capture.ir.interpreter import Executor, interpret
 from graph_capture.passes.cleanup import split_constants
 from graph_capture.record.guards import move
 
@@ -56,7 +56,7 @@ class LibraryKernel:
         if self.once is None:
             return ()
         given = dict(zip(self.body.input_names, tensors, strict=True))
-        return run(self.once, [given[name] for name in self.once.input_names])
+        return interpret(self.once, [given[name] for name in self.once.input_names])
 
     def bind(self, tensors: Tensors, share: bool) -> Callable[[Tensors], list[torch.Tensor]]:
         """A call for replays in which the weights are those of `tensors`.
@@ -115,7 +115,7 @@ class Constants:
             return self._live
         state = state_of(self.weights)
         if state is None or state != self._seen:
-            self._values, self._seen = run(self.graph, self.weights), state
+            self._values, self._seen = interpret(self.graph, self.weights), state
             self.version += 1
         return self._values
 
@@ -129,11 +129,6 @@ def state_of(tensors: Tensors) -> tuple[object, ...] | None:
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
-
-
-def run(graph: SubGraph, tensors: Tensors) -> list[torch.Tensor]:
-    """A graph's ops on tensors, one by one."""
-    return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names).run(tensors)
 
 
 def merge(tensors: Tensors) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graph_capture.ir.binding import flatten_outputs, prepare
-from graph_capture.ir.graph import OpNode
+from graph_capture.ir.graph import OpNode, SubGraph
 
 Call = Callable[[list[torch.Tensor]], Any]
 Watch = Callable[[int, list[torch.Tensor], Any], None]
@@ -91,6 +91,11 @@ class Executor:
         ]
         self._bound = [(step.call, step.reads, step.fills, step.frees) for step in self.steps]
 
+    @classmethod
+    def of(cls, graph: SubGraph) -> Executor:
+        """Every node of `graph` as its op."""
+        return cls([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+
     def run(self, tensors: Sequence[torch.Tensor], watch: Watch | None = None) -> list[torch.Tensor]:
         """Run every step on `tensors` (one for each input) and return one tensor for each output.
 
@@ -113,6 +118,11 @@ class Executor:
                 for index in frees:
                     values[index] = None
         return [values[index] for index in self.outputs]
+
+
+def interpret(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Run a graph's ops, one by one, on a tensor for each input; one tensor for each output."""
+    return Executor.of(graph).run(tensors)
 
 
 @contextlib.contextmanager

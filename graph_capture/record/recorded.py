@@ -78,8 +78,7 @@ class RecordedGraph:
 
     @cached_property
     def _interpreter(self) -> Executor:
-        graph = self.subgraph
-        return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+        return Executor.of(self.subgraph)
 
     @property
     def writes(self) -> bool:

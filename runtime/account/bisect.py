@@ -11,11 +11,10 @@ import torch
 
 from graph_capture.calls.signature import Bound
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import Call, Executor
+from graph_capture.ir.interpreter import Call, Executor, interpret
 from graph_capture.ir.numerics import distance
 from graph_capture.ir.ops import FUSED
 from graph_capture.log import log
-from graph_capture.runtime.library import run
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Kernel
 
@@ -48,7 +47,7 @@ def bisect(program: Program, call: Bound, constants: Sequence[torch.Tensor], tol
     plain = [*call.tensors, *recorded.captured.values()]
     tensors = [*plain, *constants]
     with recorded.undone(plain):
-        reference = [tensor.clone() for tensor in run(recorded.subgraph, plain)]
+        reference = [tensor.clone() for tensor in interpret(recorded.subgraph, plain)]
     steps: list[tuple[str, float]] = []
 
     def leaves(name: str, graph: SubGraph, kernels: Mapping[int, Call]) -> bool:
@@ -105,6 +104,6 @@ def _steps(program: Program, graph: SubGraph, kernels: Mapping[int, Call]) -> It
         elif region is not None and region.parts is not None:
             yield from _steps(program, region.parts, kernels)
         elif node.op_type.startswith(FUSED):
-            yield node, partial(run, node.attr("body"))
+            yield node, partial(interpret, node.attr("body"))
         else:
             yield node, None

@@ -300,7 +300,7 @@ def _launch(launch: Callable[[], Any], held: Sequence[torch.Tensor]) -> None:
 
 def fallback_of(graph: SubGraph) -> Run:
     """A call that runs a graph's own ops on tensors."""
-    return Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names).run
+    return Executor.of(graph).run
 
 
 def _counters(graph: SubGraph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -110,6 +110,41 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def register_architecture(name: str, family: str, **values: Any) -> None:
+    """Make a configuration known by name: to `InferEngine` (with random weights), ``graph-capture bench | kernels |
+    inspect``.
+
+    Args:
+        name: what it is called from now on.
+        family: what transformers calls the architecture: "Llama" for ``LlamaConfig`` and ``LlamaForCausalLM``.
+        values: what its configuration is made of.
+
+    Raises:
+        CaptureError: the name is taken, transformers has no causal language model of that family, or the configuration
+            does not take these values.
+    """
+    if name in CONFIGURATIONS:
+        raise CaptureError(f"an architecture named {name!r} is registered already; choose another name")
+    transformers = _transformers()
+    if not hasattr(transformers, f"{family}Config") or not hasattr(transformers, f"{family}ForCausalLM"):
+        raise CaptureError(f"there is no architecture {family!r}: transformers has no {family}ForCausalLM")
+    try:
+        getattr(transformers, f"{family}Config")(**values)
+    except Exception as error:
+        raise CaptureError(f"{family}Config does not take the values of {name!r}: {error}") from error
+    CONFIGURATIONS[name] = (family, values)
+
+
+def unregister_architecture(name: str) -> None:
+    """Forget a configuration that `register_architecture` made known.
+
+    Raises:
+        CaptureError: there is none of that name.
+    """
+    if CONFIGURATIONS.pop(name, None) is None:
+        raise CaptureError(f"there is no architecture named {name!r}; there are {', '.join(CONFIGURATIONS)}")
+
+
 def load_config(name: str, layers: int | None = None) -> Any:
     """The transformers configuration of a model: from a folder, from `CONFIGURATIONS`, or from the hub.
 

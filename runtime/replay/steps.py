@@ -13,7 +13,7 @@ from graph_capture.codegen.launches import Launch, Tensors
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import Executor
+from graph_capture.ir.interpreter import Executor, interpret
 from graph_capture.ir.numerics import apart, close_enough
 from graph_capture.ir.ops import ATTENTION_OPS
 from graph_capture.ir.values import TensorMeta
@@ -21,7 +21,7 @@ from graph_capture.log import log
 from graph_capture.passes.strides import noticed
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.library import Constants, LibraryKernel, run
+from graph_capture.runtime.library import Constants, LibraryKernel
 from graph_capture.runtime.region import Region
 
 
@@ -163,7 +163,7 @@ def _strides(graph: SubGraph, region: Region) -> list[list[tuple[int, ...]]]:
     try:
         if isinstance(region.kernel, CompiledKernel):
             return [[tensor.stride() for tensor in region.kernel.spec.allocate(inputs)]]
-        results = flatten_outputs(run(region.body, inputs))
+        results = flatten_outputs(interpret(region.body, inputs))
     except Exception:  # the kernel does not fit, or meta tensors do not know an op: a call will tell
         results = contiguous
     ways = [[tensor.stride() for tensor in results]]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from graph_capture import FusionConfig, capture, fuse, record
+from graph_capture.ir.interpreter import interpret
 from graph_capture.passes import clean_up
 from graph_capture.passes.cleanup import (
     arguments,
@@ -15,7 +16,6 @@ from graph_capture.passes.cleanup import (
     sink_views,
     split_constants,
 )
-from graph_capture.runtime.library import run
 from tests.replaying import printed_by_processes
 
 X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def cleaned(function, apply, *args):
     graph = recorded(function, *[arg.clone() for arg in args])
     result = apply(graph.subgraph)
     ours, theirs = [arg.clone() for arg in args], [arg.clone() for arg in args]
-    found = run(result, [*ours, *graph.captured.values()])
+    found = interpret(result, [*ours, *graph.captured.values()])
     expected = function(*theirs)
     for got, want in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
         assert torch.equal(got, want)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from graph_capture import record
+from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.numerics import distance
 from graph_capture.passes import canonicalize, clean_up
-from graph_capture.runtime.library import run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 torch.manual_seed(0)
@@ -23,7 +23,7 @@ def canonical(function, *args):
         recording.output(function(*args))
     graph = recording.graph
     found = canonicalize(clean_up(graph.subgraph))
-    return found, run(found, [*graph.bind(args, {}).tensors, *graph.captured.values()])
+    return found, interpret(found, [*graph.bind(args, {}).tensors, *graph.captured.values()])
 
 
 def ops(graph):
