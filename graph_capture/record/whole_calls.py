@@ -20,11 +20,6 @@ def _keeps(*functions: Any) -> Callable[[Callable[..., Call | None]], Callable[.
     return register
 
 
-@_keeps(F.linear)
-def _call_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Call:
-    return "linear", (input, weight, bias)
-
-
 @_keeps(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _call_matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> Call | None:
     return None if out is not None else ("matmul", (input, other))
@@ -63,24 +58,14 @@ def _call_layer_norm(
     return ("layer_norm", (input, weight, bias, eps)) if tuple(normalized_shape) == tuple(input.shape[-1:]) else None
 
 
-@_keeps(F.scaled_dot_product_attention)
-def _call_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Call:
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return "scaled_dot_product_attention", arguments
-
-
 def _call_whole(name: str) -> Callable[..., Call | None]:
+    """For a function whose op has its parameters, in its order, under its names."""
     return lambda *args, out=None, **kwargs: None if out is not None else (name, args, kwargs)
 
 
-for _name in ("svdvals", "eigvalsh", "cond"):
-    _keeps(getattr(torch.linalg, _name))(_call_whole(_name))
+for _function, _name in (
+    (F.linear, "linear"),
+    (F.scaled_dot_product_attention, "scaled_dot_product_attention"),
+    *((getattr(torch.linalg, name), name) for name in ("svdvals", "eigvalsh", "cond")),
+):
+    _keeps(_function)(_call_whole(_name))
