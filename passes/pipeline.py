@@ -11,8 +11,10 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
+from graph_capture.passes.match import Matcher
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt
 from graph_capture.passes.regions import GROWN, Supports, find_regions
@@ -98,14 +100,17 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         constants, rest = split_constants(graph, passes.weights if passes.fold_weights else ())
         graph = became(CONSTANTS, rest if constants.nodes else graph)
         receipts.append(Receipt(CONSTANTS, ops=before - len(graph)))
+    matcher = Matcher(Dependencies(graph))
     for number, rules in enumerate(ROUNDS):
         chosen = [rule for rule in rules if rule.pattern.name not in passes.off]
-        result, made = apply_rules(graph, chosen)
+        result, made = apply_rules(graph, chosen, matcher)
         graph = became(f"spellings {number + 1}", result)
+        matcher = matcher.on(graph)
         receipts = merged(receipts, made)
     if PARALLEL_LINEAR not in passes.off:
-        result, receipt = merge_linears(graph, passes.weights)
+        result, receipt = merge_linears(graph, passes.weights, matcher.dependencies)
         graph = became(PARALLEL_LINEAR, result)
+        matcher = matcher.on(graph)
         receipts.append(receipt)
     plan = find_regions(
         graph,
@@ -114,6 +119,7 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         max_nodes=passes.max_nodes,
         min_nodes=passes.min_nodes,
         off=passes.off,
+        matcher=matcher,
     )
     graph = became("regions", plan.graph)
     return Rewritten(graph, constants, tuple(merged(receipts, plan.receipts)), tuple(stages))
