@@ -186,10 +186,10 @@ class Matcher:
         """`state` with the pieces from `number` on, the first of them at `root`; straight operands and near ops first."""
         piece, *others = template.pieces[number:]
         cone = self.cone(root, piece.depth)
-        ways = [
-            self._bound(piece, [cone.ops[place] for place in places], state, ignore)
-            for places in self._mappings(piece, cone, ignore)
-        ]
+        mappings = self._mappings(piece, cone, ignore)
+        if not mappings:
+            return
+        ways = [self._bound(piece, [cone.ops[place] for place in places], state, ignore) for places in mappings]
         for _, found in heapq.merge(*ways, key=lambda way: way[0]):
             if others:
                 for place in self.near(others[0], found, self._anchor(template, found)):

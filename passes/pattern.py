@@ -19,6 +19,7 @@ from graph_capture.record.recorder import Recording
 
 _PROBE = 0.0123456789  # stands for a hole while a pattern is recorded; found again in the attributes
 _WIDTH = 8
+_STEP = 6
 
 Function = Callable[..., Any]
 
@@ -39,7 +40,7 @@ class Piece:
         ops: it and what feeds it, every op before what feeds it, last operands first.
         shared: a value that pieces before read or make too; None for the first.
         network: `ops`, and the values that go from one of them to another.
-        depth: the longest way from the root upwards.
+        depth: how far above the root its ops may be; rounded up, so that templates share what is found out about cones.
     """
 
     root: int
@@ -83,7 +84,9 @@ class Template:
                     pending += [graph.producers[n] for n in graph.nodes[index].inputs if n in graph.producers]
             shared = next((name for name in graph.nodes[root].inputs if name in bound), None)
             inner = part(network, ops)
-            pieces.append(Piece(root, tuple(ops), shared, inner, networkx.dag_longest_path_length(inner) // 2))
+            depth = networkx.dag_longest_path_length(inner) // 2
+            depth = depth if depth <= 2 else -(-depth // _STEP) * _STEP
+            pieces.append(Piece(root, tuple(ops), shared, inner, depth))
             placed += ops
         return tuple(pieces)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from graph_capture.ir.graph import SubGraph
@@ -74,7 +76,24 @@ def unchanged(graph: SubGraph) -> Rewritten:
 
 
 def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
-    """Run all passes."""
+    """Run all passes. No garbage is collected meanwhile: graphs are many small objects, and a collection visits all of
+    the process's each time."""
+    with _no_collection():
+        return _rewrite(graph, passes)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
     receipts: list[Receipt] = []
     stages: list[tuple[str, SubGraph]] = []
 
