@@ -1,8 +1,8 @@
 """The flow of a graph as networkx has it: what must come before what, and what lies near what.
 
-`SubGraph.to_networkx` makes the one graph: ops (by index) and values (by name) are nodes, edges say at which positions an
-op reads or makes a value, and order edges join ops directly. Everything here asks networkx about that graph, and about
-small parts of it, so that what is asked for a layer does not grow with the number of layers.
+`SubGraph.to_networkx` makes the one graph: ops (by index) and values (by name) are nodes, edges say at which positions
+an op reads or makes a value, and order edges join ops directly. Everything here asks networkx about that graph or a
+small part of it, so that the work for one layer does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Dependencies:
     def order(self, groups: Sequence[Sequence[int]]) -> list[int]:
         """The nodes in topological order, as close to the old one as can be, once each group is contracted.
 
-        A group (ascending indices) stands where its last node stood, and under that index. Only the stretches around what
-        reads a group and stood before that are sorted anew.
+        A group (ascending indices) stands where its last node stood, and under that index. Only stretches in which a
+        group's reader stands before it are sorted anew.
 
         Raises:
             CyclicGroupsError: the groups are convex one by one, and form a cycle together.

@@ -1,9 +1,9 @@
 """Finding a pattern in a graph, with networkx: `DiGraphMatcher` at a candidate for its last op.
 
-What is looked for is a template, piece by piece (see `Piece`); where, is the cone above a candidate, as deep as the piece.
-networkx finds the ops and the values between them, commutative operands in either order. A template's inputs are bound
-afterwards, since two of them may be one value, which a monomorphism cannot say. Cones that are alike are matched once, be
-they of forty layers. A walk along the operands says how far a template gets where it is not found.
+A template is looked for piece by piece (see `Piece`) in the cone of ops above a candidate, as deep as the piece is.
+networkx finds the ops and the values between them, commutative operands in either order. The template's inputs are
+bound afterwards, edge by edge: two of them may be one value, which a monomorphism cannot say. Cones that are alike are
+matched once, however many layers they are from. A walk along the operands tells how far a template got that was missed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import networkx
 from networkx.algorithms import isomorphism
 
 from graph_capture.ir.graph import OpNode, SubGraph
@@ -95,7 +96,7 @@ class Matcher:
     def occurrences(self, pattern: Pattern, tally: Tally, settled: Collection[int]) -> Iterator[Match]:
         """The matches of all templates whose last ops are not `settled`, a set to which the caller adds.
 
-        What gets past half of a template and fails is a near miss: the tally is told about it, unless it is settled in the end.
+        What gets past half of a template and fails is a near miss: `tally` counts it, unless it is settled in the end.
         """
         misses: dict[int, Miss] = {}
         for template in pattern.templates:
@@ -183,7 +184,7 @@ class Matcher:
     def _states(
         self, template: Template, number: int, root: int, state: State, ignore: frozenset[str]
     ) -> Iterator[State]:
-        """`state` with the pieces from `number` on, the first of them at `root`; straight operands and near ops first."""
+        """`state` with the pieces from `number` on, the first at `root`; straight operands and near ops come first."""
         piece, *others = template.pieces[number:]
         cone = self.cone(root, piece.depth)
         mappings = self._mappings(piece, cone, ignore)
@@ -213,9 +214,7 @@ class Matcher:
             nodes = self.graph.nodes
             there = {nodes[index].op_type for index in cone.ops}
             mappings = []
-            if all(
-                data["node"].op_type in there for index, data in piece.network.nodes(data=True) if index in piece.ops
-            ):
+            if {node.op_type for node in networkx.get_node_attributes(piece.network, "node").values()} <= there:
                 if cone.form not in self._parts:
                     self._parts[cone.form] = part(self.dependencies.network, cone.ops), cone.ops
                 around, ops = self._parts[cone.form]
@@ -229,7 +228,7 @@ class Matcher:
     def _bound(
         self, piece: Piece, ops: Sequence[int], state: State, ignore: frozenset[str]
     ) -> Iterator[tuple[tuple[int, ...], State]]:
-        """`state` with the piece's ops at `ops` and their values bound, edge by edge; and which operands are swapped."""
+        """`state` with the piece's ops at `ops`, their values bound edge by edge, and which operands are swapped."""
         if not set(ops).isdisjoint(state.places.values()):
             return
         start = state.copy()

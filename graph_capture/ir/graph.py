@@ -162,13 +162,14 @@ class SubGraph:
         graph = networkx.DiGraph()
         graph.add_nodes_from((index, {"op_type": node.op_type, "node": node}) for index, node in enumerate(self.nodes))
         graph.add_nodes_from(self.input_names)
+        edges: list[tuple[int | str, int | str, dict[str, Any]]] = []
         for index, node in enumerate(self.nodes):
             reads: dict[str, tuple[int, ...]] = {}
             for position, name in enumerate(node.inputs):
-                reads[name] = (*reads.get(name, ()), position)
-            edges = [(name, index, {"positions": positions}) for name, positions in reads.items()]
+                reads[name] = (*reads[name], position) if name in reads else (position,)
+            edges += [(name, index, {"positions": positions}) for name, positions in reads.items()]
             edges += [(index, name, {"positions": (place,)}) for place, name in enumerate(node.outputs)]
-            graph.add_edges_from(edges, order=False)
+        graph.add_edges_from(edges, order=False)
         graph.add_edges_from(order_edges(self), positions=(), order=True)
         return graph
 
