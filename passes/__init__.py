@@ -3,7 +3,6 @@
 Imports `graph_capture.record` and what lies below it; codegen and frontends stand beside it.
 """
 
-from graph_capture.passes.canonicalize import canonicalize
 from graph_capture.passes.cleanup import clean_up
 from graph_capture.passes.fusions import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern
 from graph_capture.passes.pattern import Pattern
@@ -11,6 +10,7 @@ from graph_capture.passes.pipeline import Passes, Rewritten, pass_names, rewrite
 from graph_capture.passes.receipts import Receipt, Refusal
 from graph_capture.passes.regions import FusionPlan, find_regions
 from graph_capture.passes.registry import DEFAULT, PatternRegistry, pattern
+from graph_capture.passes.spellings import canonicalize
 from graph_capture.passes.templates import load_templates, store_templates
 
 __all__ = [

@@ -1,70 +1,96 @@
-"""The many spellings of an op become the one op of the table; see `graph_capture.passes.spellings`.
+"""How the many spellings of an op become the one op of the table; `graph_capture.passes.spellings` has the rules.
 
 The node that takes a spelling's place remembers what it replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import op
-from graph_capture.passes.cleanup import CLEAN_UP
-from graph_capture.passes.match import Match, Miss, candidates, match_at
+from graph_capture.ir.values import TensorMeta
+from graph_capture.passes.flow import Dependencies
+from graph_capture.passes.match import Match, Matcher
+from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
-from graph_capture.passes.rewrite import Contraction, Dependencies, common_source, contract, live_outputs
-from graph_capture.passes.spellings import ROUNDS, Found, Rule, Unfit
+from graph_capture.passes.rewrite import Contraction, common_source, contract, live_outputs
 
 
-def canonicalize(graph: SubGraph, rounds: Iterable[Sequence[Rule]] = ROUNDS) -> SubGraph:
+class Unfit(Exception):
+    """Why a match is not what it looks like."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a guard sees of a match.
+
+    Attributes:
+        values: the layouts of its values, by their names in the function.
+        numbers: what it captured, by parameter name.
+        last: its last node.
+    """
+
+    values: Mapping[str, TensorMeta]
+    numbers: Mapping[str, Any]
+    last: OpNode
+
+    def __getitem__(self, name: str) -> TensorMeta:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+
+Attributes = Mapping[str, Any]
+Guard = Callable[[Found], Attributes]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` becomes one call of op `pattern.name`; its parameters are the inputs, `attributes` gives the rest.
+
+    A rule of a later `round` sees what earlier rounds made.
+    """
+
+    pattern: Pattern
+    attributes: Guard
+    round: int
+
+
+def apply_rounds(graph: SubGraph, rounds: Iterable[Sequence[Rule]]) -> SubGraph:
     """`graph` with every spelling that a rule knows replaced by its op."""
     for rules in rounds:
         graph, _ = apply_rules(graph, rules)
     return graph
 
 
-def prepare(graph: SubGraph, off: Collection[str] = ()) -> SubGraph:
-    """What models' graphs and patterns go through alike: clean-up, then one op for each spelling."""
-    for name, apply in CLEAN_UP.items():
-        graph = graph if name in off else apply(graph)
-    return canonicalize(graph, [[rule for rule in rules if rule.pattern.name not in off] for rules in ROUNDS])
-
-
-def apply_rules(graph: SubGraph, rules: Sequence[Rule]) -> tuple[SubGraph, list[Receipt]]:
+def apply_rules(
+    graph: SubGraph, rules: Sequence[Rule], matcher: Matcher | None = None
+) -> tuple[SubGraph, list[Receipt]]:
     """One round: matches of all rules on the same graph, the first come first, replaced at once."""
+    matcher = matcher or Matcher(Dependencies(graph))
     tallies: dict[str, Tally] = {}
-    found: list[Contraction] = []
+    replaced: list[Contraction] = []
     taken: set[int] = set()
-    dependencies = Dependencies(graph)
     for rule in rules:
         tally = tallies.setdefault(rule.pattern.name, Tally(rule.pattern.name))
-        misses: dict[int, Miss] = {}
-        for template in rule.pattern.templates:
-            for anchor in candidates(graph, template):
-                if anchor in taken:
-                    continue
-                match = match_at(graph, template, anchor, rule.pattern.ignore)
-                if isinstance(match, Miss):
-                    if 2 * match.placed > len(template.graph) and match.placed > misses.get(anchor, match).placed - 1:
-                        misses[anchor] = match
-                    continue
-                if not taken.isdisjoint(match.nodes):
-                    continue
-                tally.seen += 1
-                try:
-                    node = _replacement(graph, rule, match, dependencies)
-                except Unfit as reason:
-                    tally.refuse(graph, match.nodes, str(reason))
-                    continue
-                tally.matched += 1
-                found.append(Contraction(match.nodes, node))
-                taken.update(match.nodes)
-        for anchor, miss in misses.items():
-            if anchor not in taken:
-                tally.seen += 1
-                tally.refuse(graph, [anchor], miss.reason)
+        for match in matcher.occurrences(rule.pattern, tally, taken):
+            if not taken.isdisjoint(match.nodes):
+                continue
+            tally.seen += 1
+            try:
+                node = _replacement(graph, rule, match, matcher.dependencies)
+            except Unfit as reason:
+                tally.refuse(graph, match.nodes, str(reason))
+                continue
+            tally.matched += 1
+            replaced.append(Contraction(match.nodes, node))
+            taken.update(match.nodes)
     receipts = [tally.receipt() for tally in tallies.values()]
-    return (contract(graph, found, dependencies)[0] if found else graph), receipts
+    return (contract(graph, replaced, matcher.dependencies)[0] if replaced else graph), receipts
 
 
 def _replacement(graph: SubGraph, rule: Rule, match: Match, dependencies: Dependencies) -> OpNode:

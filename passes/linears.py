@@ -17,21 +17,25 @@ from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import MemoryUse
+from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.receipts import Receipt, Tally
-from graph_capture.passes.rewrite import Contraction, Dependencies, body_of, common_source, contract, unviewable
+from graph_capture.passes.rewrite import Contraction, body_of, common_source, contract, unviewable
 
 RULE = "parallel_linear"
 
 
-def merge_linears(graph: SubGraph, weights: Collection[str]) -> tuple[SubGraph, Receipt]:
+def merge_linears(
+    graph: SubGraph, weights: Collection[str], dependencies: Dependencies | None = None
+) -> tuple[SubGraph, Receipt]:
     """`graph` with each group of linears on one input as one region.
 
     Args:
         weights: inputs that are the same in every replay; only these are concatenated.
+        dependencies: `graph`'s, if there are any.
     """
     tally = Tally(RULE)
     memory = MemoryUse(graph)
-    dependencies = Dependencies(graph)
+    dependencies = dependencies or Dependencies(graph)
     found: list[Contraction] = []
     owners: dict[str, int] = {}  # weight -> linears that use it
     for index in graph.by_op.get("linear", ()):

@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import networkx
 import torch
 
 from graph_capture.errors import CaptureError
 from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.passes.flow import part
 from graph_capture.record.recorder import Recording
 
 _PROBE = 0.0123456789  # stands for a hole while a pattern is recorded; found again in the attributes
 _WIDTH = 8
+_STEP = 6
 
 Function = Callable[..., Any]
 
@@ -26,6 +29,25 @@ class Hole:
     """Stands for an attribute value that a match captures."""
 
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one result of a template needs, as far as no piece before has it: what networkx looks for at a place.
+
+    Attributes:
+        root: the op that makes the result.
+        ops: it and what feeds it, every op before what feeds it, last operands first.
+        shared: a value that pieces before read or make too; None for the first.
+        network: `ops`, and the values that go from one of them to another.
+        depth: how far above the root its ops may be; rounded up, so that templates share what is found out about cones.
+    """
+
+    root: int
+    ops: tuple[int, ...]
+    shared: str | None
+    network: networkx.DiGraph
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +64,36 @@ class Template:
     @cached_property
     def above(self) -> frozenset[str]:
         """The op types that feed the anchor."""
-        graph = self.graph
-        return frozenset(graph.nodes[graph.producers[n]].op_type for n in self.anchor.inputs if n in graph.producers)
+        return op_types_above(self.graph, self.anchor)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The first has the anchor; each other hangs together with those before it by a value."""
+        graph, network = self.graph, self.graph.to_networkx()
+        pieces: list[Piece] = []
+        placed: list[int] = []
+        while len(placed) < len(graph):
+            bound = {name for index in placed for name in (*graph.nodes[index].inputs, *graph.nodes[index].outputs)}
+            left = [index for index in range(len(graph)) if index not in placed]
+            root = max((i for i in left if not bound.isdisjoint(graph.nodes[i].inputs)), default=left[-1])
+            pending, ops = [root], list[int]()
+            while pending:
+                index = pending.pop()
+                if index in left and index not in ops:
+                    ops.append(index)
+                    pending += [graph.producers[n] for n in graph.nodes[index].inputs if n in graph.producers]
+            shared = next((name for name in graph.nodes[root].inputs if name in bound), None)
+            inner = part(network, ops)
+            depth = networkx.dag_longest_path_length(inner) // 2
+            depth = depth if depth <= 2 else -(-depth // _STEP) * _STEP
+            pieces.append(Piece(root, tuple(ops), shared, inner, depth))
+            placed += ops
+        return tuple(pieces)
+
+
+def op_types_above(graph: SubGraph, node: OpNode) -> frozenset[str]:
+    """The op types of those that make `node`'s inputs."""
+    return frozenset(graph.nodes[graph.producers[n]].op_type for n in node.inputs if n in graph.producers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,16 +189,10 @@ def _no_autocast() -> Iterator[None]:
 
 def _is_connected(graph: SubGraph) -> bool:
     """Whether its ops hang together by the values that they read or make."""
-    groups: list[set[str]] = []
-    for node in graph.nodes:
-        apart, names = [], {*node.inputs, *node.outputs}
-        for group in groups:
-            if group.isdisjoint(names):
-                apart.append(group)
-            else:
-                names |= group
-        groups = [*apart, names]
-    return len(groups) == 1
+    network = graph.to_networkx()
+    network.remove_edges_from([(before, after) for before, after, order in network.edges(data="order") if order])
+    network.remove_nodes_from([name for name in graph.input_names if name not in graph.users])
+    return bool(networkx.is_weakly_connected(network))
 
 
 def _with_holes(node: OpNode, holes: Mapping[float, str]) -> OpNode:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from graph_capture.ir.graph import SubGraph
@@ -11,8 +13,10 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
+from graph_capture.passes.match import Matcher
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt
 from graph_capture.passes.regions import GROWN, Supports, find_regions
@@ -72,7 +76,24 @@ def unchanged(graph: SubGraph) -> Rewritten:
 
 
 def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
-    """Run all passes."""
+    """Run all passes. No garbage is collected meanwhile: graphs are many small objects, and a collection visits all of
+    the process's each time."""
+    with _no_collection():
+        return _rewrite(graph, passes)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
     receipts: list[Receipt] = []
     stages: list[tuple[str, SubGraph]] = []
 
@@ -98,14 +119,17 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         constants, rest = split_constants(graph, passes.weights if passes.fold_weights else ())
         graph = became(CONSTANTS, rest if constants.nodes else graph)
         receipts.append(Receipt(CONSTANTS, ops=before - len(graph)))
+    matcher = Matcher(Dependencies(graph))
     for number, rules in enumerate(ROUNDS):
         chosen = [rule for rule in rules if rule.pattern.name not in passes.off]
-        result, made = apply_rules(graph, chosen)
+        result, made = apply_rules(graph, chosen, matcher)
         graph = became(f"spellings {number + 1}", result)
+        matcher = matcher.on(graph)
         receipts = merged(receipts, made)
     if PARALLEL_LINEAR not in passes.off:
-        result, receipt = merge_linears(graph, passes.weights)
+        result, receipt = merge_linears(graph, passes.weights, matcher.dependencies)
         graph = became(PARALLEL_LINEAR, result)
+        matcher = matcher.on(graph)
         receipts.append(receipt)
     plan = find_regions(
         graph,
@@ -114,6 +138,7 @@ def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         max_nodes=passes.max_nodes,
         min_nodes=passes.min_nodes,
         off=passes.off,
+        matcher=matcher,
     )
     graph = became("regions", plan.graph)
     return Rewritten(graph, constants, tuple(merged(receipts, plan.receipts)), tuple(stages))

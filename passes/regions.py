@@ -17,13 +17,13 @@ from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.passes.decode import SMALL, decode_regions, is_merged, small_ops
-from graph_capture.passes.match import Miss, candidates, match_at
+from graph_capture.passes.flow import Dependencies
+from graph_capture.passes.match import Matcher
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.rewrite import (
     Contraction,
-    Dependencies,
     body_of,
     common_source,
     contract,
@@ -62,6 +62,7 @@ def find_regions(
     max_nodes: int = 64,
     min_nodes: int = 2,
     off: Collection[str] = (),
+    matcher: Matcher | None = None,
 ) -> FusionPlan:
     """Find the regions of `graph` and contract each into one node.
 
@@ -73,14 +74,15 @@ def find_regions(
         patterns: what to look for; the registered ones unless given.
         max_nodes, min_nodes: bounds on the recorded ops of a region.
         off: rules to leave out.
+        matcher: `graph`'s, if there is one.
     """
-    named = _Finder(graph, supports, (min_nodes, max_nodes))
+    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
     named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
     graph = expand(graph, is_composed)
-    rest = _Finder(graph, supports, (min_nodes, max_nodes))
+    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
     rest.grow(off)
     graph, others = rest.finish()
     return FusionPlan(graph, (*receipts, *others))
@@ -89,9 +91,11 @@ def find_regions(
 class _Finder:
     """Collects disjoint regions, and the reasons against the others."""
 
-    def __init__(self, graph: SubGraph, supports: Supports, bounds: tuple[int, int]) -> None:
+    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int]) -> None:
+        graph = matcher.graph
         self.graph, self._supports, self.bounds = graph, supports, bounds
-        self.dependencies = Dependencies(graph)
+        self.dependencies = matcher.dependencies
+        self.matcher = matcher
         self.owner: dict[int, str] = {}  # node -> the rule that took it
         self.found: list[tuple[str, Contraction]] = []
         self.tallies: dict[str, Tally] = {}
@@ -105,32 +109,20 @@ class _Finder:
 
     def match(self, patterns: Sequence[Pattern]) -> None:
         """Find the patterns' matches."""
-        offered = self._offered
         for order, item in enumerate(patterns):
             tally = self.tally(item.name)
-            misses: dict[int, Miss] = {}
-            matched: set[int] = set()
-            for template in item.templates:
-                for anchor in candidates(self.graph, template):
-                    match = match_at(self.graph, template, anchor, item.ignore)
-                    if isinstance(match, Miss):
-                        if 2 * match.placed > len(template.graph):
-                            misses.setdefault(anchor, match)
-                        continue
-                    if anchor in matched or match.nodes in offered:
-                        continue
-                    matched.add(anchor)
-                    tally.seen += 1
-                    reason = self.reason(match.nodes, compound=item.compound)
-                    if reason is not None:
-                        tally.refuse(self.graph, match.nodes, reason)
-                        continue
-                    saved = saved_bytes(self.graph, match.nodes)
-                    offered[match.nodes] = _Candidate(item.name, match.nodes, saved, order)
-            for anchor, miss in misses.items():
-                if anchor not in matched:
-                    tally.seen += 1
-                    tally.refuse(self.graph, [anchor], miss.reason)
+            settled: set[int] = set()
+            for match in self.matcher.occurrences(item, tally, settled):
+                if match.nodes in self._offered:
+                    continue
+                settled.add(match.anchor)
+                tally.seen += 1
+                reason = self.reason(match.nodes, compound=item.compound)
+                if reason is not None:
+                    tally.refuse(self.graph, match.nodes, reason)
+                    continue
+                saved = saved_bytes(self.graph, match.nodes)
+                self._offered[match.nodes] = _Candidate(item.name, match.nodes, saved, order)
 
     def match_decode(self, off: Collection[str]) -> None:
         """Find the linears and attentions of few rows."""

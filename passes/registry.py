@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from graph_capture.errors import CaptureError
-from graph_capture.passes.canonicalize import prepare
 from graph_capture.passes.pattern import Function, Pattern
+from graph_capture.passes.spellings import prepare
 
 
 class PatternRegistry:

@@ -6,18 +6,16 @@ can still form a cycle together; then the later ones are dropped.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from graph_capture.ir.binding import flatten_outputs, prepare
-from graph_capture.ir.effects import order_edges
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import Kind, op
 from graph_capture.ir.values import Source, TensorMeta
+from graph_capture.passes.flow import CyclicGroupsError, Dependencies
 
 
 @dataclass(frozen=True)
@@ -26,51 +24,6 @@ class Contraction:
 
     nodes: tuple[int, ...]
     node: OpNode
-
-
-class Dependencies:
-    """What must come before what in a graph: data flow and order edges, by node index."""
-
-    def __init__(self, graph: SubGraph) -> None:
-        self.graph = graph
-        edges = {
-            (graph.producers[n], i) for i, node in enumerate(graph.nodes) for n in node.inputs if n in graph.producers
-        }
-        self.edges = sorted(edges | set(order_edges(graph)))
-
-    @cached_property
-    def successors(self) -> Sequence[Sequence[int]]:
-        """Each node's direct successors."""
-        found: list[list[int]] = [[] for _ in self.graph.nodes]
-        for before, after in self.edges:
-            found[before].append(after)
-        return found
-
-    def detour(self, nodes: Iterable[int]) -> int | None:
-        """A node outside `nodes` on a path that leaves them and comes back, or None: then they are convex.
-
-        Looks only at nodes between the first and the last of them, for the graph is in topological order.
-        """
-        inside = set(nodes)
-        last = max(inside)
-        reached_from: dict[int, int] = {}
-        frontier = [(after, after) for index in inside for after in self.successors[index] if after not in inside]
-        while frontier:
-            index, first = frontier.pop()
-            if index in inside:
-                return first
-            if index > last or index in reached_from:
-                continue
-            reached_from[index] = first
-            frontier.extend((after, first) for after in self.successors[index])
-        return None
-
-    def blocked(self, nodes: Iterable[int]) -> str | None:
-        """Why `nodes` cannot become one node, or None."""
-        detour = self.detour(nodes)
-        if detour is None:
-            return None
-        return f"would have created a cycle through {self.graph.nodes[detour].op_type}"
 
 
 def contract(
@@ -83,45 +36,16 @@ def contract(
         dropped because they would have made a cycle with the others.
     """
     dependencies = dependencies or Dependencies(graph)
-    kept, dropped = list(contractions), []
+    kept, dropped = list(contractions), list[Contraction]()
     while True:
-        owner = {index: len(graph) + number for number, item in enumerate(kept) for index in item.nodes}
-        ends = ((owner.get(before, before), owner.get(after, after)) for before, after in dependencies.edges)
-        edges = {(before, after) for before, after in ends if before != after}
-        positions = {
-            key: key if key < len(graph) else kept[key - len(graph)].nodes[-1]
-            for key in (owner.get(index, index) for index in range(len(graph)))
-        }
-        order = _topological_order(positions, edges)
-        if len(order) == len(positions):
+        try:
+            order = dependencies.order([item.nodes for item in kept])
             break
-        import networkx  # rarely needed, and slow to import
-
-        quotient = networkx.DiGraph(edges)
-        cycle = {node for edge in networkx.find_cycle(quotient) for node in edge[:2] if node >= len(graph)}
-        dropped.append(kept.pop(max(cycle) - len(graph)))
-    nodes = tuple(graph.nodes[key] if key < len(graph) else kept[key - len(graph)].node for key in order)
-    return replace(graph, nodes=nodes), dropped
-
-
-def _topological_order(positions: Mapping[int, int], edges: Iterable[tuple[int, int]]) -> list[int]:
-    """Keys in topological order, among those that are ready the lowest position first; a cycle's keys are left out."""
-    waiting = dict.fromkeys(positions, 0)
-    successors: dict[int, list[int]] = {key: [] for key in positions}
-    for before, after in edges:
-        successors[before].append(after)
-        waiting[after] += 1
-    ready = [(positions[key], key) for key, count in waiting.items() if not count]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, key = heapq.heappop(ready)
-        order.append(key)
-        for after in successors[key]:
-            waiting[after] -= 1
-            if not waiting[after]:
-                heapq.heappush(ready, (positions[after], after))
-    return order
+        except CyclicGroupsError as cycle:
+            latest = max(number for number, item in enumerate(kept) if item.nodes[-1] in cycle.nodes)
+            dropped.append(kept.pop(latest))
+    made = {item.nodes[-1]: item.node for item in kept}
+    return replace(graph, nodes=tuple(made.get(index, graph.nodes[index]) for index in order)), dropped
 
 
 def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:

@@ -55,11 +55,33 @@ ENCODERS = {
     ),
 }
 
+# What the passes find is counted in these as well.
+COUNTED = {
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_LLAMA_LIKE, head_dim=8)),
+    "granite": lambda: hf.GraniteForCausalLM(
+        hf.GraniteConfig(
+            **_LLAMA_LIKE,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.3,
+            logits_scaling=2.0,
+        )
+    ),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**_LLAMA_LIKE, **_TOKENS, no_rope_layers=[1, 0])),
+    "glm": lambda: hf.GlmForCausalLM(hf.GlmConfig(**_LLAMA_LIKE, head_dim=8, pad_token_id=0, eos_token_id=2)),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_LLAMA_LIKE, **_TOKENS)),
+    "stablelm": lambda: hf.StableLmForCausalLM(hf.StableLmConfig(**_LLAMA_LIKE)),
+    "starcoder2": lambda: hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**_LLAMA_LIKE)),
+    "distilbert": lambda: hf.DistilBertForMaskedLM(
+        hf.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCABULARY)
+    ),
+}
+
 
 def build(name: str) -> torch.nn.Module:
     """The model `name`, in eval mode."""
     torch.manual_seed(0)
-    model = (DECODERS | ENCODERS)[name]().eval()
+    model = (DECODERS | ENCODERS | COUNTED)[name]().eval()
     with torch.no_grad():  # weights of one and biases of zero would hide a norm that forgets them
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -122,12 +122,6 @@ class SubGraph:
         return {op_type: tuple(indices) for op_type, indices in found.items()}
 
     @cached_property
-    def above(self) -> Sequence[frozenset[str]]:
-        """For each node, the op types of those that make its inputs."""
-        made = self.producers
-        return [frozenset(self.nodes[made[n]].op_type for n in node.inputs if n in made) for node in self.nodes]
-
-    @cached_property
     def _structure(self) -> str:
         numbers: dict[str, int] = {}
 
@@ -157,22 +151,26 @@ class SubGraph:
         text = "\n".join((self._structure, repr([str(d) for d in dtypes]), repr([list(s) for s in shapes])))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def to_networkx(self) -> networkx.MultiDiGraph:
-        """Nodes are indices into `nodes` (attributes ``op_type``, ``node``) and input names (``op_type="input"``).
+    def to_networkx(self) -> networkx.DiGraph:
+        """Ops (their indices in `nodes`; attributes ``op_type``, ``node``) and values (their names), all of them nodes.
 
-        Edges carry ``name`` (the value) and ``position`` (in the consumer's inputs), or ``order=True``.
+        Edges between the two carry ``positions``: where an op reads a value among its inputs, or makes it among its
+        outputs. Edges between ops, with ``order=True``, are those of `order_edges`.
         """
         import networkx  # slow to import, and not needed for a replay
 
-        graph = networkx.MultiDiGraph()
-        for name in self.input_names:
-            graph.add_node(name, op_type="input", node=None)
+        graph = networkx.DiGraph()
+        graph.add_nodes_from((index, {"op_type": node.op_type, "node": node}) for index, node in enumerate(self.nodes))
+        graph.add_nodes_from(self.input_names)
+        edges: list[tuple[int | str, int | str, dict[str, Any]]] = []
         for index, node in enumerate(self.nodes):
-            graph.add_node(index, op_type=node.op_type, node=node)
+            reads: dict[str, tuple[int, ...]] = {}
             for position, name in enumerate(node.inputs):
-                graph.add_edge(self.producers.get(name, name), index, name=name, position=position, order=False)
-        for before, after in order_edges(self):
-            graph.add_edge(before, after, name=None, position=-1, order=True)
+                reads[name] = (*reads[name], position) if name in reads else (position,)
+            edges += [(name, index, {"positions": positions}) for name, positions in reads.items()]
+            edges += [(index, name, {"positions": (place,)}) for place, name in enumerate(node.outputs)]
+        graph.add_edges_from(edges, order=False)
+        graph.add_edges_from(order_edges(self), positions=(), order=True)
         return graph
 
     def __str__(self) -> str:

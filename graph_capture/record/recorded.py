@@ -239,7 +239,7 @@ class RecordedGraph:
                 first.setdefault(values[name].storage, position)
         return list(first.values())
 
-    def to_networkx(self) -> networkx.MultiDiGraph:
+    def to_networkx(self) -> networkx.DiGraph:
         """See `SubGraph.to_networkx`."""
         return self.subgraph.to_networkx()
 

@@ -1,62 +1,22 @@
-"""What a rule is, and what guards are made of."""
+"""How a rule is written, and what guards are made of."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from graph_capture.ir.binding import prepare as prepare_call
-from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.graph import OpNode
 from graph_capture.ir.ops import op
-from graph_capture.ir.values import TensorMeta, freeze
-from graph_capture.passes.cleanup import clean_up
+from graph_capture.ir.values import freeze
+from graph_capture.passes.canonicalize import Attributes, Found, Guard, Rule, Unfit
 from graph_capture.passes.pattern import Function, Pattern
 
-
-class Unfit(Exception):
-    """Why a match is not what it looks like."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a guard sees of a match.
-
-    Attributes:
-        values: the layouts of its values, by their names in the function.
-        numbers: what it captured, by parameter name.
-        last: its last node.
-    """
-
-    values: Mapping[str, TensorMeta]
-    numbers: Mapping[str, Any]
-    last: OpNode
-
-    def __getitem__(self, name: str) -> TensorMeta:
-        return self.values[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.values
-
-
-Attributes = Mapping[str, Any]
-Guard = Callable[[Found], Attributes]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`pattern` becomes one call of op `pattern.name`; its parameters are the inputs, `attributes` gives the rest.
-
-    A rule of a later `round` sees what earlier rounds made.
-    """
-
-    pattern: Pattern
-    attributes: Guard
-    round: int
+__all__ = ["CASTS", "HALF", "Attributes", "Found", "Guard", "broadcasts", "floats", "near", "require", "rule"]
 
 
 def require(condition: bool, reason: str) -> None:
@@ -83,15 +43,8 @@ def broadcasts(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
 
 def rule(name: str, spellings: Iterable[Function], attributes: Guard, *, round: int = 0, **options: Any) -> Rule:
     """A row of the rules; `options` are those of `Pattern`."""
-
-    def prepare(graph: SubGraph) -> SubGraph:
-        from graph_capture.passes.canonicalize import canonicalize
-        from graph_capture.passes.spellings import ROUNDS
-
-        return canonicalize(clean_up(graph), ROUNDS[:round])
-
     first, *others = spellings
-    return Rule(Pattern(name, first, tuple(others), prepare=prepare, **options), _careful(name, attributes), round)
+    return Rule(Pattern(name, first, tuple(others), **options), _careful(name, attributes), round)
 
 
 def _careful(name: str, attributes: Guard) -> Guard:

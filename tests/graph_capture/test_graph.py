@@ -80,10 +80,16 @@ def test_networkx_form_has_data_and_order_edges():
         x.add_(1)
         recording.output(y)
     graph = recording.graph.to_networkx()
-    assert isinstance(graph, networkx.MultiDiGraph)
-    kinds = [(u, v, data["order"]) for u, v, data in graph.edges(data=True)]
-    assert ("arg0", 0, False) in kinds
-    assert (0, 1, True) in kinds
+    assert type(graph) is networkx.DiGraph
+    product, written = (node.outputs[0] for node in recording.graph.subgraph.nodes)
+    assert set(graph.nodes) == {"arg0", 0, product, 1, written}
+    assert {(u, v): (data["positions"], data["order"]) for u, v, data in graph.edges(data=True)} == {
+        ("arg0", 0): ((0,), False),
+        (0, product): ((0,), False),
+        ("arg0", 1): ((0,), False),
+        (1, written): ((0,), False),
+        (0, 1): ((), True),
+    }
 
 
 def test_order_edges_are_transitive_over_aliases():

@@ -46,13 +46,29 @@ EXPECTED = {
         "add_rms_norm": 2 * LAYERS + 3 * LAYERS,
         "rms_norm": 2,
     },
+    # Embeddings are scaled, so that the first norm is one region with them; norms multiply by 1 + weight.
+    "gemma": LLAMA | {"swiglu": 0, "geglu_tanh": LAYERS, "rms_norm": 0, "embedding_scale_norm": 1},
+    # Branches are scaled before they are added: one kernel for both saves writing and reading the scaled branch, one
+    # for sum and norm only reading the sum. So each norm but the first, which goes with the embedding, is alone.
+    "granite": LLAMA
+    | {"add_rms_norm": 0, "scaled_residual": 2 * LAYERS, "rms_norm": 2 * LAYERS, "embedding_scale_norm": 1},
+    "smollm3": LLAMA | {"rope": LAYERS - 1},  # one of the layers has no position embedding
+    "glm": LLAMA | {"parallel_linear": LAYERS},  # gate and up are one linear, halves of the heads are turned
+    # Branches are normed before they are added, and nothing is normed before a branch: only the model's last norm reads
+    # a sum. Query and key are normed as a whole.
+    "olmo2": LLAMA | {"add_rms_norm": 0, "norm_add_norm": 1, "rms_norm": 4 * LAYERS - 1},
+    # torch's LayerNorm is one op, and none alone. A quarter of the heads is turned.
+    "stablelm": {"parallel_linear": 2 * LAYERS, "rope": LAYERS, "add_layer_norm": 2 * LAYERS, "swiglu": LAYERS},
+    "starcoder2": {"parallel_linear": LAYERS, "rope": LAYERS, "add_layer_norm": 2 * LAYERS},  # its MLP has no gate
+    "distilbert": {"parallel_linear": LAYERS, "add_layer_norm": 2 * LAYERS + 1},  # two embeddings are summed and normed
     "bert": {"parallel_linear": LAYERS, "add_layer_norm": 2 * LAYERS, "bias_add_layer_norm": 1},  # three embeddings
 }
 
 
 def recorded(name):
     model, ids = zoo.build(name), zoo.ids(12)
-    options = {"t5": {"decoder_input_ids": ids[:, :10], "use_cache": False}, "bert": {}}.get(name, {"use_cache": False})
+    whole = {"t5": {"decoder_input_ids": ids[:, :10], "use_cache": False}, "bert": {}, "distilbert": {}}
+    options = whole.get(name, {"use_cache": False})
     with torch.no_grad(), record(ids) as recording:
         recording.output(model(input_ids=ids, **options).logits)
     return recording.graph, ids
