@@ -16,7 +16,6 @@ from graph_capture.codegen.launches import BoundKernel, Chain, Operand, Prepares
 from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.values import Arg, arg_indices
 
-
 LONGEST = 80  # letters of a name
 
 
