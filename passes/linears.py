@@ -50,7 +50,7 @@ def merge_linears(
         if reason is not None:
             tally.refuse(graph, linears, reason)
             continue
-        found.append(Contraction(tuple(linears), _merged(graph, linears)))
+        found.append(Contraction(tuple(linears), merged_linears(graph, linears)))
     if not found:
         return graph, tally.receipt()
     result, dropped = contract(graph, found, dependencies)
@@ -117,7 +117,8 @@ def _unviewable(graph: SubGraph, name: str, nodes: Sequence[OpNode]) -> str | No
     return unviewable(graph, name, whole[..., : shape[-1]])
 
 
-def _merged(graph: SubGraph, linears: Sequence[int]) -> OpNode:
+def merged_linears(graph: SubGraph, linears: Sequence[int]) -> OpNode:
+    """The region of these linears, which read one input."""
     members = tuple(graph.nodes[index] for index in linears)
     plain, inputs = body_of(graph, linears, [node.outputs[0] for node in members])
     nodes: list[OpNode] = []

@@ -47,6 +47,11 @@ class FusedGraph:
     def __init__(self, program: Program, memory: Memory | None = None) -> None:
         self.samples: deque[Verification] = deque(maxlen=16)
         self._replays = itertools.count(1)
+        self._later: Callable[[Program], Program] | None = None
+        self._memory = memory
+        self._bind(program)
+
+    def _bind(self, program: Program) -> None:
         self._inlines = self._given_up = False  # library calls that were not recorded are steps; one has failed
         self._program = program
         self._region_steps: list[RegionStep] = []
@@ -74,7 +79,18 @@ class FusedGraph:
         make: Callable[..., Replay] = Replay
         if on_cuda and config.cuda_graph == "auto":
             make = functools.partial(GraphReplay, recorded.undone)
-        self._replay = make(executor, dynamic, memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode)
+        self._replay = make(
+            executor, dynamic, self._memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode
+        )
+
+    def decide_later(self, decide: Callable[[Program], Program]) -> None:
+        """Have `decide` decide the program's regions before the first replay, rather than now."""
+        self._later = decide
+
+    def _settle(self) -> None:
+        if self._later is not None:
+            decide, self._later = self._later, None
+            self._bind(decide(self._program))
 
     @property
     def program(self) -> Program:
@@ -174,6 +190,8 @@ class FusedGraph:
 
     def replay(self, call: Bound | FastCall) -> Any:
         """Replay on a call that is known to fit."""
+        if self._later is not None:
+            self._settle()
         every = self.config.verify_every
         if every and next(self._replays) % every == 0:
             sample = check_sample(self.program, self.tensors(call))
@@ -252,6 +270,7 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
+        self._settle()
         return bisect(self.program, self.recorded.bind(args, kwargs), self.constant_tensors(), tolerance)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
@@ -262,6 +281,7 @@ class FusedGraph:
         Raises:
             SignatureMismatchError: as `__call__`.
         """
+        self._settle()
         return verify(self.program, self.tensors(self.recorded.bind(args, kwargs)))
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:

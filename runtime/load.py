@@ -17,12 +17,16 @@ from typing import Any
 import torch
 
 from graph_capture.cache import environment_key
-from graph_capture.errors import CacheError, CaptureError, FusionError
-from graph_capture.ir.graph import SubGraph
+from graph_capture.errors import CacheError, FusionError
+from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.graph_json import Decoder, as_dict, as_list, text
 from graph_capture.ir.ops import FUSED
+from graph_capture.ir.values import TensorMeta
+from graph_capture.passes.decode import is_merged
+from graph_capture.passes.linears import merged_linears
 from graph_capture.passes.pipeline import Rewritten
 from graph_capture.passes.receipts import Receipt
+from graph_capture.passes.rewrite import body_of, expand, values_of
 from graph_capture.record.guards import Guards
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
@@ -46,7 +50,8 @@ def load(
     """A fused graph that `FusedGraph.save` has written; it replays without the model's code.
 
     Decisions are taken over on the kind of machine, and with the versions, that they were made with; elsewhere regions
-    are decided anew. Kernels come from the disk cache, or are compiled.
+    are decided anew, at the first replay: loading runs nothing that the file names. Kernels come from the disk cache,
+    or are compiled.
 
     Args:
         path: the file.
@@ -63,10 +68,10 @@ def load(
         return _decode(as_dict(json.loads(content)), tensors, _by_name(weights), config or FusionConfig())
     except CacheError as error:
         raise CacheError(f"{path}: {error}") from error
-    except (CaptureError, ValueError, TypeError, KeyError, IndexError, RuntimeError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     except (OSError, MemoryError) as error:
         raise CacheError(f"{path} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever nonsense leads to
+        raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[str, Any]:
@@ -114,7 +119,11 @@ def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tenso
     found = tuple(map(regions.decode, as_list(table.get("regions"))))
     receipts = tuple(map(_receipt, as_list(table.get("receipts"))))
     whole = None if table.get("whole") is None or not same else _decode_decision(table["whole"])
-    return FusedGraph(Program(graph, Rewritten(rewritten, constants, receipts, ()), found, config, whole))
+    program = Program(graph, Rewritten(rewritten, constants, receipts, ()), found, config, whole)
+    fused = FusedGraph(program)
+    if regions.undecided:
+        fused.decide_later(regions.decide)
+    return fused
 
 
 def _receipt(value: Any) -> Receipt:
@@ -134,6 +143,23 @@ def _check_values(graph: SubGraph) -> None:
     _check(names <= graph.values.keys(), "values without a layout")
 
 
+def _check_origin(node: OpNode, values: Mapping[str, TensorMeta]) -> None:
+    """A region's kernel and its recorded ops are made of the same nodes.
+
+    Raises:
+        CaptureError: they are not, or these are no graph.
+    """
+    members = SubGraph(node.origin, node.inputs, node.outputs, values_of(node.origin, values))
+    SubGraph(node.recorded, node.inputs, node.outputs)
+    if is_merged(node):
+        expected = merged_linears(members, range(len(members)))
+        same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
+    else:
+        flat = expand(members, is_merged)
+        same = body_of(flat, range(len(flat)), node.outputs) == (node.attr("body"), node.inputs)
+    _check(same, f"{node.op_type} is not made of the ops that it stands for")
+
+
 def _decode_decision(value: Any) -> Decision:
     table = as_dict(value)
     before, after = table.get("t_fallback"), table.get("t_fused")
@@ -148,6 +174,17 @@ class _RegionDecoder:
 
     def __init__(self, decoder: Decoder, graph: SubGraph, heuristics: FusionHeuristics, same: bool) -> None:
         self.decoder, self.values, self.heuristics, self.same = decoder, graph.values, heuristics, same
+        self.undecided: dict[str, LibraryKernel | None] = {}  # region -> the library calls that it may be, if any
+
+    def decide(self, program: Program) -> Program:
+        """A program whose regions are decided as is best on this machine: their ops run, to be timed."""
+        regions = []
+        for region in program.regions:
+            if region.name in self.undecided:
+                library = self.undecided[region.name]
+                region = decide_region(self.heuristics, region, [] if library is None else [library])
+            regions.append(region)
+        return replace(program, regions=tuple(regions))
 
     def decode(self, value: Any) -> Region:
         table = as_dict(value)
@@ -162,6 +199,7 @@ class _RegionDecoder:
         _check(
             all(re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) for name in names), "a region's names are damaged"
         )
+        _check_origin(node, self.values)
         parts = None if table.get("parts") is None else self.decoder.graph(table["parts"])
         kind = table.get("kernel")
         library = None
@@ -174,7 +212,9 @@ class _RegionDecoder:
             return region
         if self.same:
             return self._compiled(region)
-        return decide_region(self.heuristics, region, [] if library is None else [library])
+        _check(region.name not in self.undecided, f"there are two regions {region.name}")
+        self.undecided[region.name] = library
+        return replace(region, decision=Decision(False, "is decided at the first replay"), kernel=None)
 
     def _compiled(self, region: Region) -> Region:
         body, node = region.body, region.node

@@ -12,27 +12,14 @@ import torch
 from graph_capture.errors import CacheError, CaptureError
 from graph_capture.ir.binding import arguments
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.ops import EXTERNAL, FUSED, GUARD, TABLE, op
+from graph_capture.ir.ops import FUSED
+from graph_capture.ir.savable import is_savable
 from graph_capture.ir.values import Arg, Source, TensorMeta, arg_indices
 
 # torch's enumerations in attributes, by a tag; each is a public name of torch.
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
-_OPENS_FILES = frozenset({"aten.from_file.default", "aten.from_file.out"})
 
 Extra = Mapping[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]]  # tag -> type, to JSON, from JSON
-
-
-def is_savable(name: str) -> bool:
-    """Whether an op may be named in a file: it is in the op table, is an ATen overload, or guards one of these."""
-    name = name.removeprefix(GUARD)
-    if name in TABLE:
-        return name != EXTERNAL
-    if not re.fullmatch(r"aten\.\w+\.\w+", name) or name in _OPENS_FILES:
-        return False
-    try:
-        return op(name).overload is not None
-    except (CaptureError, AttributeError):
-        return False
 
 
 class Encoder:
@@ -67,7 +54,9 @@ class Encoder:
         if known is not None:
             return known
         if not node.op_type.startswith(FUSED) and not is_savable(node.op_type):
-            raise CaptureError(f"{node.op_type} at {node.source} cannot be saved: only ops of torch itself can")
+            raise CaptureError(
+                f"{node.op_type} at {node.source} cannot be saved: only ops of torch without effects can"
+            )
         origin = [self.node(inner) for inner in node.origin]
         attrs = {key: self.value(value) for key, value in node.attrs}
         source = None if node.source is None else list(node.source)
@@ -180,7 +169,9 @@ def _check_op(node: OpNode) -> None:
             raise CacheError(f"{node.op_type} lacks what it stands for")
         return
     if not is_savable(node.op_type):
-        raise CacheError(f"{node.op_type!r} is no op of the op table or of ATen")
+        raise CacheError(f"{node.op_type!r} is no op of the op table or of ATen that a file may name")
+    if node.op_type.startswith("aten.") and node.attr("dropout_p"):
+        raise CacheError(f"{node.op_type} with dropout draws random numbers")
     try:
         given = arguments(node)
     except CaptureError as error:

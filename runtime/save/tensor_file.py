@@ -65,6 +65,8 @@ def decode_tensors(table: Mapping[str, Any], file: Any, given: Tensors, graph: S
         meta, recorded = decode_meta(entry.get("meta")), graph.values.get(name)
         if recorded is None or (meta.shape, meta.stride, meta.dtype, meta.device) != recorded[:4]:
             raise CacheError(f"the layout of {name!r} is not what the graph was recorded with")
+        if meta.device.type == "meta":
+            raise CacheError(f"{name!r} is on the meta device, where nothing has values")
         if name in given:
             found[name] = given[name]
         elif "tensor" in entry:
