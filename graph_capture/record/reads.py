@@ -7,6 +7,7 @@ and of the standard library are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dis
 import functools
@@ -111,7 +112,7 @@ class Reads:
     def __init__(self, state: State, *, grad: bool = False) -> None:
         self.state = state
         self.codes: list[types.CodeType] = []
-        self.suspended = False
+        self._suspended = 0  # how many reasons there are not to look
         self._grad = grad
         self._done: set[int] = set()  # ids of code that is not looked at (again)
         self._kept: list[types.CodeType] = []  # so that the ids stay valid
@@ -145,19 +146,28 @@ class Reads:
             if function is not None:
                 self.state.function(function, function.__qualname__)
 
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What runs meanwhile runs anew at each replay: what it reads does not count."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
     # --- events
 
     def _collecting(self, phase: str, info: Any) -> None:
         """Garbage is collected: what runs meanwhile is not the code's doing."""
         if threading.get_ident() == self._thread:
-            self.suspended = True
+            self._suspended += 1 if phase == "start" else 0
 
     def _collected(self, phase: str, info: Any) -> None:
-        if phase == "stop":
-            self.suspended = False
+        if phase == "stop" and threading.get_ident() == self._thread and self._suspended:
+            self._suspended -= 1
 
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self.suspended:
+        if self._suspended:
             pass
         elif event == "call":
             if id(frame.f_code) not in self._done:

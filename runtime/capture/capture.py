@@ -181,7 +181,8 @@ class Captured(StandIn):
         call = recorded.signature.match(args, kwargs, self._surroundings)
         if call is None or recorded.fit.misfit(call.tensors, recorded.guards.moves) is not None:
             return None
-        return (call, variants) if not (recorded.signature.requires_grad and torch.is_grad_enabled()) else None
+        graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
+        return None if graded else (call, variants)
 
     def _candidates(self, key: Key, call: Call) -> tuple[list[FusedGraph], str | None]:
         """The recordings of a signature that fit, the latest first; why others do not."""
