@@ -39,7 +39,7 @@ class Captured(StandIn):
     what a function uses from around it (its closure, its globals, its ``self``), and what is switched on around the call
     (autocast, default dtype and device, flags). At most `max_signatures` are kept; the one used longest ago goes first.
     Everything else that a recording read is guarded; see `guards`. Attributes and methods of a captured module are
-    reached through it; a copy or a pickled one records anew.
+    reached through it; a copy records anew.
 
     Attributes:
         misses: why the latest recordings were made, oldest first: what differed, what it was and what it is.
