@@ -44,7 +44,7 @@ def matcher(
     """A function of a call's ``args``, ``kwargs`` and surroundings; None where the signature is too unusual for one.
 
     Args:
-        kinds: class, `requires_grad`, bits and attributes of each tensor; None where they do not count.
+        kinds: class, bits and attributes of each tensor; None where they do not count.
     """
     try:
         return _Matcher(arguments, contents, sharing, metas, closed, kinds).compiled()
@@ -126,10 +126,10 @@ class _Matcher:
         shape, stride = self._constant(meta.shape), self._constant(meta.stride)
         self._refuse_unless(f"type({name}) in plain and {name}.layout is strided and {name}.shape == {shape}")
         if self._kinds is not None:
-            kind, requires_grad, conjugate, negative, attributes = self._kinds[number]
+            kind, conjugate, negative, attributes = self._kinds[number]
             if conjugate or negative or attributes is not None or kind not in _PLAIN:
                 raise _TooUnusual
-            self._refuse_unless(f"type({name}) is {self._constant(kind)} and {name}.requires_grad is {requires_grad}")
+            self._refuse_unless(f"type({name}) is {self._constant(kind)}")
             self._refuse_unless(f"not ({name}.__dict__ or {name}.is_neg() or {name}.is_conj())")
         dtype, device = self._constant(meta.dtype), self._constant(meta.device)
         self._refuse_unless(f"{name}.stride() == {stride} and {name}.dtype is {dtype} and {name}.device == {device}")

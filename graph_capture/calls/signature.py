@@ -1,7 +1,6 @@
 """What a call looks like: the structure of its arguments, each tensor's layout, which of them share memory.
 
-Tensors count by shape, stride, dtype, device, aliasing, class, `requires_grad`, and the bits of conjugate and negative
-views; Python values by equality and type; containers and objects by what they hold; modules and functions by identity
+Tensors count by shape, stride, dtype, device, aliasing, class, attributes, and the bits of conjugate and negative views; Python values by equality and type; containers and objects by what they hold; modules and functions by identity
 (see `graph_capture.calls.structure`).
 """
 
@@ -68,7 +67,6 @@ class Signature:
         names: a value name for each distinct tensor.
         metas: their layouts.
         closed: the objects that count by identity, by their ids.
-        requires_grad: whether one of the recorded tensors did.
     """
 
     def __init__(self, call: Call) -> None:
@@ -78,7 +76,6 @@ class Signature:
         self.metas = tuple(TensorMeta.of(tensor) for tensor in call.tensors)
         self.closed = call.walk.closed  # kept alive: the key holds their ids
         self.strict = True  # otherwise, of a tensor only shape, strides, dtype and device count
-        self.requires_grad = any(tensor.requires_grad for tensor in call.tensors)
 
     @classmethod
     def restored(
@@ -92,7 +89,7 @@ class Signature:
         """A signature from its parts, with nothing in it that counts by identity."""
         self = cls.__new__(cls)
         self.key = (arguments, contents, tuple(map(_layout_of, metas)), sharing)
-        self.strict = self.requires_grad = False
+        self.strict = False
         self._order = dict.fromkeys(label for label, _ in arguments)
         self.names, self.metas, self.closed = names, metas, {}
         return self
@@ -100,7 +97,7 @@ class Signature:
     @cached_property
     def _matcher(self) -> Matcher | None:
         arguments, contents, layouts, sharing = self.key
-        kinds = [layout[-5:] for layout in layouts] if self.strict else None
+        kinds = [layout[-4:] for layout in layouts] if self.strict else None
         return matcher(arguments, contents, sharing, self.metas, self.closed, kinds)
 
     def match(
@@ -121,7 +118,7 @@ class Signature:
         """
         key = call.key
         if not self.strict:
-            key = (*key[:2], tuple([layout[:-5] for layout in key[2]]), key[3])
+            key = (*key[:2], tuple([layout[:-4] for layout in key[2]]), key[3])
         if key != self.key:
             raise SignatureMismatchError(self.difference(call))
 
@@ -203,8 +200,8 @@ class _Comparison:
         return None if old == new else self._unlike(old, new, label)
 
     def _other_tensor(self, number: int, tensor: torch.Tensor, given: tuple[Any, ...], wanted: tuple[Any, ...]) -> str:
-        if self._signature.strict and given[:-5] == wanted[:-5]:
-            kinds = zip(_KINDS, wanted[-5:], given[-5:], strict=True)
+        if self._signature.strict and given[:-4] == wanted[:-4]:
+            kinds = zip(_KINDS, wanted[-4:], given[-4:], strict=True)
             what, before, now = next((what, b, n) for what, b, n in kinds if b != n)
             return f"its {what} was {before} and is now {now}"
         return f"expected {_full(self._signature.metas[number])}, got {_full(TensorMeta.of(tensor))}"
@@ -273,14 +270,14 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (tensor.shape, _counting(tensor.shape, tensor.stride()), tensor.dtype, tensor.device)
 
 
-_KINDS = ("class", "requires_grad", "conjugate bit", "negative bit", "attributes")
+_KINDS = ("class", "conjugate bit", "negative bit", "attributes")
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What Python code, or an op, can tell of a tensor besides its layout."""
     if tensor.layout != torch.strided:
-        return (type(tensor), tensor.requires_grad, False, False)
-    return (type(tensor), tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
+        return (type(tensor), False, False)
+    return (type(tensor), tensor.is_conj(), tensor.is_neg())
 
 
 def _layout_of(meta: TensorMeta) -> tuple[Any, ...]:

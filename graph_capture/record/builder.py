@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graph_capture.calls.context import context
+from graph_capture.calls.foreign import handle_of
 from graph_capture.calls.signature import Call, Surroundings
 from graph_capture.calls.structure import Walk
 from graph_capture.calls.template import ResultTemplate
@@ -75,7 +76,8 @@ class GraphBuilder(Names):
         inputs, attrs = pack(target, args, kwargs, self.name_of)
         if self._check is not None:
             self._announce(target, inputs, attrs)
-        result = shaped(target, args, kwargs, run) if self.metadata_only else run()
+        with self.reads_of_code.elsewhere():
+            result = shaped(target, args, kwargs, run) if self.metadata_only else run()
         outputs = flatten_outputs(result)
         if outputs or not target.returns_values:
             self._write(target, inputs, attrs, outputs)
@@ -177,10 +179,11 @@ class GraphBuilder(Names):
     def reads(self, target: Op, args: Any, kwargs: Any, run: Callable[[], Any], what: str | None = None) -> Any:
         """Run a call whose result Python sees, under a guard where the result depends on data."""
         if not self.suspended and self.depends(f"what {what or target.name} gives Python", args):
-            with self.suspend():
+            with self.suspend(), self.reads_of_code.elsewhere():
                 expected = target.function(*args, **kwargs)
             self._append_guard(target, args, kwargs, expected)
-        return run()
+        with self.reads_of_code.elsewhere():
+            return run()
 
     def guard_shapes(self, result: Any) -> None:
         """Guard the shapes of tensors that an op has just made: they depend on data."""
@@ -324,6 +327,8 @@ class GraphBuilder(Names):
             CaptureError: it does.
         """
         replaced = {id(before) for _, before, _ in changed if isinstance(before, torch.Tensor)}
+        handles = (handle_of(before) for _, before, _ in changed) if self.exposures.adapters else ()
+        replaced |= {id(self.exposures.get(handle)) for handle in handles if handle is not None}
         for name, tensor in self.captured.items():
             if name not in self._constants and (
                 id(tensor) in replaced or orphaned(self.captured, name) or name in self._freed()

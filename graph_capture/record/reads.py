@@ -7,6 +7,7 @@ and of the standard library are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dis
 import functools
@@ -16,6 +17,7 @@ import os
 import random
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,13 +34,14 @@ from graph_capture.record.state import State, builtins_of, chained
 
 _PACKAGES = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("purelib", "platlib"))
 _STANDARD = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
+_PASSED_OVER = {"torch", "numpy", "triton", "ninetoothed", *LIBRARIES}
 # Functions that give Python something which no guard can hold on to.
 _CLOCKS = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime", "urandom", "uuid1", "uuid4"}
 _CLOCK_OWNERS = {"time", "datetime", "posix", "nt"}
 _MODES = {"is_grad_enabled"}
 
 
-class Chain(NamedTuple):
+class NameChain(NamedTuple):
     """A name in some code, and the attributes that are asked of it.
 
     Attributes:
@@ -51,10 +54,10 @@ class Chain(NamedTuple):
     level: int = 0
 
 
-_chains: weakref.WeakKeyDictionary[types.CodeType, tuple[Chain, ...]] = weakref.WeakKeyDictionary()
+_chains: weakref.WeakKeyDictionary[types.CodeType, tuple[NameChain, ...]] = weakref.WeakKeyDictionary()
 
 
-def chains(code: types.CodeType) -> tuple[Chain, ...]:
+def chains(code: types.CodeType) -> tuple[NameChain, ...]:
     """What the bytecode of a function names, with the attributes that follow each name."""
     found = _chains.get(code)
     if found is None:
@@ -62,7 +65,7 @@ def chains(code: types.CodeType) -> tuple[Chain, ...]:
     return found
 
 
-def _chains_of(code: types.CodeType) -> Iterator[Chain]:
+def _chains_of(code: types.CodeType) -> Iterator[NameChain]:
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PUSH_NULL", "PRECALL")]
     imported: dict[str, tuple[str, int]] = {}  # local variable -> the module in it
     latest: tuple[str, int] | None = None
@@ -70,20 +73,20 @@ def _chains_of(code: types.CodeType) -> Iterator[Chain]:
         name, value = instruction.opname, instruction.argval
         following = instructions[index + 1 :]
         if name in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            yield Chain("global", value, _attributes(following))
+            yield NameChain("global", value, _attributes(following))
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
-            yield Chain("free", value, _attributes(following))
+            yield NameChain("free", value, _attributes(following))
         elif name == "IMPORT_NAME":
             level = instructions[index - 2].argval if index >= 2 else 0
             latest = (value, level if isinstance(level, int) else 0)
             if following and following[0].opname in ("STORE_FAST", "STORE_DEREF"):
                 imported[following[0].argval] = latest
         elif name == "IMPORT_FROM" and latest is not None:
-            yield Chain("import", latest[0], (value,), latest[1])
+            yield NameChain("import", latest[0], (value,), latest[1])
         elif name.startswith("LOAD_FAST") and value in imported:
             module, level = imported[value]
             top = module if "." not in module or level else module.partition(".")[0]
-            yield Chain("import", top, _attributes(following), level)
+            yield NameChain("import", top, _attributes(following), level)
 
 
 def _attributes(instructions: list[dis.Instruction]) -> tuple[str, ...]:
@@ -109,7 +112,7 @@ class Reads:
     def __init__(self, state: State, *, grad: bool = False) -> None:
         self.state = state
         self.codes: list[types.CodeType] = []
-        self.suspended = False
+        self._suspended = 0  # how many reasons there are not to look
         self._grad = grad
         self._done: set[int] = set()  # ids of code that is not looked at (again)
         self._kept: list[types.CodeType] = []  # so that the ids stay valid
@@ -117,6 +120,7 @@ class Reads:
         self._inner: set[int] = set()  # ids of the code of functions that may have been made inside
         self._unreached: list[weakref.ref[types.FunctionType]] = []
         self._before: Any = None
+        self._thread = threading.get_ident()
         state.generators += [
             Probe(random.getstate, "the random numbers of Python's `random`"),
             Probe(lambda: repr(numpy.random.get_state()), "the random numbers of `numpy.random`"),
@@ -124,11 +128,15 @@ class Reads:
 
     def __enter__(self) -> Reads:
         self._before = sys.getprofile()
+        gc.callbacks.insert(0, self._collecting)
+        gc.callbacks.append(self._collected)
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: object) -> None:
         before = self._before
+        gc.callbacks.remove(self._collecting)
+        gc.callbacks.remove(self._collected)
         sys.setprofile(before if callable(before) else None)
 
     def finish(self) -> None:
@@ -138,13 +146,33 @@ class Reads:
             if function is not None:
                 self.state.function(function, function.__qualname__)
 
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What runs meanwhile runs anew at each replay: what it reads does not count."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
     # --- events
 
+    def _collecting(self, phase: str, info: Any) -> None:
+        """Garbage is collected: what runs meanwhile is not the code's doing."""
+        if threading.get_ident() == self._thread:
+            self._suspended += 1 if phase == "start" else 0
+
+    def _collected(self, phase: str, info: Any) -> None:
+        if phase == "stop" and threading.get_ident() == self._thread and self._suspended:
+            self._suspended -= 1
+
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        if self._suspended:
+            pass
+        elif event == "call":
             if id(frame.f_code) not in self._done:
                 self._met(frame)
-        elif event == "c_call" and not self.suspended:
+        elif event == "c_call":
             name = getattr(arg, "__name__", None)
             if name in _CLOCKS or name in _MODES:
                 self._asks(frame, name, arg)
@@ -156,7 +184,7 @@ class Reads:
         plain = not code.co_freevars
         if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
             self._skip(code)
-            if is_higher_order(code.co_filename) and not self.suspended:
+            if is_higher_order(code.co_filename):
                 raise CaptureError(
                     f"{frame.f_globals.get('__name__')}.{code.co_name} was called at {caller()}: higher-order operators are "
                     "not recorded. Write the choice with torch.where, or leave this part uncaptured"
@@ -207,6 +235,8 @@ class Reads:
         for index, name in enumerate(attributes):
             path = f"{path}.{name}"
             if isinstance(value, types.ModuleType):
+                if value.__name__.partition(".")[0] in _PASSED_OVER - {"torch", "numpy"}:
+                    return
                 lazy = type(value) is not types.ModuleType or "__getattr__" in vars(value)
                 if lazy and name not in vars(value):
                     return
@@ -245,7 +275,7 @@ def _content(cell: types.CellType) -> Any:
         return MISSING
 
 
-def _module(chain: Chain, table: dict[str, Any]) -> Any:
+def _module(chain: NameChain, table: dict[str, Any]) -> Any:
     """The module that code imports inside a function, if it has been imported."""
     name = chain.root
     if chain.level:
@@ -259,7 +289,7 @@ def _module(chain: Chain, table: dict[str, Any]) -> Any:
 @functools.cache
 def _is_looked_at(file: str, module: str) -> bool:
     """Whether what the functions of a file read is noted."""
-    if not is_user_file(file, unnamed=True) or module.partition(".")[0] in ("torch", *LIBRARIES):
+    if not is_user_file(file, unnamed=True) or module.partition(".")[0] in _PASSED_OVER:
         return False
     if os.path.basename(file) == "os.py":
         return True  # it reads the environment for the code

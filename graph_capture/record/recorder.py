@@ -8,7 +8,6 @@ into nodes.
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,36 +23,21 @@ from graph_capture.errors import CaptureError
 from graph_capture.ir.ops import op, op_of
 from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.recorded import RecordedGraph
+from graph_capture.record.treatments import (
+    PROPERTIES,
+    READS_DATA,
+    READS_INPUTS,
+    Treatment,
+    by_values,
+    read_by,
+    treatment_of,
+)
 from graph_capture.record.whole_calls import SEMANTIC
 
 _active = threading.local()
 _patching = threading.Lock()
 _recordings = 0  # how many are active in all threads
 aten = torch.ops.aten
-
-# Methods that hand a tensor's data to Python below the dispatcher.
-_READS_DATA = {
-    torch.Tensor.tolist: "tolist()",
-    torch.Tensor.numpy: "numpy()",
-    torch.Tensor.__array__: "numpy.asarray()",
-    torch.Tensor.__dlpack__: "__dlpack__()",
-}
-
-# What Python code can ask of a tensor besides what a signature holds.
-_PROPERTIES = {
-    (asked if callable(asked) else asked.__get__): name
-    for name in (
-        "storage_offset",
-        "is_shared",
-        "is_pinned",
-        "is_inference",
-        "grad",
-        "_version",
-        "requires_grad",
-        "is_leaf",
-    )
-    for asked in (getattr(torch.Tensor, name),)
-} | {torch.Tensor.grad_fn.__get__: "grad_fn"}  # type: ignore[attr-defined]
 
 _SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -235,114 +219,34 @@ class _DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         writer = self.writer
-        treatment = _treatment(func)
-        if writer.suspended or treatment is _Treatment.RUN:
+        treatment = treatment_of(func)
+        if writer.suspended or treatment is Treatment.RUN:
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd's keys have done it
             with self:
                 return func.decompose(*args, **kwargs)
-        if treatment is _Treatment.RECORD:
+        if treatment is Treatment.RECORD:
             return writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
-        if treatment is _Treatment.CONSTANT:
+        if treatment is Treatment.CONSTANT:
             return writer.constant(args[0])
-        if treatment is _Treatment.READ:
+        if treatment is Treatment.READ:
             return writer.reads(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
-        if treatment is _Treatment.MIXED:
+        if treatment is Treatment.MIXED:
             raise CaptureError(
                 f"{func} gives Python numbers beside tensors ({writer.modules.source()}), and a replay would keep the "
                 "recorded ones. Let it give them as tensors"
             )
-        for position in _READS_INPUTS.get(func._opname, ()):
+        for position in READS_INPUTS.get(func._opname, ()):
             writer.reads(op("values"), args[position : position + 1], {}, _nothing, what=f"{func._opname} reads")
-        depends = _by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
+        depends = by_values(func, args) and writer.depends(f"the shape of the result of {func}", args)
         result = writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
         if depends:
             writer.guard_shapes(result)
         return result
 
 
-class _Treatment(enum.Enum):
-    RUN = "run it unrecorded"
-    RECORD = "record it"
-    CONSTANT = "its result is a literal of the code"
-    READ = "its result is a Python value"
-    MIXED = "its results are tensors and Python values"
-    SHAPE = "the shape of its result may depend on data"
-
-
-@functools.cache
-def _treatment(func: Any) -> _Treatment:
-    if not isinstance(func, torch._ops.OpOverload) or func.namespace == "profiler":
-        return _Treatment.RUN
-    if func is aten.lift_fresh.default:
-        return _Treatment.CONSTANT
-    if torch.Tag.data_dependent_output in func.tags:
-        return _Treatment.READ
-    tensors = ["Tensor" in str(value.type) for value in func._schema.returns]
-    if tensors and not any(tensors):
-        return _Treatment.READ if func.namespace != "aten" or func._opname in _NUMBERS else _Treatment.RUN
-    if not all(tensors) and func.namespace != "aten":
-        return _Treatment.MIXED
-    return _Treatment.SHAPE if torch.Tag.dynamic_output_shape in func.tags else _Treatment.RECORD
-
-
 def _nothing() -> None:
     pass
-
-
-# Of ATen's ops that give Python values, those whose values are data; the others tell shapes, or choose an algorithm.
-_NUMBERS = frozenset(
-    [
-        "_nnz",
-        "q_scale",
-        "q_zero_point",
-        "q_per_channel_axis",
-        "qscheme",
-        "_choose_qparams_per_tensor",
-        "is_coalesced",
-        "allclose",
-        "equal",
-        "is_nonzero",
-        "item",
-        "_nested_tensor_from_mask_left_aligned",
-        "_is_zerotensor",
-        "sparse_dim",
-        "dense_dim",
-        "_dimI",
-        "_dimV",
-    ]
-)
-# Ops that read the values of an input (by position) where no dispatch shows it, and give results of another shape.
-_READS_INPUTS: dict[str, tuple[int, ...]] = {
-    "_pack_padded_sequence": (1,),
-    "_pad_packed_sequence": (1,),
-    "_ctc_loss": (2, 3),
-    "ctc_loss": (2, 3),
-    "segment_reduce": (),
-}
-
-
-def _read_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors whose values a function reads in C++ above the dispatcher, to decide what it runs."""
-    if func in (torch.tensor_split, torch.Tensor.tensor_split):
-        given = [*args[1:2], kwargs.get("tensor_indices_or_sections"), kwargs.get("indices_or_sections")]
-    elif func in _RECURRENT and len(args) > 2 and not isinstance(args[2], (list, tuple)):
-        given = [args[1]]  # the batch sizes of a packed sequence
-    elif func in _RECURRENT and len(args) > 3 and isinstance(args[3], (list, tuple)):
-        given = [args[1]]
-    else:
-        return []
-    return [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
-
-
-_RECURRENT = frozenset(getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-
-
-def _by_values(func: Any, args: Any) -> bool:
-    """Whether the shape of the result does depend on values: of ``aten.index``, only with a mask among the indices."""
-    return func is not aten.index.Tensor or any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-    )
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -353,16 +257,16 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         writer = self.writer
-        if func in _READS_DATA:
-            return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=_READS_DATA[func])
+        if func in READS_DATA:
+            return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=READS_DATA[func])
         if func is torch._C._set_grad_enabled:
             writer.grad.set(*args)
         if func == _SETS_DATA:
             writer.replaces_memory(args[0])
-        for tensor in [] if writer.suspended else _read_by(func, args, kwargs):
+        for tensor in [] if writer.suspended else read_by(func, args, kwargs):
             writer.reads(op("values"), (tensor,), {}, _nothing, what=f"{getattr(func, '__name__', func)} reads")
-        if func in _PROPERTIES and not writer.suspended:
-            writer.asked(func, _PROPERTIES[func], args[0])
+        if func in PROPERTIES and not writer.suspended:
+            writer.asked(func, PROPERTIES[func], args[0])
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)

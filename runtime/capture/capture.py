@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 from collections import OrderedDict, deque
@@ -22,6 +21,7 @@ from graph_capture.record.diff import differences
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.recorder import DataDependent, Recording, is_recording
 from graph_capture.runtime.capture.buckets import Bucket, Buckets, compare
+from graph_capture.runtime.capture.standin import StandIn
 from graph_capture.runtime.capture.surroundings import surroundings
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fuse import FusionScheduler
@@ -32,14 +32,14 @@ VARIANTS = 8  # recordings of one signature, for values that Python reads
 Key = tuple[Any, ...]
 
 
-class Captured:
+class Captured(StandIn):
     """A callable that records at the first call of each signature and replays the fused graph afterwards.
 
     A signature is the structure of the arguments, the layout and the kind of each tensor, the value of everything else,
     what a function uses from around it (its closure, its globals, its ``self``), and what is switched on around the call
     (autocast, default dtype and device, flags). At most `max_signatures` are kept; the one used longest ago goes first.
     Everything else that a recording read is guarded; see `guards`. Attributes and methods of a captured module are
-    reached through it; a copy or a pickled one records anew.
+    reached through it; a copy records anew.
 
     Attributes:
         misses: why the latest recordings were made, oldest first: what differed, what it was and what it is.
@@ -49,7 +49,6 @@ class Captured:
         self,
         function: Callable[..., Any],
         config: FusionConfig | None,
-        *,
         max_signatures: int,
         check: Any,
         data_dependent: DataDependent,
@@ -182,7 +181,8 @@ class Captured:
         call = recorded.signature.match(args, kwargs, self._surroundings)
         if call is None or recorded.fit.misfit(call.tensors, recorded.guards.moves) is not None:
             return None
-        return (call, variants) if not (recorded.signature.requires_grad and torch.is_grad_enabled()) else None
+        graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)
+        return None if graded else (call, variants)
 
     def _candidates(self, key: Key, call: Call) -> tuple[list[FusedGraph], str | None]:
         """The recordings of a signature that fit, the latest first; why others do not."""
@@ -316,64 +316,8 @@ class Captured:
     def __repr__(self) -> str:
         return f"<captured {self._function!r:.60}: {len(self._graphs)} signatures>"
 
-    # --- standing for the module
-
-    def __getattr__(self, name: str) -> Any:
-        """What the captured module or function has; a method that gives the module gives this."""
-        if name.startswith("__") or "_function" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        found = getattr(self._function, name)
-        if getattr(found, "__self__", None) is not self._function or not isinstance(self._function, torch.nn.Module):
-            return found
-
-        @functools.wraps(found)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            result = found(*args, **kwargs)
-            return self if result is self._function else result
-
-        return method
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = (
-            name.startswith("_") or name == "misses" or not isinstance(self.__dict__.get("_function"), torch.nn.Module)
-        )
-        if own:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._function, name, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        return _again(copy.deepcopy(self._function, memo), *self._made_with)
-
-    def __copy__(self) -> Captured:
-        return _again(self._function, *self._made_with)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self._function, *self._made_with)
-
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def _again(
-    function: Callable[..., Any],
-    config: FusionConfig | None,
-    max_signatures: int,
-    check: Any,
-    data_dependent: DataDependent,
-    verify: bool,
-    buckets: Mapping[str, Bucket],
-) -> Captured:
-    """A fresh capture."""
-    return Captured(
-        function,
-        config,
-        max_signatures=max_signatures,
-        check=check,
-        data_dependent=data_dependent,
-        verify=verify,
-        buckets=buckets,
-    )
 
 
 def capture(
@@ -418,15 +362,7 @@ def capture(
         raise ValueError(f"max_signatures must be at least 1, got {max_signatures}")
     if verify_every is not None:
         config = replace(config or FusionConfig(), verify_every=verify_every)
-    return Captured(
-        function,
-        config,
-        max_signatures=max_signatures,
-        check=check,
-        data_dependent=data_dependent,
-        verify=verify,
-        buckets=buckets or {},
-    )
+    return Captured(function, config, max_signatures, check, data_dependent, verify, buckets or {})
 
 
 def _as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

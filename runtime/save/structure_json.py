@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graph_capture.calls.signature import Signature
-from graph_capture.calls.structure import Spec
+from graph_capture.calls.structure import NAMES, Spec
 from graph_capture.calls.template import ResultTemplate
 from graph_capture.errors import CacheError, CaptureError
 from graph_capture.ir.graph_json import (
@@ -37,21 +37,34 @@ def encode_structure(graph: RecordedGraph) -> dict[str, Any]:
     if graph.rebindings:
         raise CaptureError(f"the code assigns {graph.rebindings[0].path}, which a saved graph cannot")
     arguments, contents, _, sharing = signature.key
+    changes, root, known = template.contents, template.root, template.known
     if graph.surroundings is not None:
         around = set(graph.surroundings())
+        variables = 0  # the last of the objects: what the function has around it
         for label, spec in arguments:
-            if label in around and not _is_plain(spec):
+            held = contents[spec[1]] if spec[0] == "ref" else None
+            variable = held is not None and held[0] in NAMES
+            if label not in around:
+                continue
+            if not all(map(_is_plain, held[2] if variable and held is not None else (spec,))):
                 raise CaptureError(f"{label!r}, which the captured function uses from around it, cannot be saved")
+            if variable and spec[1] in changes:
+                raise CaptureError(f"{label!r}, which the captured function assigns, cannot be saved")
+            variables += variable
         arguments = tuple(item for item in arguments if item[0] not in around)
+        contents = contents[: len(contents) - variables]
+        root = _renumbered(root, known, variables)
+        changes = {n - variables * (n >= known): _renumbered(c, known, variables) for n, c in changes.items()}
+        known -= variables
     return {
         "arguments": [[label, _encode(spec, f"argument {label}")] for label, spec in arguments],
         "contents": [_encode_content(content, "an argument") for content in contents],
         "sharing": [list(pair) for pair in sharing],
         "names": list(signature.names),
         "metas": [encode_meta(meta) for meta in signature.metas],
-        "result": _encode(template.root, "the result"),
-        "changes": [[number, _encode_content(c, "the result")] for number, c in template.contents.items()],
-        "known": template.known,
+        "result": _encode(root, "the result"),
+        "changes": [[number, _encode_content(c, "the result")] for number, c in changes.items()],
+        "known": known,
         "tensors": list(template.tensors),
     }
 
@@ -98,6 +111,15 @@ def _template(table: Mapping[str, Any], contents: Sequence[Spec]) -> ResultTempl
 
 def _is_plain(spec: Spec) -> bool:
     return spec[0] in ("value", "is")
+
+
+def _renumbered(spec: Any, known: int, by: int) -> Any:
+    """A spec, or a tuple of specs, in which the objects from number `known` on have lower numbers."""
+    if not isinstance(spec, tuple) or not by:
+        return spec
+    if len(spec) == 2 and spec[0] == "ref":
+        return ("ref", spec[1] - by * (spec[1] >= known))
+    return tuple(_renumbered(part, known, by) for part in spec)
 
 
 def _encode(spec: Spec, where: str) -> list[Any]:

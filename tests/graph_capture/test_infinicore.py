@@ -319,7 +319,7 @@ def test_from_torch_inside_shares_the_recorded_value(ic):
 def test_torch_memory_behind_a_captured_tensor_is_kept_alive(ic):
     held = [Y.clone()]
     held.append(ic.from_torch(held[0]))  # InfiniCore knows the address alone
-    graph, _ = recorded(lambda a: (a + held[1], held[0] * 2), *tensors(ic, X))
+    graph, _ = recorded(lambda a, ours=held[1], theirs=held[0]: (a + ours, theirs * 2), *tensors(ic, X))
     assert len(graph.captured) == 1
     held.clear()
     gc.collect()
