@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from graph_capture.errors import CaptureError
-from graph_capture.runtime.llm.sampling import SamplingKind, Sampler, Sampling, check_rows, rectangle
+from graph_capture.runtime.llm.sampling import Sampler, Sampling, SamplingKind, check_rows, rectangle
 
 _ENDED = object()
 

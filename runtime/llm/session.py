@@ -16,7 +16,7 @@ from graph_capture.record.recorder import Recording, record
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm.calling import Calling
-from graph_capture.runtime.llm.sampling import SamplingKind, Sampler, Sampling, check_rows, rectangle
+from graph_capture.runtime.llm.sampling import Sampler, Sampling, SamplingKind, check_rows, rectangle
 
 Progress = Callable[[str], None]
 SHORTEST = 16  # tokens of the smallest bucket
