@@ -22,6 +22,8 @@ class Decision:
     Attributes:
         cached: whether the times were measured by an earlier process.
         choice: which of the kernel's `candidates` was the fastest.
+        spread: how many times longer than the shortest sample of a side the next one was.
+        doubtful: whether the machine was too busy to tell; it is measured again later.
     """
 
     use: bool
@@ -30,6 +32,8 @@ class Decision:
     t_fused: float | None = None
     cached: bool = False
     choice: int = 0
+    spread: float = 1.0
+    doubtful: bool = False
 
     def __bool__(self) -> bool:
         return self.use

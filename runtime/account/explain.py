@@ -28,8 +28,9 @@ class Explanation:
     Attributes:
         rows: one dict for each group of equal regions with one outcome: ``region``, ``where``, ``alike``, ``ops``,
             ``bytes_before``, ``bytes_after``, ``bytes_saved`` (each for one region), ``t_fallback``, ``t_fused``
-            (seconds, or None), ``cached`` (measured by an earlier process), ``used``, ``reason``, ``parts`` (regions
-            inside, where there is no kernel).
+            (seconds, or None), ``cached`` (measured by an earlier process), ``used``, ``reason``, ``spread`` (how many
+            times longer than the shortest sample the next one was), ``doubtful`` (the machine was too busy to tell; it
+            is measured again later), ``parts`` (regions inside, where there is no kernel).
         rules: one dict for each rule: ``rule``, ``candidates``, ``matches``, ``refusals`` (reason -> count), ``places``
             (reason -> module path), ``removed`` (recorded ops that a clean-up pass removed).
         constant_bytes: memory of what is computed once.
@@ -166,11 +167,14 @@ def _decided(decision: Decision) -> dict[str, Any]:
         "cached": decision.cached,
         "used": decision.use,
         "reason": decision.reason,
+        "spread": decision.spread,
+        "doubtful": decision.doubtful,
     }
 
 
 def _verdict(row: dict[str, Any]) -> str:
-    return ("used: " if row["used"] else "not used: ") + row["reason"] + (" (cached)" if row["cached"] else "")
+    doubt = f", doubtful: samples differ by {row['spread']:.3g}x on a busy machine" if row["doubtful"] else ""
+    return ("used: " if row["used"] else "not used: ") + row["reason"] + doubt + (" (cached)" if row["cached"] else "")
 
 
 def _rule(receipt: Receipt) -> dict[str, Any]:

@@ -16,20 +16,55 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from graph_capture.cache import cache_folder, warn_once
+from graph_capture.runtime.decide.measure import is_doubtful, spread_of
 
-FILE = "decisions-2.sqlite"  # the number is that of the table's form
+FILE = "decisions-3.sqlite"  # the number is that of the table's form
+ATTEMPTS = 4  # to measure something on a machine that is always busy
 _WAIT = 1.0  # seconds that another process may keep the file locked
 _T = TypeVar("_T")
 
 
 class Times(NamedTuple):
-    """What was measured of a region: seconds a call; whether the kernel ran in an interpreter; and which of its
-    `candidates` was the fastest."""
+    """What was measured of a region.
+
+    Attributes:
+        fallback, fused: seconds a call.
+        interpreted: whether the kernel ran in an interpreter.
+        choice: which of its `candidates` was the fastest.
+        spread: how many times longer than the shortest sample of a side the next one was.
+        doubts: how often it was measured on a machine too busy to tell; 0 once it was not.
+    """
 
     fallback: float
     fused: float
     interpreted: bool = False
     choice: int = 0
+    spread: float = 1.0
+    doubts: int = 0
+
+    @classmethod
+    def of(cls, fallback: float, fused: float, interpreted: bool = False, choice: int = 0) -> Times:
+        """What `compare` has just found."""
+        timings = (fallback, fused)
+        doubts = int(not interpreted and is_doubtful(timings))
+        return cls(float(fallback), float(fused), interpreted, choice, spread_of(timings), doubts)
+
+    def after(self, earlier: Times | None) -> Times:
+        """These times, with what an `earlier` measurement in doubt says too: the least of each side."""
+        if earlier is None or not self.doubts:
+            return self
+        better = self if self.fused <= earlier.fused else earlier
+        return self._replace(
+            fallback=min(self.fallback, earlier.fallback),
+            fused=better.fused,
+            choice=better.choice,
+            doubts=earlier.doubts + 1,
+        )
+
+    @property
+    def stands(self) -> bool:
+        """Whether they are not to be measured again: they are beyond doubt, or were measured often enough."""
+        return not 0 < self.doubts < ATTEMPTS
 
 
 class DecisionStore:
@@ -48,17 +83,21 @@ class DecisionStore:
         """The times under `key`; None where there are none."""
 
         def ask(connection: sqlite3.Connection) -> Times | None:
-            query = "SELECT t_fallback, t_fused, interpreted, choice FROM decisions WHERE key = ?"
+            query = (
+                "SELECT t_fallback, t_fused, interpreted, choice, IFNULL(spread, 1.0), IFNULL(doubts, 0)"
+                " FROM decisions LEFT JOIN doubts USING (key) WHERE key = ?"
+            )
             return _times(connection.execute(query, (key,)).fetchone())
 
         return self._with(ask) if self.path.exists() else None
 
     def put(self, key: str, times: Times) -> None:
         """Keep the times under `key`."""
-        row = (key, *times, time.time())
+        row = (key, *times[:4], time.time())
 
         def tell(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?)", (key, times.spread, times.doubts))
 
         self._with(tell)
 
@@ -94,6 +133,7 @@ class DecisionStore:
                 "CREATE TABLE IF NOT EXISTS decisions"
                 " (key TEXT PRIMARY KEY, t_fallback REAL, t_fused REAL, interpreted INTEGER, choice INTEGER, made REAL)"
             )
+            connection.execute("CREATE TABLE IF NOT EXISTS doubts (key TEXT PRIMARY KEY, spread REAL, doubts INTEGER)")
         except BaseException:
             connection.close()
             raise
@@ -120,10 +160,10 @@ def _count(connection: sqlite3.Connection) -> int:
 def _times(row: object) -> Times | None:
     """A row's times, if they can be what was measured."""
     match row:
-        case (float(fallback), float(fused), int(interpreted), int(choice)) if (
-            0 < fallback < math.inf and 0 < fused < math.inf and choice >= 0
+        case (float(fallback), float(fused), int(interpreted), int(choice), float(spread), int(doubts)) if (
+            0 < fallback < math.inf and 0 < fused < math.inf and choice >= 0 and spread >= 1 and doubts >= 0
         ):
-            return Times(fallback, fused, bool(interpreted), choice)
+            return Times(fallback, fused, bool(interpreted), choice, spread, doubts)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -27,6 +28,7 @@ from graph_capture.runtime.decide.measure import compare
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.region import Decision, Kernel
 
+LATER = 30.0  # seconds until a doubtful measurement is taken again
 Run = Callable[[Sequence[torch.Tensor]], Any]
 
 
@@ -51,6 +53,7 @@ class FusionHeuristics:
         self.compiler = compiler or KernelCompiler(self.config.target, cache, self.config.op_library)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
         self._measured: dict[str, Decision] = {}
+        self._doubted: dict[str, tuple[Times, float]] = {}  # what a busy machine gave, and when
 
     def should_fuse(
         self,
@@ -167,10 +170,14 @@ class FusionHeuristics:
         self.compiler.prepare(wanted)
 
     def _known(self, key: str) -> Decision | None:
-        """What was decided before, in this process or another."""
+        """What was decided before, in this process or another; not what is to be measured again by now."""
         known = self._measured.get(key) if self.config.enable_cache else None
         if known is None and self.store is not None and (times := self.store.get(key)) is not None:
             known = self._measured[key] = replace(self.judge(times), cached=True)
+            if not times.stands:
+                self._doubted[key] = (times, -math.inf)
+        if key in self._doubted and time.monotonic() - self._doubted[key][1] > LATER:
+            return None
         return known
 
     def kernel(self, graph: SubGraph, metas: Mapping[str, TensorMeta]) -> CompiledKernel:
@@ -231,12 +238,15 @@ class FusionHeuristics:
             t_fallback, *measured = compare([recorded, *calls], device)
             best = measured.index(min(measured))
             kernel = kernels[best]
-            times = Times(t_fallback, measured[best], kernel.interpreted, getattr(kernel, "choice", 0))
+            times = Times.of(t_fallback, measured[best], kernel.interpreted, getattr(kernel, "choice", 0))
         except Exception as error:
             if not config.fallback_on_error:
                 raise
             decision = Decision(False, f"the kernel failed: {type(error).__name__}: {error}")
         else:
+            times = times.after(self._doubted.pop(key, (None, 0.0))[0])
+            if not times.stands:
+                self._doubted[key] = (times, time.monotonic())
             decision = self.judge(times)
             if self.store is not None:
                 self.store.put(key, times)
@@ -253,14 +263,21 @@ class FusionHeuristics:
 
     def judge(self, times: Times) -> Decision:
         """What `FusionConfig.fusion_ratio` makes of what was measured."""
-        t_fallback, t_fused, interpreted, choice = times
-        ratio = t_fused / t_fallback
+        ratio = times.fused / times.fallback
         if ratio < self.config.fusion_ratio:
-            return Decision(True, f"{1 / ratio:.2f}x faster", t_fallback, t_fused, choice=choice)
-        if ratio < 1:
-            return Decision(False, f"gain too small, {1 / ratio:.2f}x faster", t_fallback, t_fused, choice=choice)
-        how = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
-        return Decision(False, how + (", interpreted" if interpreted else ""), t_fallback, t_fused, choice=choice)
+            reason = f"{1 / ratio:.2f}x faster"
+        elif ratio < 1:
+            reason = f"gain too small, {1 / ratio:.2f}x faster"
+        else:
+            reason = f"{ratio:.2f}x slower" if ratio < 10 else f"{ratio:.0f}x slower"
+            reason += ", interpreted" if times.interpreted else ""
+        return decision_of(ratio < self.config.fusion_ratio, reason, times)
+
+
+def decision_of(use: bool, reason: str, times: Times) -> Decision:
+    """A decision that rests on these times."""
+    known = (times.fallback, times.fused, False, times.choice, times.spread, times.doubts > 0)
+    return Decision(use, reason, *known)
 
 
 def ways_to_run(kernel: Kernel, tensors: Sequence[torch.Tensor]) -> list[tuple[Kernel, Callable[[], Any]]]:

@@ -19,6 +19,7 @@ from graph_capture.ir.ops import EXTERNAL
 from graph_capture.log import log
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.decide.decision_store import DecisionStore, Times
+from graph_capture.runtime.decide.heuristics import decision_of
 from graph_capture.runtime.decide.measure import compare, example_inputs
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Decision
@@ -42,11 +43,11 @@ def decide_whole(
         return None
     key = _key(program)
     known = None if store is None else store.get(key)
-    if known is not None:
+    if known is not None and known.stands:
         return replace(_judge(known), cached=True)
     random = RandomState() if any(map(is_random, recorded.subgraph.nodes)) else None
     try:
-        times = _measure(program, replays())
+        times = _measure(program, replays()).after(known)
     except Exception as error:  # whatever the ops make of such inputs
         log.debug("the whole graph was not measured: %s", error)
         return None
@@ -74,7 +75,7 @@ def _measure(program: Program, replays: Sequence[Play]) -> Times:
     for trial in runs:
         trial()  # a plan is made at the first replay
     before, after = compare(runs, device_of(program.graph))
-    return Times(before, after)
+    return Times.of(before, after)
 
 
 def made_up_call(recorded: RecordedGraph) -> Call:
@@ -92,7 +93,7 @@ def _judge(times: Times) -> Decision:
     reason = (
         f"the whole graph is {1 / ratio:.2f}x faster" if ratio < 1 else "the whole graph is not faster with kernels"
     )
-    return Decision(ratio < 1, reason, times.fallback, times.fused)
+    return decision_of(ratio < 1, reason, times)
 
 
 def _key(program: Program) -> str:
