@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{rows[-1]['device']}, torch {torch.__version__}, Python {platform.python_version()}, {rows[-1]['dtype']}",
         "",
-        "| model | batch | eager, ms | torch.compile | ours | torch.compile / ours | eager / ours | first call, ours, s "
+        "| model | batch | eager, ms | torch.compile | ours | torch.compile / ours | eager / ours | first call, s "
         "| torch.compile, s |",
         "| --- |" + " ---: |" * 8,
     ]
