@@ -193,6 +193,8 @@ class Chain:
 
     def _go_on(self, number: int, error: Exception, dynamic: Tensors) -> None:
         """The rest of a call, from the launch that raised on."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise error  # a capture that has failed says nothing about the kernel
         if any(kernel.error is not None for kernel in self._behind[number]):
             raise error
         for kernel in self._behind[number]:

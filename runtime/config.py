@@ -45,6 +45,9 @@ class FusionConfig:
         patterns: the fusions to look for; None is those registered for the process.
         cuda_graph: "auto" replays on a CUDA device as CUDA graphs, once calls come with large arguments at the same
             addresses; "off" launches kernel by kernel.
+        graph_memory: the most bytes of device memory that CUDA graphs keep, all signatures of one `capture`, engine or
+            scheduler together: those used longest ago go first, and one that needs more by itself is not kept. None
+            sets no limit. Intermediate values lie in an arena that graphs and replays without graphs share.
         clone_outputs: False lets results lie in buffers that the next replay overwrites: clone what must outlive it. A
             result of the latest replay may be an argument of the next; an older one raises SignatureMismatchError.
         passes_off: names of passes, spellings and fusions to leave out (`graph_capture.passes.pass_names`).
@@ -71,6 +74,7 @@ class FusionConfig:
     passes_off: frozenset[str] = frozenset()
     clone_outputs: bool = True
     cuda_graph: CudaGraph = "auto"
+    graph_memory: int | None = None
     cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class FusionConfig:
         for name in ("min_tensor_elements", "verify_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.graph_memory is not None and self.graph_memory < 0:
+            raise ValueError(f"graph_memory must not be negative, got {self.graph_memory}")
         if not self.fusion_ratio > 0:
             raise ValueError(f"fusion_ratio must be positive, got {self.fusion_ratio}")
 

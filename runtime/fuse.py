@@ -40,7 +40,7 @@ from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Decision, Region
-from graph_capture.runtime.replay.replay import Memory
+from graph_capture.runtime.replay.memory import Memory
 
 
 class FusionScheduler:
@@ -49,7 +49,7 @@ class FusionScheduler:
     def __init__(self, config: FusionConfig | None = None) -> None:
         self.config = config or FusionConfig()
         self.heuristics = FusionHeuristics(self.config)
-        self._memory = Memory()  # graphs of one scheduler replay in turns
+        self._memory = Memory(self.config.graph_memory)  # graphs of one scheduler replay in turns
 
     def dispatch(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one region on `inputs`, by its fused kernel where that is decided and by its ops elsewhere.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections import deque
@@ -31,8 +30,9 @@ from graph_capture.runtime.library import BoundLibrary, Constants, LibraryKernel
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Decision, Region
 from graph_capture.runtime.replay.cuda_graph import GraphReplay, Graphs
+from graph_capture.runtime.replay.memory import Memory
 from graph_capture.runtime.replay.plan import Plan
-from graph_capture.runtime.replay.replay import Memory, Replay
+from graph_capture.runtime.replay.replay import Replay
 from graph_capture.runtime.replay.steps import Inlined, KernelStep, RegionStep, relaid_outputs
 from graph_capture.runtime.save.write import save
 
@@ -78,7 +78,7 @@ class FusedGraph:
         on_cuda = any(meta.device.type == "cuda" for meta in self.subgraph.values.values())
         make: Callable[..., Replay] = Replay
         if on_cuda and config.cuda_graph == "auto":
-            make = functools.partial(GraphReplay, recorded.undone)
+            make = GraphReplay
         self._replay = make(
             executor, dynamic, self._memory, keep_outputs=config.clone_outputs, enabled=not config.debug_mode
         )

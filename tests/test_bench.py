@@ -9,6 +9,7 @@ from graph_capture.cli import bench
 from graph_capture.cli.main import app
 from graph_capture.cli.ways import FUSED, Setting
 from graph_capture.runtime.llm.models import build_model, load_config
+from tests.benchmarks import bench_sweep
 
 SMALL = ["bench", "--config", "llama-tiny", "--prompt", "9", "--tokens", "4", "--rounds", "2", "--device", "cpu"]
 
@@ -76,3 +77,24 @@ def test_errors(arguments, message):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code != 0
     assert message in " ".join(done.output.split())
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SWEEP_DEVICE", "cpu")
+    monkeypatch.setattr(bench_sweep, "DEVICE", "cpu")
+    file = tmp_path / "sweep.jsonl"
+    command = ["sweep", "--file", str(file), "--models", "llama-tiny", "--ways", "eager", "--contexts", "8"]
+
+    def sweep(batches, prompts):
+        monkeypatch.setattr("sys.argv", [*command, "--batches", batches, "--prompts", prompts])
+        assert bench_sweep.main() == 0
+        return capsys.readouterr().out
+
+    sweep("1", "")
+    before = file.read_text()
+    table = sweep("1", "4")
+    assert file.read_text().startswith(before)
+    cells = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert [(cell["kind"], cell["batch"], cell["length"]) for cell in cells] == [("decode", 1, 8), ("prefill", 1, 4)]
+    assert not any("failed" in cell for cell in cells)
+    assert table.count("| llama-tiny |") == 2

@@ -53,6 +53,14 @@ def test_errors_are_said_in_one_line():
         assert message in result.stderr
 
 
+def test_models_are_made_for_the_contexts_of_their_authors():
+    lengths = {name: load_config(name).max_position_embeddings for name in CONFIGURATIONS}
+    assert lengths["llama-3-8b"] == 8192
+    assert lengths["llama-3.2-1b"] == 131072
+    assert lengths["qwen3-0.6b"] == 40960
+    assert lengths["gemma-3-1b"] == 32768
+
+
 def test_models_by_name(tmp_path):
     for name in CONFIGURATIONS:
         model = build_model(load_config(name, layers=1), dtype=torch.bfloat16, device="meta")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +96,33 @@ class Executor:
     def of(cls, graph: SubGraph) -> Executor:
         """Every node of `graph` as its op."""
         return cls([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+
+    def part(self, start: int, stop: int, outputs: Sequence[int]) -> tuple[Executor, list[int]]:
+        """The steps from `start` to `stop` as an executor of their own, and which slot here each of its slots is.
+
+        Its inputs are what these steps read and do not fill, and those `outputs` (slots here) that they do not fill.
+        """
+        steps = self.steps[start:stop]
+        filled = [slot for step in steps for slot in step.fills]
+        before = dict.fromkeys(slot for slots in (*(step.reads for step in steps), outputs) for slot in slots)
+        inputs = [slot for slot in before if slot not in set(filled)]
+        slots = [*inputs, *filled]
+        own = {slot: number for number, slot in enumerate(slots)}
+        kept = {*inputs, *outputs}
+        found = copy.copy(self)
+        found.names = [self.names[slot] for slot in slots]
+        found.inputs, found.outputs = list(range(len(inputs))), [own[slot] for slot in outputs]
+        found.steps = [
+            replace(
+                step,
+                reads=tuple(own[slot] for slot in step.reads),
+                fills=tuple(own[slot] for slot in step.fills),
+                frees=tuple(own[slot] for slot in step.frees if slot not in kept),
+            )
+            for step in steps
+        ]
+        found._bound = [(step.call, step.reads, step.fills, step.frees) for step in found.steps]
+        return found, slots
 
     def run(self, tensors: Sequence[torch.Tensor], watch: Watch | None = None) -> list[torch.Tensor]:
         """Run every step on `tensors` (one for each input) and return one tensor for each output.

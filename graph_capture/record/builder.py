@@ -103,13 +103,12 @@ class GraphBuilder(Names):
     def _write(self, target: Op, inputs: tuple[str, ...], attrs: Any, outputs: list[torch.Tensor]) -> None:
         """Append a node that produced `outputs`."""
         names = []
-        stem = short_name(target.name)
         for tensor in outputs:
             known = self._names.get(id(tensor))
             if known is None or known[0]() is not tensor:
                 self._made.pop(id(tensor), None)
                 self._made[id(tensor)] = weakref.ref(tensor)
-            name = self._fresh(stem)
+            name = self._fresh(short_name(target.name))
             self._bind(tensor, name)
             names.append(name)
         node = self._append(target.name, inputs, tuple(names), attrs)
@@ -117,6 +116,8 @@ class GraphBuilder(Names):
             self._graded.update(
                 n for n in names if self.values[n].dtype.is_floating_point or self.values[n].dtype.is_complex
             )
+        if self._check is not None:
+            self._check.gave(node, [self.values[name].dtype for name in inputs], outputs)
         if is_random(node) or any(self.values[name].storage in self._dynamic for name in inputs):
             touched = (*names, *(inputs[position] for position in written_inputs(node)))
             self._dynamic.update(self.values[name].storage for name in touched)

@@ -1,9 +1,13 @@
-"""Checks a recording against what really happened: replays it once and compares.
+"""Checks a recording against what really happened: replays it and compares.
 
 A `RecordingCheck` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured
 tensors. It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters,
 which are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares
 with the state after, and leaves everything as the code left it.
+
+Where the two differ it replays again, from the same state: what replays differ by among themselves is the noise of ops
+that are not deterministic, and the code may differ by a small multiple of it. Choices by noisy floats (argmax) are
+taken as the code made them, as far as its candidates lie within noise (`graph_capture.ir.choices`).
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +23,12 @@ import torch
 
 from graph_capture.errors import UnrecordedWriteError
 from graph_capture.ir.binding import prepare
+from graph_capture.ir.choices import Choices, Forced, chooses
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Call, Executor
 from graph_capture.ir.memory import RandomState, storage_bytes
-from graph_capture.ir.numerics import alike
+from graph_capture.ir.numerics import RUNS, STEADY, Spread, alike
 
 _HINT = (
     "Something ran that torch does not see: a raw Triton or ctypes kernel, numpy on shared memory, a seed set inside. "
@@ -35,15 +40,18 @@ _UNINITIALISED = frozenset(
 ) | {"aten.new_empty.default", "aten.new_empty_strided.default"}
 
 
+ROUNDS = 3  # of replays, each without the choices that those before it could not have made
 SAMPLE = 1024  # how many of a parameter's 8-byte words go into its checksum
 
 
 @dataclass(frozen=True)
 class CheckCost:
-    """What the check of a recording cost: seconds, and bytes of memory copied while it ran."""
+    """What the check of a recording cost: seconds, bytes of memory copied while it ran, and replays: more than one
+    where ops are not deterministic."""
 
     seconds: float
     bytes: int
+    replays: int = 1
 
 
 class RecordingCheck:
@@ -55,6 +63,7 @@ class RecordingCheck:
         self._unwritten: dict[int, tuple[str, torch.Tensor, _Checksum]] = {}  # storage -> name, bytes, checksum
         self._copies: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}  # storage -> name, bytes, copy
         self._broken: str | None = None
+        self._choices = Choices()
 
     def sees(self, name: str, tensor: torch.Tensor, storage: int) -> None:
         """`tensor` exists outside the recording."""
@@ -71,6 +80,12 @@ class RecordingCheck:
             name, data, checksum = self._unwritten.pop(storage)
             self._expect(name, checksum)
             self._copies[storage] = (name, data, data.clone())
+
+    def gave(self, node: OpNode, reads: Sequence[torch.dtype], outputs: Sequence[torch.Tensor]) -> None:
+        """A recorded op has made `outputs` from tensors of these dtypes; called while recording."""
+        if chooses(node, reads, outputs):
+            with torch._C._DisableTorchDispatch():
+                self._choices.keep(node, outputs)
 
     def draws(self, generator: Any) -> None:
         """A recorded op is about to draw from `generator`."""
@@ -108,12 +123,24 @@ class RecordingCheck:
         after = {storage: data.clone() for storage, (_, data, _) in self._copies.items()}
         random = any(map(is_random, graph.nodes))
         drawn, generators = RandomState(), {g: g.get_state() for g in self._generators}
-        steps: list[tuple[OpNode, Call | None]] = [(node, _poisoned(node)) for node in graph.nodes]
-        try:
+        tensors = [*inputs, *captured.values()]
+        poisoned = [(node, _poisoned(node)) for node in graph.nodes]
+        replays = 0
+
+        def replay(steps: Iterable[tuple[OpNode, Call | None]] = poisoned) -> list[torch.Tensor]:
+            nonlocal replays
+            replays += 1
             self.rollback(random)
-            replayed = Executor(steps, graph.input_names, graph.output_names).run([*inputs, *captured.values()])
-            self._compare(graph, outputs, replayed, after)
-            if random and RandomState() != drawn:
+            return Executor(steps, graph.input_names, graph.output_names).run(tensors)
+
+        try:
+            problem = self._difference(graph, outputs, replay(), after)
+            drew = not random or RandomState() == drawn
+            if problem is not None and drew:
+                problem = self._beyond_noise(graph, outputs, after, poisoned, replay)
+            if problem is not None:
+                raise UnrecordedWriteError(f"replaying the recording {problem}. {_HINT}")
+            if not drew:
                 raise UnrecordedWriteError(
                     f"the recorded ops drew another amount from the random generator than the code did. {_HINT}"
                 )
@@ -125,32 +152,49 @@ class RecordingCheck:
             for generator, state in generators.items():
                 generator.set_state(state)
         copied = sum(2 * copy.numel() for _, _, copy in self._copies.values())
-        return CheckCost(time.perf_counter() - start, copied)
+        return CheckCost(time.perf_counter() - start, copied, replays)
 
-    def _compare(
+    def _difference(
         self,
         graph: SubGraph,
         outputs: Sequence[torch.Tensor],
         replayed: Sequence[torch.Tensor],
         after: Mapping[int, torch.Tensor],
-    ) -> None:
+    ) -> str | None:
+        """What a replay gives or leaves other than the code did, beyond rounding."""
         for name, expected, found in zip(graph.output_names, outputs, replayed, strict=True):
             if not alike(expected, found):
-                raise UnrecordedWriteError(
-                    f"replaying the recording gives another {name!r} than the code did{_blame(graph, name)}. {_HINT}"
-                )
+                return f"gives another {name!r} than the code did{_blame(graph, name)}"
         for storage, (name, data, _) in self._copies.items():
-            if not torch.equal(data, after[storage]) and not self._same_values(graph, name, after[storage]):
-                raise UnrecordedWriteError(
-                    f"replaying the recording leaves other values in {name!r} than the code did. {_HINT}"
-                )
+            if not alike(*(_values(graph, name, image) for image in (after[storage], data))):
+                return f"leaves other values in {name!r} than the code did"
+        return None
 
-    def _same_values(self, graph: SubGraph, name: str, after: torch.Tensor) -> bool:
-        """Whether two byte images of a written storage agree up to the rounding of ops that are not deterministic."""
-        dtype = graph.values[name].dtype
-        data = next(data for written, data, _ in self._copies.values() if written == name)
-        size = data.numel() - data.numel() % dtype.itemsize
-        return alike(after[:size].view(dtype), data[:size].view(dtype))
+    def _beyond_noise(
+        self,
+        graph: SubGraph,
+        outputs: Sequence[torch.Tensor],
+        after: Mapping[int, torch.Tensor],
+        steps: Sequence[tuple[OpNode, Call | None]],
+        replay: Callable[[Iterable[tuple[OpNode, Call | None]]], list[torch.Tensor]],
+    ) -> str | None:
+        """What replays give or leave other than the code did, beyond what they differ by among themselves."""
+        choices = dict(self._choices.made)
+        problem: str | None = None
+        for _ in range(ROUNDS):
+            forced, runs = Forced(choices), _Runs(graph, outputs, {s: after[s] for s in self._copies})
+            for number in range(1, RUNS + 1):
+                results = replay(forced.steps(steps))
+                runs.add(results, {storage: (name, data) for storage, (name, data, _) in self._copies.items()})
+                refused, problem = forced.refused(), runs.problem()
+                if number > 1 and problem is None and not refused:
+                    return None
+                if number == STEADY and not (forced.noisy or runs.noisy):
+                    break
+            if not refused:
+                break
+            choices |= refused  # they may be of no consequence: of memory that nobody filled, and that is masked
+        return problem
 
     def _expect(self, name: str, checksum: _Checksum) -> None:
         if self._broken is None and not checksum.holds():
@@ -210,6 +254,61 @@ def _poisoned(node: OpNode) -> Call | None:
         return result.fill_(float("nan") if result.is_floating_point() or result.is_complex() else 77)
 
     return run
+
+
+class _Runs:
+    """What several replays gave and left, against what the code did."""
+
+    def __init__(self, graph: SubGraph, outputs: Sequence[torch.Tensor], after: Mapping[int, torch.Tensor]) -> None:
+        self._graph, self._outputs, self._after = graph, outputs, after
+        self._given: list[Spread | None] = []
+        self._left: dict[int, tuple[str, Spread]] = {}
+
+    def add(self, results: Sequence[torch.Tensor], memory: Mapping[int, tuple[str, torch.Tensor]]) -> None:
+        """Another replay gave `results` and left this in what it wrote: storage -> name, bytes."""
+        if not self._given:
+            self._given = [_spread(found, wanted) for found, wanted in zip(results, self._outputs, strict=True)]
+            self._left = {
+                storage: (name, Spread(_values(self._graph, name, data))) for storage, (name, data) in memory.items()
+            }
+            return
+        for spread, found in zip(self._given, results, strict=True):
+            if spread is not None:
+                spread.add(found)
+        for storage, (name, data) in memory.items():
+            self._left[storage][1].add(_values(self._graph, name, data))
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the replays differ among themselves."""
+        return any(s is not None and s.noise > 0 for s in (*self._given, *(s for _, s in self._left.values())))
+
+    def problem(self) -> str | None:
+        """The first thing that the code did otherwise."""
+        for name, wanted, spread in zip(self._graph.output_names, self._outputs, self._given, strict=True):
+            excess = 0.0 if spread is None else spread.excess(wanted)
+            if spread is not None and excess > 0:
+                return f"gives another {name!r} than the code did{_by(excess, spread)}{_blame(self._graph, name)}"
+        for storage, (name, spread) in self._left.items():
+            excess = spread.excess(_values(self._graph, name, self._after[storage]))
+            if excess > 0:
+                return f"leaves other values in {name!r} than the code did{_by(excess, spread)}"
+        return None
+
+
+def _spread(found: torch.Tensor, wanted: torch.Tensor) -> Spread | None:
+    return Spread(found) if found.layout is torch.strided and not found.is_meta else None
+
+
+def _by(excess: float, spread: Spread) -> str:
+    """By how much more than noise, where there is some."""
+    return f" (by {excess:.2g} more than noise explains: replays differ by {spread.noise:.2g})" if spread.noise else ""
+
+
+def _values(graph: SubGraph, name: str, image: torch.Tensor) -> torch.Tensor:
+    """The bytes of a written storage as the numbers that they are."""
+    dtype = graph.values[name].dtype
+    return image[: image.numel() - image.numel() % dtype.itemsize].view(dtype)
 
 
 def _blame(graph: SubGraph, name: str) -> str:

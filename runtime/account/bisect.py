@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,15 +11,15 @@ from typing import Any
 import torch
 
 from graph_capture.calls.signature import Bound
+from graph_capture.ir.choices import Choices, Forced
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import Call, Executor, interpret
-from graph_capture.ir.numerics import distance
+from graph_capture.ir.interpreter import Call, Executor, Watch, interpret
+from graph_capture.ir.numerics import ROUNDINGS, RUNS, STEADY, close_enough, rounding, same_bits
 from graph_capture.ir.ops import FUSED
 from graph_capture.log import log
+from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Kernel
-
-ROUNDINGS = 64  # what many layers may add up to
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,17 @@ def bisect(program: Program, call: Bound, constants: Sequence[torch.Tensor], tol
     recorded = program.recorded
     plain = [*call.tensors, *recorded.captured.values()]
     tensors = [*plain, *constants]
-    with recorded.undone(plain):
-        reference = [tensor.clone() for tensor in interpret(recorded.subgraph, plain)]
+    reference = _Reference(recorded, plain)
     steps: list[tuple[str, float]] = []
 
     def leaves(name: str, graph: SubGraph, kernels: Mapping[int, Call]) -> bool:
-        executor = Executor(_steps(program, graph, kernels), graph.input_names, graph.output_names)
+        forced = reference.forced()
+        executor = Executor(forced.steps(_steps(program, graph, kernels)), graph.input_names, graph.output_names)
         with recorded.undone(plain):
             results = executor.run(tensors[: len(graph.input_names)])
-        compared = [_compare(a, b, tolerance) for a, b in zip(results, reference, strict=True)]
-        steps.append((name, max((error for error, _ in compared), default=0.0)))
-        return any(off for _, off in compared)
+        close, error = reference.agrees(results, forced, tolerance)
+        steps.append((name, error))
+        return not close
 
     for name, graph in program.stages:
         try:
@@ -86,12 +87,50 @@ def _apply(kernel: Kernel, inputs: Sequence[Any]) -> Sequence[torch.Tensor]:
     return kernel(*inputs)
 
 
-def _compare(result: torch.Tensor, reference: torch.Tensor, tolerance: float | None) -> tuple[float, bool]:
-    """The distance, and whether it is too large."""
-    if not result.dtype.is_floating_point:
-        return (0.0, False) if torch.equal(result, reference) else (float("inf"), True)
-    error = distance(result, reference)
-    return error, error > (ROUNDINGS * torch.finfo(result.dtype).eps if tolerance is None else tolerance)
+class _Reference:
+    """What the recorded ops give, and by how much that differs from run to run."""
+
+    def __init__(self, recorded: RecordedGraph, tensors: Sequence[torch.Tensor]) -> None:
+        self._recorded, self._tensors = recorded, tensors
+        self._choices = Choices()
+        self._repeated: Forced | None = None
+        graph = recorded.subgraph
+        executor = Executor([(node, None) for node in graph.nodes], graph.input_names, graph.output_names)
+        self._runs = [self._run(executor, self._choices.watch(graph.nodes))]
+
+    def forced(self) -> Forced:
+        """For runs that choose as these did, so that what follows a choice can be compared."""
+        return Forced(self._choices.made, ROUNDINGS, self._repeated)
+
+    def agrees(self, results: Sequence[torch.Tensor], forced: Forced, tolerance: float | None) -> tuple[bool, float]:
+        """Whether a run that was forced gave what these do, and the largest distance."""
+        while True:
+            found = [
+                close_enough(result, runs, ROUNDINGS * rounding(result.dtype) if tolerance is None else tolerance)
+                for result, *runs in zip(results, *self._runs, strict=True)
+            ]
+            refused = bool(forced.refused())
+            close = not refused and all(close for close, _ in found)
+            if close or len(self._runs) == RUNS or (len(self._runs) == STEADY and self._steady):
+                return close, math.inf if refused else max((error for _, error in found), default=0.0)
+            self._repeat()
+            forced.known = self._repeated
+
+    @property
+    def _steady(self) -> bool:
+        first, *more = self._runs
+        return all(same_bits(*pair) for run in more for pair in zip(first, run, strict=True))
+
+    def _repeat(self) -> None:
+        """One more run of the recorded ops, to learn how much those that are not deterministic differ by."""
+        graph = self._recorded.subgraph
+        self._repeated = self._repeated or Forced(self._choices.made, ROUNDINGS)
+        steps = list(self._repeated.steps((node, None) for node in graph.nodes))
+        self._runs.append(self._run(Executor(steps, graph.input_names, graph.output_names)))
+
+    def _run(self, executor: Executor, watch: Watch | None = None) -> list[torch.Tensor]:
+        with self._recorded.undone(self._tensors):
+            return [tensor.clone() for tensor in executor.run(self._tensors, watch)]
 
 
 def _steps(program: Program, graph: SubGraph, kernels: Mapping[int, Call]) -> Iterator[tuple[OpNode, Any]]:

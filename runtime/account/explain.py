@@ -36,7 +36,9 @@ class Explanation:
         constant_bytes: memory of what is computed once.
         whole: ``t_fallback``, ``t_fused``, ``cached``, ``used``, ``reason`` of the whole graph; None: not measured.
         memory: bytes; ``planned`` and ``eager``: device -> what intermediate values take at most, in the plan's arena
-            and one by one; ``graphs_before``, ``graphs_after``: reserved around the capture of CUDA graphs, or None.
+            and one by one; ``arena``: device -> the whole arena, which other signatures share; ``results``: of this
+            signature's results and small arguments, where they stay; ``graphs``: of its CUDA graphs, or None;
+            ``graphs_before``, ``graphs_after``: reserved around their capture, or None.
             Empty before there is a plan.
     """
 
@@ -115,7 +117,11 @@ class Explanation:
         lines = []
         for device, planned in self.memory.get("planned", {}).items():
             eager = format_bytes(self.memory["eager"][device])
-            lines.append(f"intermediate values on {device}: {format_bytes(planned)} planned, {eager} one by one")
+            arena = format_bytes(self.memory["arena"][device])
+            lines.append(
+                f"intermediate values on {device}: {format_bytes(planned)} planned, {eager} one by one, in an arena of "
+                f"{arena} for all signatures"
+            )
         if self.memory.get("graphs_after") is not None:
             before, after = (format_bytes(self.memory[f"graphs_{when}"]) for when in ("before", "after"))
             lines.append(f"CUDA graphs: {before} of device memory reserved before their capture, {after} after it")
@@ -155,6 +161,9 @@ def _memory(plan: Plan | None, graphs: Graphs | None) -> dict[str, Any]:
     return {
         "planned": {str(device): size for device, size in plan.peak_bytes.items()},
         "eager": {str(device): size for device, size in plan.eager_bytes.items()},
+        "arena": {str(device): arena.nbytes for device, arena in plan.arenas.items()},
+        "results": plan.lent_bytes + (0 if graphs is None else graphs.lent_bytes),
+        "graphs": None if graphs is None else max(0, graphs.bytes_after - graphs.bytes_before),
         "graphs_before": None if graphs is None else graphs.bytes_before,
         "graphs_after": None if graphs is None else graphs.bytes_after,
     }

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
+from graph_capture.ir.choices import roundings_apart
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Executor
-from graph_capture.ir.numerics import apart, in_float64
+from graph_capture.ir.numerics import KERNEL, MULTIPLE, Spread, apart, distance, in_float64
 from graph_capture.ir.ops import Kind, op
 from graph_capture.runtime.program import Program
 from graph_capture.runtime.region import Region
 
+RUNS = 4  # more of the recorded ops where a kernel seems off, to learn how much they differ from run to run
 NEAR = {2: 8, 4: 256}  # roundings of a half, and of what is wider, by which one element may be off
 
 
@@ -62,9 +65,10 @@ def verify(program: Program, env: dict[str, torch.Tensor], used: bool = False) -
                 continue
             inputs = [env[name] for name in node.inputs]
             before = apart(region.body, inputs) if region is not None else inputs
-            results = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs).run(inputs)
+            executor = Executor([(n, None) for n in node.recorded], node.inputs, node.outputs)
+            results = executor.run(inputs)
             if region is not None and region.kernel is not None and (region.decision or not used):
-                row = _check(region, before, results)
+                row = _check(region, before, results, executor)
                 rows.append(row if "failed" not in row else {**row, "ok": program.config.fallback_on_error})
             env.update(zip(node.outputs, results, strict=True))
 
@@ -72,7 +76,9 @@ def verify(program: Program, env: dict[str, torch.Tensor], used: bool = False) -
     return Verification(sorted(rows, key=lambda row: (row["ok"], -row["error_fused"])))
 
 
-def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _check(
+    region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor], executor: Executor
+) -> dict[str, Any]:
     assert region.kernel is not None
     row = {"region": region.name, "where": region.where, "error_recorded": 0.0, "error_fused": 0.0, "ok": True}
     try:
@@ -84,17 +90,36 @@ def _check(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[to
     # rounding that may fall to either side.
     luck = 2.0 if any(op(node.op_type).kind is Kind.OPAQUE for node in region.body.nodes) else 1.0
     luck = max(luck, 1.25 if len(narrow) > 1 else 1.0)
-    for reference, eager, ours in zip(_exact(region, inputs, recorded), recorded, outputs, strict=True):
+    again = cache(lambda: [executor.run(apart(region.body, inputs)) for _ in range(RUNS)])
+    exact = _exact(region, inputs, recorded)
+    for number, (reference, eager, ours) in enumerate(zip(exact, recorded, outputs, strict=True)):
         # One rounding to the output's dtype is free. It is twice as large where the arithmetic has that precision
         # itself.
         rounding = torch.finfo(ours.dtype).eps if ours.dtype.is_floating_point or ours.dtype.is_complex else 0.0
         correct = ours.dtype.itemsize < 4 and not region.kernel.interpreted
         before, after, near = compared(ours, eager, reference)
         allowed = max(before * luck, rounding / 2 if correct else rounding)
+        ok = near and after <= allowed
+        if not ok and not rounding:  # one choice is as good as another between equals
+            ok = roundings_apart(region.node, inputs, number, eager, ours) <= KERNEL
+        elif not ok:  # it may be the recorded ops that were lucky, where they differ from run to run
+            ok = _like_runs(ours, [eager, *(results[number] for results in again())], reference, allowed)
         row["error_recorded"] = max(row["error_recorded"], before)
         row["error_fused"] = max(row["error_fused"], after)
-        row["ok"] = bool(row["ok"] and near and after <= allowed)
+        row["ok"] = bool(row["ok"] and ok)
     return row
+
+
+def _like_runs(ours: torch.Tensor, runs: Sequence[torch.Tensor], reference: torch.Tensor, allowed: float) -> bool:
+    """Whether a result is such as the recorded ops give, that do not give the same twice."""
+    spread = Spread(runs[0])
+    for run in runs[1:]:
+        spread.add(run)
+    if not spread.noise or not spread.allows(ours):
+        return False
+    worst = max(compared(ours, run, reference)[0] for run in runs)
+    noise = max(distance(run, runs[0]) for run in runs)
+    return compared(ours, runs[0], reference)[1] <= max(allowed, worst) + MULTIPLE * noise
 
 
 def _exact(region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -133,7 +133,7 @@ class Captured(StandIn):
             if recorded.writes or recorded.template.changes:
                 raise CaptureError("a call that writes into its arguments or the model cannot be padded")
             if self._options["verify"]:
-                compare(result, self._function(*args, **kwargs))
+                compare(result, lambda: self._function(*args, **kwargs))
         except CaptureError:
             self._graphs.pop(key, None)
             raise

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graph_capture.runtime.account.bisect import ROUNDINGS
+from graph_capture.ir.numerics import MULTIPLE, ROUNDINGS
 from graph_capture.runtime.llm.sampling import Sampling
 
 if TYPE_CHECKING:
     from graph_capture.runtime.llm.engine import InferEnginePython
+
+
+RUNS = 3  # of the model, to learn how much its logits differ by
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Agreement:
         tokens: how many were compared.
         first: the first that differs; None where none does.
         margin: there, how far the model's own choice lay above the other, in units of its logits.
-        rounding: there, what rounding may do to a logit: 64 roundings of the largest one.
+        rounding: there, what rounding may do to a logit: 64 roundings of the largest one, and a multiple of what the
+            model's own logits differ by from run to run.
     """
 
     tokens: int
@@ -56,11 +60,12 @@ def agreement(engine: InferEnginePython, prompt: Sequence[int], max_new_tokens: 
         first = next((i for i, (a, b) in enumerate(zip(*answers, strict=True)) if a != b), None)
         if first is None:
             return Agreement(len(answers[0]))
-        logits = _logits(engine, [*prompt, *answers[1][:first]])
+        logits, *more = (_logits(engine, [*prompt, *answers[1][:first]]) for _ in range(RUNS))
     finally:
         engine.enable_fusion = fusing
     fused, own = (answer[first] for answer in answers)
-    rounding = ROUNDINGS * torch.finfo(engine.model.dtype).eps * float(logits.abs().max())
+    noise = MULTIPLE * max(float((other - logits).abs().max()) for other in more)
+    rounding = ROUNDINGS * torch.finfo(engine.model.dtype).eps * float(logits.abs().max()) + noise
     return Agreement(len(answers[0]), first, float(logits[own] - logits[fused]), rounding)
 
 

@@ -10,6 +10,20 @@ from safetensors import SafetensorError
 
 from graph_capture.errors import CaptureError
 
+
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+_LLAMA_3_2 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 # The architectures as their authors publish them; `tiny` and `small` are for machines without a GPU.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tiny": (
@@ -55,6 +69,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
             "vocab_size": 128256,
             "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_parameters": _LLAMA_3_2,
             "tie_word_embeddings": True,
         },
     ),
@@ -68,6 +84,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
             "vocab_size": 128256,
             "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "rope_parameters": _rope(5e5),
         },
     ),
     "mistral-7b": (
@@ -79,6 +97,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "vocab_size": 32768,
+            "max_position_embeddings": 32768,
+            "rope_parameters": _rope(1e6),
             "sliding_window": None,
         },
     ),
@@ -91,6 +111,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 14,
             "num_key_value_heads": 2,
             "vocab_size": 151936,
+            "max_position_embeddings": 131072,
+            "rope_parameters": _rope(1e6),
             "tie_word_embeddings": True,
         },
     ),
@@ -104,7 +126,43 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
             "head_dim": 128,
             "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "rope_parameters": _rope(1e6),
             "tie_word_embeddings": True,
+        },
+    ),
+    "gemma-3-1b": (
+        "Gemma3Text",
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-30b-a3b": (
+        "Qwen3Moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "rope_parameters": _rope(1e6),
         },
     ),
 }

@@ -6,12 +6,9 @@ are: graphs serve calls that bring the same addresses again, other calls replay 
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,102 +19,63 @@ from graph_capture.ir.layouts import copy_into, like
 from graph_capture.ir.memory import storage_bytes
 from graph_capture.ir.ops import EXTERNAL, GUARD, op
 from graph_capture.log import log
+from graph_capture.runtime.replay.capturing import Backend, Cuda, uncollected
 from graph_capture.runtime.replay.first_run import FirstRun, SeenValue
+from graph_capture.runtime.replay.memory import Memory
 from graph_capture.runtime.replay.plan import Plan
 from graph_capture.runtime.replay.planner import lend
-from graph_capture.runtime.replay.replay import Memory, Replay
+from graph_capture.runtime.replay.replay import Replay
 
 COPIED = 2**20  # bytes of an argument that is copied rather than followed
 CAPTURES = 4  # address changes after which graphs are given up
-Body = Callable[[], list[torch.Tensor]]
-Undone = Callable[[Tensors], contextlib.AbstractContextManager[None]]
-
-
-class Backend(Protocol):
-    """What captures."""
-
-    device_type: str
-
-    def beside(self) -> contextlib.AbstractContextManager[Any]:
-        """A stream of its own for everything inside, ordered with the current one."""
-
-    def capture(self, body: Body) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """What `body` returns, and a function that computes it again in the same memory. Nothing is computed yet."""
-
-    def allocated(self) -> int:
-        """Bytes of memory in use, without what is only kept in reserve."""
-
-
-class Cuda:
-    """CUDA graphs with one private pool.
-
-    Graphs may share it, for no two replay at once (see `runtime.replay.replay.Memory`), and what a graph returns, or
-    hands on to a later piece, is held for as long as the graph is there: only memory within a replay serves again.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
-
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
-
-    def capture(self, body: Body) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # A workspace that cuBLAS had before lies outside the pool and may be freed while the graph lives: torch.compile
-        # frees all of them. So does this, that the graph's own lies in the pool.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                results = body()
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-        return results, graph.replay
-
-    def allocated(self) -> int:
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
 
 
 @dataclass
 class _GraphSegment:
-    """Steps that are captured together, or one step that is not."""
+    """Steps that are captured together, or steps that are not.
 
+    Attributes:
+        start: the number of the first one.
+        replay: computes again what was captured.
+        kept: slot -> where later segments, and the caller, find it.
+        held: memory that the captured graph uses.
+    """
+
+    start: int
     steps: list[Step]
     captured: bool
     replay: Callable[[], None] | None = None
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)  # slot -> where later segments find it
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    held: list[torch.Tensor] = field(default_factory=list)
 
 
 class Graphs:
     """The captured steps of one executor for arguments at given addresses.
 
+    `start` runs them once, for the call that brings these arguments, and captures them meanwhile. Each piece that is
+    captured has a plan of its own, all of whose inputs stay where they are: intermediate values lie in the arena, as in
+    replays without graphs, and what ops allocate themselves is freed inside the capture, where eager would free it.
+
     Attributes:
+        failure: why there is no graph after all.
         bytes_before, bytes_after: device memory reserved before and after the capture.
+        lent: the storages of results that the next replay overwrites, where they are not copied.
+        lent_bytes: what these and the copied arguments take.
     """
 
     def __init__(
-        self,
-        executor: Executor,
-        first_run: FirstRun,
-        dynamic: Tensors,
-        static: Tensors,
-        backend: Backend,
-        undone: Undone,
+        self, executor: Executor, first_run: FirstRun, dynamic: Tensors, static: Tensors, memory: Memory
     ) -> None:
-        self._executor, self._first_run, self._backend = executor, first_run, backend
-        self._segments = _split(executor, first_run, backend.device_type)
-        self.bytes_before = backend.allocated()
+        self._executor, self._first_run, self._memory = executor, first_run, memory
+        self._backend: Backend = memory.captures
+        self._segments = _split(executor, first_run, self._backend.device_type)
+        self.failure: Exception | None = None
+        self.lent: set[int] = set()
+        self.bytes_before = self.bytes_after = self._backend.allocated()
+        self._dynamic = dynamic
         count = len(dynamic)
         self._copied = {i: like(t) for i, t in enumerate(dynamic) if self._is_copied(executor.inputs[i], t)}
+        self.lent_bytes = sum(buffer.nbytes for buffer in self._copied.values())
         self._addresses = [(i, dynamic[i].data_ptr()) for i in range(count) if i not in self._copied]
         self._same = {slot: slot for slot in executor.inputs}  # what is an input, as an object: which one
         for step, form in zip(executor.steps, first_run.forms, strict=True):
@@ -128,19 +86,25 @@ class Graphs:
         for given, bound in zip(executor.inputs, [*dynamic, *static], strict=True):
             self._values[given] = bound
         for index, buffer in self._copied.items():
-            self._values[executor.inputs[index]] = buffer
-        with undone([*dynamic, *static]), backend.beside(), plain_mode():
-            for index, buffer in self._copied.items():
-                copy_into(buffer, dynamic[index])
-            executor.run([tensor for slot in executor.inputs if (tensor := self._values[slot]) is not None])
-        with undone([*dynamic, *static]), plain_mode():  # segments run as they are captured: others read their results
+            self._values[executor.inputs[index]] = copy_into(buffer, dynamic[index])
+        first = self._segments[0]  # its plan is made before anything has run: whatever goes wrong has no consequence
+        self._first_plan = self._plan(0, first) if first.captured else None
+
+    def start(self, keep_outputs: bool) -> list[torch.Tensor]:
+        """Run and capture. One tensor for each output."""
+        dynamic, self._dynamic = self._dynamic, ()
+        with plain_mode():
             for number, segment in enumerate(self._segments):
-                self._capture(number, segment)
-        for index in range(count):
-            slot = executor.inputs[index]
-            if index not in self._copied:
-                self._values[slot] = None  # the caller's
-        self.bytes_after = backend.allocated()
+                if segment.captured and self.failure is None:
+                    self._capture(number, segment, dynamic)
+                else:
+                    self._run_once(number, segment)
+        copies: dict[int, torch.Tensor] = {}
+        results = [self._output(slot, dynamic, self._values, copies, keep_outputs) for slot in self._executor.outputs]
+        for index, _ in self._addresses:
+            self._values[self._executor.inputs[index]] = None  # the caller's
+        self.bytes_after = self._backend.allocated()
+        return results
 
     @property
     def segments(self) -> tuple[int, int]:
@@ -177,30 +141,47 @@ class Graphs:
         )
         return not (group.written or shared or lent) and tensor.is_contiguous() and tensor.nbytes <= COPIED
 
-    def _capture(self, number: int, segment: _GraphSegment) -> None:
+    def _needed(self, number: int, segment: _GraphSegment) -> list[int]:
+        """The slots that a segment fills for others."""
         later = {slot for other in self._segments[number + 1 :] for step in other.steps for slot in step.reads}
         made = [slot for step in segment.steps for slot in step.fills]
-        needed = [slot for slot in made if slot in later or slot in self._executor.outputs]
-        if not segment.captured:
-            _apply(segment.steps, self._values)
-            for slot in needed:
-                tensor = self._tensor(slot)
-                if tensor.device.type == self._backend.device_type:
-                    segment.kept[slot] = self._values[slot] = copy_into(like(tensor), tensor)
-            return
+        return [slot for slot in made if slot in later or slot in self._executor.outputs]
 
-        known = list(self._values)
+    def _plan(self, number: int, segment: _GraphSegment) -> Plan:
+        """A plan of a segment, over memory that stays where it is."""
+        stop = segment.start + len(segment.steps)
+        part, slots = self._executor.part(segment.start, stop, self._needed(number, segment))
+        static = {own: self._tensor(slots[own]) for own in part.inputs}
+        return Plan(part, self._first_run.part(part, slots, segment.start), static, self._memory.arena, False)
 
-        def body() -> list[torch.Tensor]:
-            inner = list(known)
-            _apply(segment.steps, inner)
-            return [tensor for slot in needed if (tensor := inner[slot]) is not None]
+    def _capture(self, number: int, segment: _GraphSegment, dynamic: Tensors) -> None:
+        """Run a segment, and capture it for later."""
+        plan, self._first_plan = self._first_plan or self._plan(number, segment), None
+        needed = self._needed(number, segment)
+        with self._backend.beside():
+            results = plan.function()
+        try:
+            with uncollected():
+                found, segment.replay = self._backend.capture(plan.function)
+        except Exception as error:  # out of memory, or an op that cannot be captured
+            self.failure, found = error, results
+        for slot, result, tensor in zip(needed, results, found, strict=True):
+            if tensor.data_ptr() != result.data_ptr():
+                copy_into(tensor, result)  # nothing has been computed in what was captured
+            self._values[slot] = segment.kept[slot] = tensor
+        callers = {tensor.untyped_storage()._cdata for tensor in dynamic if tensor.layout is torch.strided}
+        memories = {tensor.untyped_storage()._cdata: tensor for tensor in plan.held() if tensor.layout is torch.strided}
+        segment.held = [tensor for memory, tensor in memories.items() if memory not in callers]
+        self.lent |= plan.lent | {tensor.untyped_storage()._cdata for tensor in found} - callers
+        self.lent_bytes += plan.lent_bytes
 
-        with _uncollected():
-            results, segment.replay = self._backend.capture(body)
-        for slot, tensor in zip(needed, results, strict=True):
-            self._values[slot] = tensor
-        segment.replay()
+    def _run_once(self, number: int, segment: _GraphSegment) -> None:
+        """Run a segment that is not captured; what it makes for others is copied to where they will find it."""
+        _apply(segment.steps, self._values)
+        for slot in self._needed(number, segment):
+            tensor = self._tensor(slot)
+            if tensor.device.type == self._backend.device_type:
+                segment.kept[slot] = self._values[slot] = copy_into(like(tensor), tensor)
 
     def _between(self, segment: _GraphSegment, values: list[torch.Tensor | None]) -> None:
         _apply(segment.steps, values)
@@ -252,13 +233,11 @@ class GraphReplay(Replay):
     """A `Replay` that captures its steps once a call has come twice with arguments at the same addresses.
 
     Args:
-        undone: puts back what the steps write into tensors and draw at random.
         backend: makes what captures (default: CUDA graphs).
     """
 
     def __init__(
         self,
-        undone: Undone,
         executor: Executor,
         dynamic: int,
         memory: Memory | None = None,
@@ -268,75 +247,76 @@ class GraphReplay(Replay):
         enabled: bool = True,
     ) -> None:
         super().__init__(executor, dynamic, memory, keep_outputs=keep_outputs, enabled=enabled)
-        self._undone, self._make_backend = undone, backend
-        self._seen: tuple[FirstRun, Tensors] | None = None
+        self._make_backend = backend
         self._followed: list[int] = []
         self._left = CAPTURES
         self.graphs: Graphs | None = None
 
     def forget(self) -> None:
         super().forget()
-        self.graphs = self._seen = None
+        self.graphs = None
 
-    def _make(self) -> None:
-        if self._first_run is not None and self._first_run.failure is None:
-            self._seen = (self._first_run, self._static)
-        super()._make()
+    def release(self) -> None:
+        self.graphs = None
+
+    def move(self) -> None:
+        super().move()
+        if self.graphs is not None:
+            self.graphs, self._left = None, CAPTURES
 
     def _run(self, plan: Plan, dynamic: Tensors) -> list[torch.Tensor]:
         if torch.autograd._profiler_enabled():  # a graph hides its regions
             return super()._run(plan, dynamic)
-        if self.graphs is None or not self.graphs.fit(dynamic):
-            addresses = [tensor.data_ptr() for tensor in dynamic if tensor.nbytes > COPIED]
-            again, self._followed = addresses == self._followed, addresses
-            self.graphs = None
-            if not self._left or self._seen is None or not again:
-                return super()._run(plan, dynamic)
-            self._left -= 1
-            self._capture(*self._seen, dynamic)
-            if self.graphs is None:
-                return super()._run(plan, dynamic)
-        return self.graphs.run(dynamic, self._keep_outputs)
+        if self.graphs is not None and self.graphs.fit(dynamic):
+            self._memory.used(self)
+            return self.graphs.run(dynamic, self._keep_outputs)
+        addresses = [tensor.data_ptr() for tensor in dynamic if tensor.nbytes > COPIED]
+        again, self._followed = addresses == self._followed, addresses
+        self.graphs = None
+        if not self._left or self._seen is None or not again:
+            return super()._run(plan, dynamic)
+        self._left -= 1
+        graphs = self._bound(*self._seen, dynamic)
+        return super()._run(plan, dynamic) if graphs is None else self._started(graphs, plan)
 
-    def _capture(self, first_run: FirstRun, static: Tensors, dynamic: Tensors) -> None:
+    def _bound(self, first_run: FirstRun, static: Tensors, dynamic: Tensors) -> Graphs | None:
+        """What is to be captured; None where it cannot be."""
         try:
             if self._memory.captures is None:
                 self._memory.captures = self._make_backend()
-            self.graphs = Graphs(self.executor, first_run, dynamic, static, self._memory.captures, self._undone)
-            log.info(
-                "captured as %d graphs with %d pieces between them, %d bytes",
-                *self.graphs.segments,
-                self.graphs.bytes_after - self.graphs.bytes_before,
-            )
-        except Exception as error:  # out of memory, or an op that cannot be captured
-            self._left = 0
-            log.warning("no CUDA graph, replays launch kernel by kernel: %s: %s", type(error).__name__, error)
+            return Graphs(self.executor, first_run, dynamic, static, self._memory)
+        except Exception as error:
+            self._gives_up(error)
+            return None
 
+    def _started(self, graphs: Graphs, plan: Plan) -> list[torch.Tensor]:
+        """Run and capture."""
+        results = graphs.start(self._keep_outputs)
+        nbytes = max(0, graphs.bytes_after - graphs.bytes_before)
+        if graphs.failure is not None:
+            self._gives_up(graphs.failure)
+        elif self._memory.captured(self, nbytes):
+            self.graphs = graphs
+            plan.lent |= graphs.lent
+            log.info("captured as %d graphs with %d pieces between them, %d bytes", *graphs.segments, nbytes)
+        else:
+            self._gives_up(f"{nbytes} bytes are more than graph_memory={self._memory.budget}")
+        return results
 
-_capturing = threading.RLock()
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection inside: the end of a CUDA graph, or of a Triton kernel, invalidates what is captured."""
-    with _capturing:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()
+    def _gives_up(self, why: object) -> None:
+        self._left = 0
+        kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
+        log.warning("no CUDA graph, replays launch kernel by kernel: %s%s", kind, why)
 
 
 def _split(executor: Executor, first_run: FirstRun, device_type: str) -> list[_GraphSegment]:
     segments: list[_GraphSegment] = []
-    for step in executor.steps:
+    for number, step in enumerate(executor.steps):
         captured = _capturable(step, first_run, device_type)
         if segments and segments[-1].captured == captured:
             segments[-1].steps.append(step)
         else:
-            segments.append(_GraphSegment([step], captured))
+            segments.append(_GraphSegment(number, [step], captured))
     return segments
 
 

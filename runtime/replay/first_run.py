@@ -7,7 +7,7 @@ values that the recorder never saw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,28 @@ class FirstRun:
         except Exception as error:
             self.failure = error
         return watch
+
+    @property
+    def writes(self) -> bool:
+        """Whether a step, of those that ran, writes into memory that was there before."""
+        return any(group.maker < 0 and group.written for group in self.groups)
+
+    def part(self, executor: Executor, slots: Sequence[int], start: int) -> FirstRun:
+        """What is known of some steps alone, from `start` on: `executor`'s, whose slots are these here."""
+        found = FirstRun(executor, self._found)
+        numbers: dict[int, int] = {}
+        for slot, here in enumerate(slots):
+            value = self.values[here]
+            assert value is not None
+            if value.group not in numbers:
+                numbers[value.group] = len(found.groups)
+                group = self.groups[value.group]
+                found.groups.append(replace(group, maker=max(group.maker - start, -1), root=slot, members=[]))
+            group = found.groups[numbers[value.group]]
+            group.members.append(slot)
+            found.values[slot] = replace(value, group=numbers[value.group])
+        found.forms = self.forms[start : start + len(executor.steps)]
+        return found
 
     def _ran(self, number: int, given: list[torch.Tensor], result: Any) -> None:
         step = self._steps[number]

@@ -13,7 +13,7 @@ import torch
 
 from graph_capture.ir.interpreter import Executor
 from graph_capture.runtime.replay.first_run import FirstRun
-from graph_capture.runtime.replay.planner import Builder, Take
+from graph_capture.runtime.replay.planner import Arenas, Builder
 
 
 class Plan:
@@ -23,7 +23,7 @@ class Plan:
         executor: what to replay.
         first_run: what a run of it has shown.
         static: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
-        take: gives an arena of a size in bytes.
+        arena: gives the arena of a device.
         keep_outputs: results get memory of their own; otherwise they lie in buffers of the plan, until the next replay.
 
     Attributes:
@@ -31,10 +31,13 @@ class Plan:
         source: the function as Python.
         peak_bytes: what intermediate values take of the arena, by device.
         eager_bytes: what the same values take at most, where each is allocated for as long as it lives.
+        arenas: where they lie, by device; other plans share them.
         counts: what became of how many steps.
         cuda: the CUDA devices that it uses.
         lent: the storages of results that the next replay overwrites.
+        lent_bytes: what they take.
         written: the positions of those of the function's arguments that it writes.
+        writes: whether it writes into memory that is there before a replay.
     """
 
     def __init__(
@@ -42,12 +45,13 @@ class Plan:
         executor: Executor,
         first_run: FirstRun,
         static: Mapping[int, torch.Tensor],
-        take: Take,
+        arena: Arenas,
         keep_outputs: bool,
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._builder = Builder(executor, first_run, static, take, keep_outputs)
-        self.counts, self.lent = self._builder.counts, self._builder.lent
+            self._builder = Builder(executor, first_run, static, arena, keep_outputs)
+        self.counts, self.lent, self.lent_bytes = self._builder.counts, self._builder.lent, self._builder.lent_bytes
+        self.writes, self.arenas = first_run.writes, self._builder.arenas
         self.cuda = sorted({v.device for v in first_run.values if v is not None and v.device.type == "cuda"}, key=str)
         dynamic = [first_run.values[slot] for slot in executor.inputs if slot not in static]
         self.written = frozenset(
@@ -58,6 +62,10 @@ class Plan:
         self._doing = self._builder.places
         self.function = self._builder.compiled(self.source)
         self._traced: Callable[..., list[torch.Tensor]] | None = None
+
+    def held(self) -> list[torch.Tensor]:
+        """The tensors that lie in memory of the plan, or that it was given."""
+        return [value for value in self._builder.namespace.values() if isinstance(value, torch.Tensor)]
 
     @property
     def traced(self) -> Callable[..., list[torch.Tensor]]:

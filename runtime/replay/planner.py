@@ -15,7 +15,7 @@ from graph_capture.ir.interpreter import Executor, Step
 from graph_capture.ir.layouts import copy_into
 from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
-from graph_capture.runtime.replay.arena import Lifetime, live_peak, place
+from graph_capture.runtime.replay.arena import Arena, Lifetime, live_peak
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
 from graph_capture.runtime.replay.script import Ref, Script
 
@@ -23,7 +23,7 @@ ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kern
 CONSTANT = 2**20  # bytes of what depends on nothing and is kept
 COPIED = 2**14  # bytes whose copy costs what a view costs,
 BINDING = 8  # and how many views the binding of a kernel to new addresses costs
-Take = Callable[[torch.device, int], torch.Tensor]
+Arenas = Callable[[torch.device], Arena]
 
 
 class Builder(Script):
@@ -34,14 +34,15 @@ class Builder(Script):
         executor: Executor,
         first_run: FirstRun,
         static: Mapping[int, torch.Tensor],
-        take: Take,
+        arena: Arenas,
         keep_outputs: bool,
     ) -> None:
         super().__init__()
-        self._executor, self._first_run, self._take = executor, first_run, take
+        self._executor, self._first_run, self._arena = executor, first_run, arena
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
         self.lent: set[int] = set()
+        self.lent_bytes = 0
         self._refs = {slot: self.name(executor.names[slot]) for slot in executor.inputs}
         self.arguments = [self._refs[slot] for slot in executor.inputs if slot not in static]
         self.namespace |= {self._refs[slot]: tensor for slot, tensor in static.items()}
@@ -57,6 +58,7 @@ class Builder(Script):
         } | dict.fromkeys(returned, len(executor.steps))
         self.peak_bytes: dict[torch.device, int] = {}
         self.eager_bytes: dict[torch.device, int] = {}
+        self.arenas: dict[torch.device, Arena] = {}
         self._saved: Counter[int] = Counter()  # group -> what a static address saves at each replay, in views
         for step, form in zip(executor.steps, first_run.forms, strict=True):
             if form.is_view:
@@ -98,6 +100,7 @@ class Builder(Script):
             if number in returned:
                 buffers[number] = strided(root, torch.empty(root.nbytes, dtype=torch.uint8, device=root.device), 0)
                 self.lent.add(buffers[number].untyped_storage()._cdata)
+                self.lent_bytes += root.nbytes
             else:
                 devices.setdefault(root.device, []).append(number)
         for device, numbers in devices.items():
@@ -106,11 +109,12 @@ class Builder(Script):
                 Lifetime(group.nbytes, group.maker, self._last[number])
                 for number, group in zip(numbers, groups, strict=True)
             ]
-            placed = place(lives, ALIGNMENT[device.type])
+            arena = self._arena(device)
+            placed = arena.place(lives, ALIGNMENT[device.type])
             self.peak_bytes[device], self.eager_bytes[device] = placed.peak, live_peak(lives)
-            arena = self._take(device, placed.peak)
+            self.arenas[device] = arena
             for number, group, offset in zip(numbers, groups, placed.offsets, strict=True):
-                buffers[number] = strided(self._value(group.root), arena, offset)
+                buffers[number] = strided(self._value(group.root), *arena.at(offset))
         return buffers
 
     def _worth_a_copy(self, number: int, form: CallForm) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,73 +13,9 @@ from graph_capture.errors import SignatureMismatchError
 from graph_capture.ir.interpreter import Executor, plain_mode
 from graph_capture.ir.layouts import copy_into, like
 from graph_capture.log import log
-from graph_capture.runtime.replay.first_run import FirstRun, Forms
+from graph_capture.runtime.replay.first_run import FirstRun
+from graph_capture.runtime.replay.memory import Memory
 from graph_capture.runtime.replay.plan import Plan
-
-
-class Memory:
-    """Arenas that several plans share: one replay at a time has them.
-
-    Attributes:
-        forms: how ops can be called, as far as a replay has tried it.
-        captures: what captures replays as CUDA graphs, if anything does; its private pool is shared as the arenas are.
-    """
-
-    captures: Any = None
-
-    def __init__(self) -> None:
-        self._arenas: dict[torch.device, torch.Tensor] = {}
-        self.forms: Forms = {}
-        self._busy = threading.Lock()
-        self._holder = 0  # the thread whose replay is under way
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # where the latest replay ran
-        _memories.add(self)
-
-    def take(self, device: torch.device, size: int) -> torch.Tensor:
-        """At least `size` bytes, the same ones for every plan that they suffice for."""
-        arena = self._arenas.get(device)
-        if arena is None or arena.numel() < size:
-            arena = self._arenas[device] = torch.empty(size, dtype=torch.uint8, device=device)
-        return arena
-
-    def enter(self) -> bool:
-        """Take the arenas for a replay, if nobody has them."""
-        if not self._busy.acquire(blocking=False):
-            return False
-        self._holder = threading.get_ident()
-        return True
-
-    def leave(self) -> None:
-        """Give them back."""
-        self._busy.release()
-
-    def on_this_stream(self, devices: Sequence[torch.device]) -> bool:
-        """Order a replay after the one before, which may have run on another stream; False where that cannot be."""
-        if torch.cuda.is_current_stream_capturing():  # a graph of the caller's must not share buffers with replays
-            return False
-        for device in devices:
-            stream = torch.cuda.current_stream(device)
-            before = self._streams.get(device)
-            if before is not None and before != stream:
-                stream.wait_stream(before)
-            self._streams[device] = stream
-        return True
-
-    def after_fork(self) -> None:
-        """In a child process: the parent's other threads, and their replays, are gone."""
-        if self._busy.locked() and self._holder != threading.get_ident():
-            self._busy = threading.Lock()
-
-
-_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for memory in _memories:
-        memory.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 class Replay:
@@ -109,10 +43,12 @@ class Replay:
     ) -> None:
         self.executor = executor
         self._memory = memory or Memory()
+        self._memory.joins(self)
         self._dynamic, self._keep_outputs, self._enabled = dynamic, keep_outputs, enabled
         self._first_run: FirstRun | None = None
         self._plan: Plan | None = None
         self._static: Tensors = ()
+        self._seen: tuple[FirstRun, Tensors] | None = None  # what the plan was made of
         self._stamp: Any = None
         self.on_plan: Callable[[], None] | None = None  # called when a plan has been made
         self._latest: list[weakref.ref[torch.Tensor]] = []  # results that lie in the plan's buffers
@@ -140,6 +76,10 @@ class Replay:
             if plan.cuda and not memory.on_this_stream(plan.cuda):
                 return self.executor.run([*dynamic, *static])
             results = self._run(plan, dynamic)
+        except torch.OutOfMemoryError as error:
+            if plan.writes:  # some of it may be done
+                raise
+            return self._in_less_memory([*dynamic, *static], error)
         finally:
             memory.leave()
         if plan.lent:
@@ -190,7 +130,16 @@ class Replay:
 
     def forget(self) -> None:
         """Drop the plan; the next replay watches again."""
-        self._plan = self._first_run = None
+        self._plan = self._first_run = self._seen = None
+
+    def move(self) -> None:
+        """Drop the plan; the next replay makes another by what was seen."""
+        self._plan = None
+        if self._seen is not None:
+            self._first_run, self._static = self._seen
+
+    def release(self) -> None:
+        """There are no graphs to drop."""
 
     def _without_plan(self, dynamic: Tensors, static: Tensors, stamp: Any) -> list[torch.Tensor]:
         tensors = [*dynamic, *static]
@@ -205,9 +154,23 @@ class Replay:
             self._make()
             return self.executor.run(tensors) if self._plan is None else self.run(dynamic, static, stamp)
         first_run = FirstRun(self.executor, self._memory.forms)
-        results = self.executor.run(tensors, first_run.watching(tensors))
+        try:
+            results = self.executor.run(tensors, first_run.watching(tensors))
+        except torch.OutOfMemoryError as error:
+            if first_run.writes or not self._memory.enter():
+                raise
+            try:
+                return self._in_less_memory(tensors, error)
+            finally:
+                self._memory.leave()
         self._first_run, self._static = first_run, static
         return results
+
+    def _in_less_memory(self, tensors: Tensors, error: Exception) -> list[torch.Tensor]:
+        """Op by op, without anything that is kept to be fast."""
+        log.warning("out of memory: plans and graphs are given up, and made again where there is room: %s", error)
+        self._memory.release()
+        return self.executor.run(tensors)
 
     def _make(self) -> None:
         first_run = self._first_run
@@ -217,12 +180,13 @@ class Replay:
             if first_run.failure is not None:
                 raise first_run.failure
             static = dict(zip(self.executor.inputs[self._dynamic :], self._static, strict=True))
-            self._plan = Plan(self.executor, first_run, static, self._memory.take, self._keep_outputs)
+            self._memory.planning, self._seen = self, (first_run, self._static)
+            self._plan = Plan(self.executor, first_run, static, self._memory.arena, self._keep_outputs)
         except Exception as error:  # a plan is never needed
             log.info("replays run op by op, without a plan: %s: %s", type(error).__name__, error)
             self._enabled = False
         finally:
-            self._first_run, self._static = None, ()
+            self._first_run, self._static, self._memory.planning = None, (), None
             self._memory.leave()
         if self._plan is not None and self.on_plan is not None:
             self.on_plan()
