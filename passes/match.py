@@ -64,15 +64,15 @@ class Cone(NamedTuple):
 
 
 @dataclass
-class State:
+class PartialMatch:
     """A part of a template that is found: its ops, its values, its captured numbers."""
 
     places: dict[int, int] = field(default_factory=dict)
     bindings: dict[str, str] = field(default_factory=dict)
     holes: dict[str, Any] = field(default_factory=dict)
 
-    def copy(self) -> State:
-        return State(dict(self.places), dict(self.bindings), dict(self.holes))
+    def copy(self) -> PartialMatch:
+        return PartialMatch(dict(self.places), dict(self.bindings), dict(self.holes))
 
 
 class Matcher:
@@ -130,7 +130,7 @@ class Matcher:
         key = (first, self.cone(anchor, first.depth).form, ignore)
         if key in self._far:
             return _FAR
-        state = next(self._states(template, 0, anchor, State(), ignore), None)
+        state = next(self._states(template, 0, anchor, PartialMatch(), ignore), None)
         if state is not None:
             return Match(anchor, tuple(sorted(state.places.values())), state.bindings, state.holes)
         miss = _Search(self, template, ignore).miss(anchor)
@@ -138,14 +138,14 @@ class Matcher:
             self._far.add(key)
         return miss
 
-    def near(self, piece: Piece, state: State, anchor: int) -> list[int]:
+    def near(self, piece: Piece, state: PartialMatch, anchor: int) -> list[int]:
         """The ops that may make the result of `piece`: readers of the value that it shares, the nearest first."""
         wanted = piece.network.nodes[piece.root]["node"].op_type
         readers = self.graph.users.get(state.bindings[str(piece.shared)], ())
         middle = bisect.bisect(readers, anchor)
         close = readers[max(0, middle - NEAREST) : middle + NEAREST]
-        close = [reader for reader in close if self.graph.nodes[reader].op_type == wanted]
-        return sorted(close, key=lambda reader: abs(reader - anchor))
+        alike = [reader for reader in close if self.graph.nodes[reader].op_type == wanted]
+        return sorted(alike, key=lambda reader: abs(reader - anchor))
 
     def cone(self, root: int, depth: int) -> Cone:
         """The ops at most `depth` steps above `root`, itself first."""
@@ -182,8 +182,8 @@ class Matcher:
         return self._signatures[index]
 
     def _states(
-        self, template: Template, number: int, root: int, state: State, ignore: frozenset[str]
-    ) -> Iterator[State]:
+        self, template: Template, number: int, root: int, state: PartialMatch, ignore: frozenset[str]
+    ) -> Iterator[PartialMatch]:
         """`state` with the pieces from `number` on, the first at `root`; straight operands and near ops come first."""
         piece, *others = template.pieces[number:]
         cone = self.cone(root, piece.depth)
@@ -204,7 +204,7 @@ class Matcher:
                     yield found
 
     @staticmethod
-    def _anchor(template: Template, state: State) -> int:
+    def _anchor(template: Template, state: PartialMatch) -> int:
         return state.places[template.pieces[0].root]
 
     def _mappings(self, piece: Piece, cone: Cone, ignore: frozenset[str]) -> tuple[tuple[int, ...], ...]:
@@ -226,8 +226,8 @@ class Matcher:
         return self._found[key]
 
     def _bound(
-        self, piece: Piece, ops: Sequence[int], state: State, ignore: frozenset[str]
-    ) -> Iterator[tuple[tuple[int, ...], State]]:
+        self, piece: Piece, ops: Sequence[int], state: PartialMatch, ignore: frozenset[str]
+    ) -> Iterator[tuple[tuple[int, ...], PartialMatch]]:
         """`state` with the piece's ops at `ops`, their values bound edge by edge, and which operands are swapped."""
         if not set(ops).isdisjoint(state.places.values()):
             return
@@ -239,7 +239,7 @@ class Matcher:
             pairs.append((wanted, node))
             if not attributes_fit(wanted, node, ignore, start.holes) or not bind(start, wanted.outputs, node.outputs):
                 return
-        pending = [((), start)]
+        pending: list[tuple[tuple[int, ...], PartialMatch]] = [((), start)]
         while pending:
             swapped, state = pending.pop()
             if len(swapped) == len(pairs):
@@ -260,7 +260,7 @@ def orders(node: OpNode) -> list[tuple[str, ...]]:
     return [node.inputs, node.inputs[::-1]] if swapped else [node.inputs]
 
 
-def bind(state: State, theirs: Sequence[str], ours: Sequence[str]) -> bool:
+def bind(state: PartialMatch, theirs: Sequence[str], ours: Sequence[str]) -> bool:
     """Bind a template's values to a graph's; False if one is bound to another already."""
     return all(state.bindings.setdefault(name, value) == value for name, value in zip(theirs, ours, strict=True))
 
@@ -315,7 +315,7 @@ class _Search:
 
     def miss(self, anchor: int) -> Miss:
         """Where the template fails that ends in node `anchor`."""
-        state: State | None = self._node(State(), self.template.pieces[0].root, anchor)
+        state: PartialMatch | None = self._node(PartialMatch(), self.template.pieces[0].root, anchor)
         for piece in self.template.pieces[1:]:
             if state is None:
                 break
@@ -329,7 +329,7 @@ class _Search:
                 self._fail(before, f"no {wanted} reads {before.bindings[str(piece.shared)]}")
         return self.deepest
 
-    def _node(self, state: State, theirs: int, ours: int) -> State | None:
+    def _node(self, state: PartialMatch, theirs: int, ours: int) -> PartialMatch | None:
         """`state` with a node of the template, and all that feeds it."""
         wanted, node = self.template.graph.nodes[theirs], self.graph.nodes[ours]
         if ours in state.places.values() or len(wanted.inputs) != len(node.inputs):
@@ -342,20 +342,20 @@ class _Search:
             return None
         state.places[theirs] = ours
         for operands in orders(node):
-            after: State | None = state
+            after: PartialMatch | None = state
             for name, value in reversed(list(zip(wanted.inputs, operands, strict=True))):
                 after = after and self._value(after, name, value)
             if after is not None:
                 return after
         return None
 
-    def _value(self, state: State, theirs: str, ours: str) -> State | None:
+    def _value(self, state: PartialMatch, theirs: str, ours: str) -> PartialMatch | None:
         bound = state.bindings.get(theirs)
         if bound is not None:
             return state if bound == ours else self._fail(state, f"{ours} is not {bound}")
         producer = self.template.graph.producers.get(theirs)
         if producer is None:
-            return State(state.places, {**state.bindings, theirs: ours}, state.holes)
+            return PartialMatch(state.places, {**state.bindings, theirs: ours}, state.holes)
         wanted = self.template.graph.nodes[producer]
         place = self.graph.producers.get(ours)
         if place is None:
@@ -365,7 +365,7 @@ class _Search:
             return self._fail(state, f"expected {wanted.op_type}, found {node.op_type}")
         return self._node(state, producer, place)
 
-    def _fail(self, state: State, reason: str) -> State | None:
+    def _fail(self, state: PartialMatch, reason: str) -> PartialMatch | None:
         if len(state.places) > self.deepest.placed:
             self.deepest = Miss(len(state.places), reason)
         return None

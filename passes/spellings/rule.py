@@ -76,14 +76,14 @@ def _made(name: str, given: tuple[Any, ...], attributes: tuple[tuple[str, Any], 
     known = dict(attributes)
     inputs = [item for item in given if item[0] not in known]
     order = ("input" if parameter.name == "self" else parameter.name for parameter in op(name).parameters)
-    names, skipped = {item[0] for item in inputs}, []
+    names, skipped = {item[0] for item in inputs}, list[str]()
     for parameter in order:
         if parameter in names:
             known.update(dict.fromkeys(skipped))
             skipped = []
         elif parameter not in known:
             skipped.append(parameter)
-    node = OpNode(name, tuple(item[0] for item in inputs), ("output",), known)
+    node = OpNode(name, tuple(item[0] for item in inputs), ("output",), tuple(known.items()))
     try:
         result = prepare_call(node)([torch.empty_strided(*item[1:3], dtype=item[3], device="meta") for item in inputs])
     except Exception as error:
