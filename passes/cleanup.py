@@ -184,9 +184,8 @@ def sink_views(graph: SubGraph) -> SubGraph:
     nodes: list[OpNode] = []
     values = dict(graph.values)
     for node in graph.nodes:
-        view = (
-            graph.nodes[graph.producers[node.inputs[0]]] if node.inputs and node.inputs[0] in graph.producers else None
-        )
+        producer = graph.producers.get(node.inputs[0]) if node.inputs else None
+        view = None if producer is None else graph.nodes[producer]
         if node.op_type not in ("layer_norm", "rms_norm") or view is None or not _regroups(graph, view):
             nodes.append(node)
             continue
@@ -195,9 +194,8 @@ def sink_views(graph: SubGraph) -> SubGraph:
         nodes.append(replace(node, inputs=(view.inputs[0], *node.inputs[1:]), outputs=(name,)))
         size = graph.values[node.outputs[0]].shape
         nodes.append(replace(node, op_type="aten.view.default", inputs=(name,), attrs=(("size", size),)))
-    if len(nodes) == len(graph):
-        return graph
-    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values)
+    changed = len(nodes) > len(graph)
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values) if changed else graph
 
 
 def _regroups(graph: SubGraph, view: OpNode) -> bool:

@@ -191,7 +191,7 @@ class Matcher:
         if not mappings:
             return
         ways = [self._bound(piece, [cone.ops[place] for place in places], state, ignore) for places in mappings]
-        for _, found in heapq.merge(*ways, key=lambda way: way[0]):
+        for _, found in ways[0] if len(ways) == 1 else heapq.merge(*ways, key=lambda way: way[0]):
             if others:
                 for place in self.near(others[0], found, self._anchor(template, found)):
                     whole = next(self._states(template, number + 1, place, found, ignore), None)
@@ -247,8 +247,9 @@ class Matcher:
                 continue
             wanted, node = pairs[len(swapped)]
             further = []
-            for way, operands in enumerate(orders(node)):
-                attempt = state.copy()
+            ways = orders(node)
+            for way, operands in enumerate(ways):
+                attempt = state.copy() if len(ways) > 1 else state
                 if bind(attempt, wanted.inputs, operands):
                     further.append(((*swapped, way), attempt))
             pending += reversed(further)

@@ -167,9 +167,9 @@ class SubGraph:
             reads: dict[str, tuple[int, ...]] = {}
             for position, name in enumerate(node.inputs):
                 reads[name] = (*reads[name], position) if name in reads else (position,)
-            edges += [(name, index, {"positions": positions}) for name, positions in reads.items()]
-            edges += [(index, name, {"positions": (place,)}) for place, name in enumerate(node.outputs)]
-        graph.add_edges_from(edges, order=False)
+            edges += [(name, index, {"positions": positions, "order": False}) for name, positions in reads.items()]
+            edges += [(index, name, {"positions": (place,), "order": False}) for place, name in enumerate(node.outputs)]
+        graph.add_edges_from(edges)
         graph.add_edges_from(order_edges(self), positions=(), order=True)
         return graph
 
