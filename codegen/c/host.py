@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -158,11 +159,10 @@ def assembly(source: str) -> str:
     """
     chosen = toolchain()
     line = [*chosen.command, *(flag for flag in chosen.flags if flag != "-shared"), "-x", "c", "-", "-S", "-o", "-"]
-    try:
-        done = subprocess.run(line, input=source, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise FusionError(f"the C compiler failed: {getattr(error, 'stderr', None) or error}") from error
-    return f"# {shlex.join(line)}\n{done.stdout}"
+    done = compiler_process.run(line, source)
+    if done.status:
+        raise FusionError(f"the C compiler failed: {done.errors.strip()[:2000]}")
+    return f"# {shlex.join(line)}\n{done.output}"
 
 
 def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:

@@ -113,7 +113,7 @@ class Memory:
             torch.cuda.empty_cache()
 
     def enter(self, turn: object = None) -> bool:
-        """Take the arenas for a replay, if nobody has them; it keeps `turn` in a variable of that name while it runs."""
+        """Take the arenas for a replay that keeps `turn` in a variable of that name; False where another has them."""
         with self._lock:
             if self._turn is not None and self._is_held():
                 return False
