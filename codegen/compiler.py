@@ -8,6 +8,8 @@ import functools
 import hashlib
 import re
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,7 @@ from graph_capture.log import log
 for _target in (NinetoothedTarget(), CTarget()):
     register_target(_target)
 
+SPECS = 4096  # descriptions that a compiler remembers
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
 
@@ -214,8 +217,8 @@ class KernelCompiler:
         expected = chosen_target(target, self._home)
         self.target, self.cache = target, cache
         self.define = expression if op_library == "builtin" else OpLibrary(op_library).define
-        self._kernels: dict[str, CompiledKernel] = {}
-        self._specs: dict[tuple[Any, ...], Spec] = {}
+        self._kernels: weakref.WeakValueDictionary[str, CompiledKernel] = weakref.WeakValueDictionary()  # in use
+        self._specs: OrderedDict[tuple[Any, ...], Spec] = OrderedDict()
         self._lock = threading.RLock()
         if cache is not None:
             expected.start()
@@ -228,7 +231,7 @@ class KernelCompiler:
 
     @property
     def kernels(self) -> tuple[CompiledKernel, ...]:
-        """The kernels made so far."""
+        """The kernels that are in use."""
         return tuple(self._kernels.values())
 
     def supports(self, graph: SubGraph) -> str | None:
@@ -287,6 +290,8 @@ class KernelCompiler:
         known = (graph, *metas)
         spec = self._specs.get(known)
         if spec is None:
+            while len(self._specs) >= SPECS:
+                self._specs.popitem(last=False)
             spec = self._specs[known] = self._lowered(target, graph, metas)
         key = hashlib.sha256(f"{target.name} {spec!r}".encode()).hexdigest()
         ops = "_".join(re.sub(r"\W.*", "", node.op_type) for node in graph.nodes)
@@ -298,9 +303,10 @@ class KernelCompiler:
             return target.lower(graph, values, self.define)
 
     def _kernel(self, target: Target, spec: Spec, key: str, name: str) -> CompiledKernel:
-        if key not in self._kernels:
-            self._kernels[key] = CompiledKernel(spec, name, key, target, self.cache)
-        return self._kernels[key]
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = CompiledKernel(spec, name, key, target, self.cache)
+        return kernel
 
 
 def _listed(graph: SubGraph, table: By) -> list[Any]:

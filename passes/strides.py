@@ -81,6 +81,8 @@ def _meta(meta: TensorMeta) -> torch.Tensor:
 
 def _is_known(node: OpNode) -> bool:
     """Whether an op looks at its inputs' elements alone, wherever they lie."""
+    if any(isinstance(value, torch.device) for _, value in node.attrs):  # it would not stay on the meta device
+        return False
     if node.op_type in TABLE:
         return node.op_type != EXTERNAL
     overload = op(node.op_type).overload

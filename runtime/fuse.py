@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from graph_capture.runtime.decide.whole import Play, decide_whole, device_of
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.library import LibraryKernel
 from graph_capture.runtime.program import Program
-from graph_capture.runtime.region import Decision, Region
+from graph_capture.runtime.region import Decision, Kernel, Region
 from graph_capture.runtime.replay.memory import Memory
 
 
@@ -50,6 +50,7 @@ class FusionScheduler:
         self.config = config or FusionConfig()
         self.heuristics = FusionHeuristics(self.config)
         self._memory = Memory(self.config.graph_memory)  # graphs of one scheduler replay in turns
+        self._dispatched: deque[Kernel] = deque(maxlen=256)  # of regions that may come again
 
     def dispatch(self, graph: SubGraph, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run one region on `inputs`, by its fused kernel where that is decided and by its ops elsewhere.
@@ -63,6 +64,8 @@ class FusionScheduler:
         metas = input_metas(graph, inputs)
         tensors = [inputs[name] for name in metas]
         decision, kernel = self.heuristics.decide(graph, metas, lambda: tensors)
+        if kernel is not None and kernel not in self._dispatched:
+            self._dispatched.append(kernel)
         if decision and kernel is not None:
             return dict(zip(graph.output_names, kernel(*tensors), strict=True))
         return dict(zip(graph.output_names, fallback_of(graph)(tensors), strict=True))

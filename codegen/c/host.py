@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ from typing import Any, NamedTuple
 import torch
 
 from graph_capture.cache import DiskCache, workspace
+from graph_capture.codegen.c import compiler_process
 from graph_capture.codegen.launches import HalfwayError
 from graph_capture.errors import FusionError
+from graph_capture.log import log
 
 FOLDER = Path(__file__).parent
 # Reassociation is allowed where a reduction's pragma says so, and nowhere else: infinities, NaN, signed zeros and the
@@ -32,8 +36,11 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fwrapv", "-fno-math-errno", "-fno-trapping-math")
 NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 CFLAGS = "GRAPH_CAPTURE_CFLAGS"
+VERSION_SECONDS = 20.0  # within which a compiler must say what it is
 _lock = threading.Lock()
-_loaded: dict[tuple[str, Toolchain], ctypes.CDLL] = {}  # kernels' texts
+# Kernels' texts -> the libraries that are in use, and those that were lately compiled for kernels to come.
+_loaded: weakref.WeakValueDictionary[tuple[str, Toolchain], ctypes.CDLL] = weakref.WeakValueDictionary()
+_ahead: deque[ctypes.CDLL] = deque(maxlen=8)
 _toolchains: dict[tuple[str, str, str], Toolchain] = {}
 
 
@@ -61,22 +68,22 @@ def toolchain(cache: DiskCache | None = None) -> Toolchain:
 
 
 def _found(chosen: str, path: str, extra: str, cache: DiskCache | None) -> Toolchain:
-    names = [shlex.split(chosen)] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
+    names = [compiler_process.words(chosen, "CC")] if chosen.strip() else [["cc"], ["gcc"], ["clang"]]
+    flags_of_user = compiler_process.words(extra, CFLAGS)
     found = next((found for name in names if (found := shutil.which(name[0], path=path))), None)
     if found is None:
         raise FusionError(f"there is no C compiler ({', '.join(name[0] for name in names)}); install one, or set CC")
     command = (found, *names[0][1:]) if chosen.strip() else (found,)
-    try:
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    except OSError as error:
-        raise FusionError(f"the C compiler {found} cannot be run: {error}") from error
+    version = compiler_process.run([*command, "--version"], seconds=VERSION_SECONDS).output
     source, failure = prelude() + _text("runtime.c") + _text("library.c"), ""
     for native in NATIVE:
-        flags = (*FLAGS, *native, *shlex.split(extra))
+        flags = (*FLAGS, *native, *flags_of_user)
         try:
-            runtime = ctypes.CDLL(str(_compiled(source, command, version, flags, cache)))
-        except (FusionError, OSError) as error:
+            runtime = _opened(source, command, version, flags, cache)
+        except FusionError as error:
             failure = failure or str(error)
+            if isinstance(error.__cause__, subprocess.TimeoutExpired):  # other flags would hang as well
+                break
             continue
         for function in (runtime.run, runtime.run_chain):
             function.argtypes, function.errcheck = [ctypes.c_void_p], _raised
@@ -95,19 +102,33 @@ def _leave_alone(runtime: ctypes.CDLL) -> None:
     ctypes.c_int.in_dll(runtime, "alone").value = 1
 
 
-def _compiled(source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None) -> Path:
-    """`source` as a shared library, in the cache or in this process's folder.
+def _opened(
+    source: str, command: Sequence[str], version: str, flags: Sequence[str], cache: DiskCache | None
+) -> ctypes.CDLL:
+    """`source` as a shared library, from the cache or compiled; what is in the cache and does not load is made again.
 
     Raises:
-        FusionError: the compiler fails; the message is its own.
+        FusionError: the compiler fails, and the message is its own; or what it made does not load.
     """
     key = DiskCache.key(source, *command, version, *flags)
     if cache is not None and (known := cache.get(key, ".so")) is not None:
-        return known
+        try:
+            return ctypes.CDLL(str(known))
+        except OSError as error:
+            log.info("%s does not load and is made again: %s", known, error)
+            cache.drop(key)
     path = _built(source, command, flags)
+    found = _load(path)
     if cache is not None:
         cache.put(key, {".so": path.read_bytes()})
-    return path
+    return found
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise FusionError(f"what the C compiler made cannot be loaded: {error}") from error
 
 
 def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
@@ -116,15 +137,17 @@ def _built(source: str, command: Sequence[str], flags: Sequence[str]) -> Path:
     Raises:
         FusionError: the compiler fails; the message is its own.
     """
-    descriptor, name = tempfile.mkstemp(suffix=".so", dir=workspace())
-    os.close(descriptor)
-    line = [*command, *flags, "-x", "c", "-", "-o", name, "-lm"]
     try:
-        done = subprocess.run(line, input=source, capture_output=True, text=True, check=False)
+        folder = workspace()
+        descriptor, name = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(descriptor)
     except OSError as error:
-        raise FusionError(f"the C compiler cannot be run: {error}") from error
-    if done.returncode:
-        raise FusionError(f"the C compiler failed: {done.stderr.strip()[:2000]}")
+        raise FusionError(f"there is no room for what the C compiler makes: {error}") from error
+    done = compiler_process.run([*command, *flags, "-x", "c", "-", "-o", name, "-lm"], source, folder)
+    if done.status:
+        raise FusionError(f"the C compiler failed: {(done.errors or done.output).strip()[:2000]}")
+    if not os.path.getsize(name):
+        raise FusionError(f"the C compiler {command[0]} made nothing, and said that all was well")
     return Path(name)
 
 
@@ -136,11 +159,10 @@ def assembly(source: str) -> str:
     """
     chosen = toolchain()
     line = [*chosen.command, *(flag for flag in chosen.flags if flag != "-shared"), "-x", "c", "-", "-S", "-o", "-"]
-    try:
-        done = subprocess.run(line, input=source, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise FusionError(f"the C compiler failed: {getattr(error, 'stderr', None) or error}") from error
-    return f"# {shlex.join(line)}\n{done.stdout}"
+    done = compiler_process.run(line, source)
+    if done.status:
+        raise FusionError(f"the C compiler failed: {done.errors.strip()[:2000]}")
+    return f"# {shlex.join(line)}\n{done.output}"
 
 
 def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:
@@ -153,13 +175,26 @@ def library(text: str, cache: DiskCache | None = None) -> ctypes.CDLL:
     with _lock:
         if (known := _loaded.get((text, chosen))) is not None:
             return known
-    try:
-        path = _compiled(prelude() + text, chosen.command, chosen.version, chosen.flags, cache)
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise FusionError(f"the compiled kernel cannot be loaded: {error}") from error
+    found = _opened(prelude() + text, chosen.command, chosen.version, chosen.flags, cache)
+    return _keep([text], chosen, found)
+
+
+def _keep(texts: Sequence[str], chosen: Toolchain, found: ctypes.CDLL) -> ctypes.CDLL:
+    """Remember the library of these kernels for as long as a function of it is in use; then it is closed."""
     with _lock:
-        return _loaded.setdefault((text, chosen), found)
+        known = _loaded.get((texts[0], chosen))
+        if known is not None:
+            return known
+        weakref.finalize(found, _close, found._handle).atexit = False
+        for text in texts:
+            _loaded[text, chosen] = found
+    return found
+
+
+def _close(handle: int) -> None:
+    import _ctypes
+
+    _ctypes.dlclose(handle)
 
 
 def compile_ahead(texts: Sequence[str], cache: DiskCache | None = None) -> None:
@@ -182,17 +217,21 @@ def compile_ahead(texts: Sequence[str], cache: DiskCache | None = None) -> None:
     def build(group: Sequence[str]) -> None:
         try:
             path = _built(prelude() + "".join(group), chosen.command, chosen.flags)
-            found = ctypes.CDLL(str(path))
-        except (FusionError, OSError):
+            found = _load(path)
+        except FusionError:
             return
         for text in group:
             if cache is not None:
                 cache.put(keys[text], {".so": path.read_bytes()})
-            with _lock:
-                _loaded.setdefault((text, chosen), found)
+        _ahead.append(_keep(group, chosen, found))
 
     with ThreadPoolExecutor(len(groups)) as pool:
-        list(pool.map(build, groups))
+        try:
+            list(pool.map(build, groups))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            compiler_process.end_all()
+            raise
 
 
 @functools.cache

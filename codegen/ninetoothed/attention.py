@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from graph_capture.codegen.ninetoothed.host import GeneratedProgram
-from graph_capture.codegen.ninetoothed.rows import print_tanh
+from graph_capture.codegen.ninetoothed.printing import print_tanh
 from graph_capture.codegen.spec.attention import MAX_ROWS, AttentionSpec
 
 BLOCK = 64  # keys that are read at a time, at most

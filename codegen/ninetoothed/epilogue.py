@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from graph_capture.codegen.ninetoothed.rows import print_arguments, print_statement
+from graph_capture.codegen.ninetoothed.printing import print_arguments, print_statement
 from graph_capture.codegen.spec.linear import LinearSpec
 
 

@@ -273,7 +273,7 @@ def cache(
     """Show or clear the folder of compiled kernels, measured decisions and recorded patterns."""
     import json as text
 
-    from graph_capture.cache import Usage, cache_folder, clear, contents
+    from graph_capture.cache import Usage, cache_folder, clear, contents, size_limit
     from graph_capture.runtime.account.explain import format_bytes
     from graph_capture.runtime.decide.decision_store import DecisionStore
 
@@ -286,8 +286,11 @@ def cache(
         return
     kinds = {"kernels": Usage()} | contents(path)
     kinds["decisions"] = kinds.get("decisions", Usage())._replace(entries=len(DecisionStore(folder)))
+    limit = size_limit()
     if json:
-        print(text.dumps({"path": str(path), **{kind: usage._asdict() for kind, usage in kinds.items()}}))
+        print(
+            text.dumps({"path": str(path), **{kind: usage._asdict() for kind, usage in kinds.items()}, "limit": limit})
+        )
         return
     table = Table(box=SIMPLE_HEAD)
     for column, justify in (("what", "left"), ("entries", "right"), ("files", "right"), ("bytes", "right")):
@@ -297,6 +300,7 @@ def cache(
     table.add_section()
     files, size = (sum(getattr(usage, name) for usage in kinds.values()) for name in ("files", "bytes"))
     table.add_row("all", "", str(files), format_bytes(size))
+    table.add_row("at most", "", "", format_bytes(limit) if limit else "no limit")
     Console().print(str(path), soft_wrap=True)
     Console().print(table)
 

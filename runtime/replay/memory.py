@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,8 @@ import torch
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Arena
 from graph_capture.runtime.replay.first_run import Forms
+
+HOLDERS: set[CodeType] = set()  # what has a variable `turn`
 
 
 class Holder(Protocol):
@@ -51,8 +55,9 @@ class Memory:
         self.budget = budget
         self._users: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._graphs: OrderedDict[weakref.ref[Holder], int] = OrderedDict()  # bytes; those used longest ago first
-        self._busy = threading.Lock()
-        self._holder = 0  # the thread whose replay is under way
+        self._lock = threading.Lock()
+        self._turn: object | None = None  # a local variable of the replay that has the arenas
+        self._holder = 0  # the thread whose replay that is
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # where the latest replay ran
         _memories.add(self)
 
@@ -107,16 +112,29 @@ class Memory:
             torch.cuda.synchronize()  # it may be of use on another stream
             torch.cuda.empty_cache()
 
-    def enter(self) -> bool:
-        """Take the arenas for a replay, if nobody has them."""
-        if not self._busy.acquire(blocking=False):
-            return False
-        self._holder = threading.get_ident()
+    def enter(self, turn: object = None) -> bool:
+        """Take the arenas for a replay that keeps `turn` in a variable of that name; False where another has them."""
+        with self._lock:
+            if self._turn is not None and self._is_held():
+                return False
+            self._turn, self._holder = turn or self, threading.get_ident()
         return True
 
-    def leave(self) -> None:
-        """Give them back."""
-        self._busy.release()
+    def leave(self, turn: object = None) -> None:
+        """Give them back, if they were taken."""
+        if self._turn is (turn or self):
+            self._turn = None
+
+    def _is_held(self) -> bool:
+        """Whether who has taken the arenas still runs: an interrupt between two lines may have ended it."""
+        frame = sys._current_frames().get(self._holder)
+        if self._turn is self:
+            return frame is not None
+        while frame is not None:
+            if frame.f_code in HOLDERS and frame.f_locals.get("turn") is self._turn:
+                return True
+            frame = frame.f_back
+        return False
 
     def on_this_stream(self, devices: Sequence[torch.device]) -> bool:
         """Order a replay after the one before, which may have run on another stream; False where that cannot be."""
@@ -132,8 +150,9 @@ class Memory:
 
     def after_fork(self) -> None:
         """In a child process: the parent's other threads, and their replays, are gone."""
-        if self._busy.locked() and self._holder != threading.get_ident():
-            self._busy = threading.Lock()
+        self._lock = threading.Lock()
+        if self._holder != threading.get_ident():
+            self._turn = None
 
 
 _memories: weakref.WeakSet[Memory] = weakref.WeakSet()

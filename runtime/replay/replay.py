@@ -14,7 +14,7 @@ from graph_capture.ir.interpreter import Executor, plain_mode
 from graph_capture.ir.layouts import copy_into, like
 from graph_capture.log import log
 from graph_capture.runtime.replay.first_run import FirstRun
-from graph_capture.runtime.replay.memory import Memory
+from graph_capture.runtime.replay.memory import HOLDERS, Memory
 from graph_capture.runtime.replay.plan import Plan
 
 
@@ -69,10 +69,10 @@ class Replay:
             return self._without_plan(dynamic, static, stamp)
         if plan.lent:
             dynamic = self._not_lent(plan, dynamic)
-        memory = self._memory
-        if not memory.enter():
-            return self.executor.run([*dynamic, *static])
+        memory, turn = self._memory, object()
         try:
+            if not memory.enter(turn):
+                return self.executor.run([*dynamic, *static])
             if plan.cuda and not memory.on_this_stream(plan.cuda):
                 return self.executor.run([*dynamic, *static])
             results = self._run(plan, dynamic)
@@ -81,7 +81,7 @@ class Replay:
                 raise
             return self._in_less_memory([*dynamic, *static], error)
         finally:
-            memory.leave()
+            memory.leave(turn)
         if plan.lent:
             self._latest = [weakref.ref(tensor) for tensor in results]
         return results
@@ -173,10 +173,14 @@ class Replay:
         return self.executor.run(tensors)
 
     def _make(self) -> None:
-        first_run = self._first_run
-        if first_run is None or not self._memory.enter():
+        first_run, turn = self._first_run, object()
+        if first_run is None:
             return
+        entered = False
         try:
+            entered = self._memory.enter(turn)
+            if not entered:
+                return
             if first_run.failure is not None:
                 raise first_run.failure
             static = dict(zip(self.executor.inputs[self._dynamic :], self._static, strict=True))
@@ -186,7 +190,11 @@ class Replay:
             log.info("replays run op by op, without a plan: %s: %s", type(error).__name__, error)
             self._enabled = False
         finally:
-            self._first_run, self._static, self._memory.planning = None, (), None
-            self._memory.leave()
+            if entered:
+                self._first_run, self._static, self._memory.planning = None, (), None
+            self._memory.leave(turn)
         if self._plan is not None and self.on_plan is not None:
             self.on_plan()
+
+
+HOLDERS.update({Replay.run.__code__, Replay._make.__code__})  # they have a turn

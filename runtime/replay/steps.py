@@ -11,11 +11,10 @@ import torch
 from graph_capture.codegen import CompiledKernel
 from graph_capture.codegen.launches import Launch, Tensors
 from graph_capture.errors import FusionError
-from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Executor, interpret
 from graph_capture.ir.numerics import apart, close_enough
-from graph_capture.ir.ops import ATTENTION_OPS
+from graph_capture.ir.ops import ATTENTION_OPS, TABLE
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
 from graph_capture.passes.strides import noticed
@@ -172,7 +171,8 @@ def _strides(graph: SubGraph, region: Region) -> list[list[tuple[int, ...]]]:
     try:
         if isinstance(region.kernel, CompiledKernel):
             return [[tensor.stride() for tensor in region.kernel.spec.allocate(inputs)]]
-        results = flatten_outputs(interpret(region.body, inputs))
+        known = all(node.op_type in TABLE or node.op_type in _MERGING for node in region.body.nodes)
+        results = interpret(region.body, inputs) if known else contiguous
     except Exception:  # the kernel does not fit, or meta tensors do not know an op: a call will tell
         results = contiguous
     ways = [[tensor.stride() for tensor in results]]
@@ -182,4 +182,5 @@ def _strides(graph: SubGraph, region: Region) -> list[list[tuple[int, ...]]]:
     return ways
 
 
+_MERGING = ("aten.cat.default", "aten.split_with_sizes.default")
 _NOTHING = torch.empty(0)  # stands for what is not a weight

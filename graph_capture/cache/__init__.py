@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
 import stat
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from graph_capture.cache.machine import c_compiler, c_library, code_digest, package_version, processor, source_folders
 from graph_capture.log import log
 
+__all__ = ["DiskCache", "cache_folder", "environment", "environment_key", "source_folders", "workspace"]
+
 VARIABLE = "GRAPH_CAPTURE_CACHE_DIR"
+SIZE_VARIABLE = "GRAPH_CAPTURE_CACHE_SIZE"
+DEFAULT_SIZE = 4 * 2**30  # bytes of all entries
+ROOM = 2**24  # bytes that a temporary folder must have left
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _PACKAGES = ("graph-capture", "torch", "triton", "ninetoothed")
 _warned: set[str] = set()
 
@@ -65,8 +71,7 @@ def _usable(folder: Path, process: int) -> Path:
         reason = str(error)
     if reason is None:
         return folder
-    private = Path(tempfile.mkdtemp(prefix="graph_capture_cache_"))
-    atexit.register(_remove, private, process)
+    private = _temporary("graph_capture_cache_", Path(tempfile.gettempdir()))
     warn_once(str(folder), f"the cache folder {folder} is not used ({reason}); this process keeps its own in {private}")
     return private
 
@@ -79,6 +84,63 @@ def _unsafe(status: os.stat_result) -> str | None:
     if status.st_uid != os.geteuid():
         return "it belongs to another user"
     return "others can write into it" if status.st_mode & 0o022 else None
+
+
+def size_limit() -> int:
+    """The bytes that all entries may take, of which those that were used longest ago go first:
+    ``GRAPH_CAPTURE_CACHE_SIZE`` (``2G``, ``500M``, ``0`` for no limit), or 4 GiB."""
+    text = os.environ.get(SIZE_VARIABLE, "").strip()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        if text:
+            warn_once(text, f"{SIZE_VARIABLE} is {text!r}, which is no size such as 500M or 2G; it is ignored")
+        return DEFAULT_SIZE
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+# --- temporary folders
+
+
+def workspace() -> Path:
+    """A private folder of this process for what is generated (ninetoothed's own cache is shared and not atomic).
+
+    It is where temporary files go, or, where there is no room or nothing may be executed, in memory or the cache.
+
+    Raises:
+        OSError: there is no such place.
+    """
+    return _workspace(os.getpid(), tempfile.gettempdir())
+
+
+@functools.cache
+def _workspace(process: int, preferred: str) -> Path:
+    tried = []
+    for place in (Path(preferred), Path("/dev/shm"), Path("/var/tmp"), cache_folder()):
+        try:
+            status = os.statvfs(place)
+            if status.f_flag & getattr(os, "ST_NOEXEC", 0) or status.f_bavail * status.f_frsize < ROOM:
+                raise OSError("nothing may be executed there, or it is full")
+            return _temporary("graph_capture_", place)
+        except OSError as error:
+            tried.append(f"{place}: {error}")
+    raise OSError("no temporary folder can be used: " + "; ".join(tried))
+
+
+def _temporary(prefix: str, place: Path) -> Path:
+    """A folder that is removed when this process ends, or, if it is killed, by the next one that makes such a folder.
+
+    A lock tells: it ends with the process, and with those that were forked from it.
+    """
+    for left in place.glob("graph_capture_*"):
+        with contextlib.suppress(OSError), open(left / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    lock = os.open(path / ".new_lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(path / ".new_lock", path / ".lock")  # nobody sees it unlocked
+    atexit.register(_remove, path, os.getpid())
+    return path
 
 
 def _remove(folder: Path, owner: int) -> None:
@@ -94,66 +156,18 @@ def environment(device: str = "cpu") -> Mapping[str, str]:
     """What a kernel or a measurement depends on besides its own text: versions, this package's code, the processor or
     GPU that `device` names, and the C compiler."""
     return {
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "code": code_digest(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
-        "compiler": _compiler(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
+        "compiler": c_compiler(),
+        "libc": c_library(),
     }
 
 
 def environment_key(device: str | torch.device = "cpu") -> str:
     """`environment` as one string of 64 hex digits."""
     return _digest(json.dumps(environment(str(device)), sort_keys=True).encode())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
-@functools.cache
-def code_digest() -> str:
-    """A digest of this package's sources: what older code has left in the cache is not used."""
-    digest = hashlib.sha256()
-    folders = source_folders()
-    for file in sorted({file for folder in folders for file in folder.rglob("*.py")}):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def source_folders() -> tuple[Path, ...]:
-    """The folders of this package's sources: in a checkout some subpackages lie beside it, not in it."""
-    found = [Path(__file__).parent]
-    for name in ("passes", "codegen", "runtime"):
-        spec = importlib.util.find_spec(f"graph_capture.{name}")
-        found += map(Path, (spec.submodule_search_locations or ()) if spec is not None else ())
-    return tuple(found)
-
-
-def _processor() -> str:
-    """The processor's model and what it can do, for code is compiled for exactly this one."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            text = file.read(8192)  # one processor: the others cost time
-    except OSError:
-        return platform.processor() or platform.machine()
-    lines = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
-    known = {name.strip(): value.strip() for name, _, value in lines}
-    features = known.get("flags") or known.get("Features", "")
-    model = known.get("model name") or platform.machine()
-    return f"{model} ({_digest(features.encode())[:16]})"
-
-
-def _compiler() -> str:
-    command = os.environ.get("CC", "cc")
-    try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.partition("\n")[0]
 
 
 def _digest(data: bytes) -> str:
@@ -189,7 +203,11 @@ class DiskCache:
             files = json.loads(_read_own(self._manifest(key)))
             digest = files[suffix]
             path = self._file(key, digest, suffix)
-            return path if _digest(_read_own(path)) == digest else None
+            if _digest(_read_own(path)) != digest:
+                return None
+            with contextlib.suppress(OSError):
+                os.utime(self._manifest(key))  # it was used now
+            return path
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -209,10 +227,17 @@ class DiskCache:
             for suffix, data in files.items():
                 _write(self._file(key, digests[suffix], suffix), data)
             _write(self._manifest(key), json.dumps(digests).encode())
+            _evict(self.folder.parent, key, sum(map(len, files.values())))
         except OSError as error:
             warn_once(str(self.folder), f"cannot write into the cache {self.folder}: {error}; going on without it")
             return False
         return True
+
+    def drop(self, key: str) -> None:
+        """Remove an entry: it is whole, and of no use here."""
+        for file in [self._manifest(key), *self.folder.glob(f"{_checked(key)}.*")]:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _manifest(self, key: str) -> Path:
         return self.folder / f"{_checked(key)}.json"
@@ -270,6 +295,41 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
                 yield file, status.st_size
 
 
+_known_sizes: dict[Path, int] = {}  # of cache folders, as far as this process has followed them
+STALE = 3600  # seconds after which a file that was being written is left over
+
+
+def _evict(folder: Path, newest: str, added: int) -> None:
+    """Keep the entries of a cache folder within the limit, the one that was just added in any case."""
+    limit = size_limit()
+    known = _known_sizes.get(folder)
+    if known is not None and (known + added <= limit or not limit):
+        _known_sizes[folder] = known + added
+        return
+    entries: dict[tuple[Path, str], list[Path]] = {}
+    sizes: dict[tuple[Path, str], int] = {}
+    used: dict[tuple[Path, str], float] = {}
+    for file, size in list(_files(folder)):
+        with contextlib.suppress(OSError):
+            if file.name.startswith(".new_") and time.time() - file.stat().st_mtime > STALE:
+                file.unlink()
+            if re.match(r"[0-9a-f]{64}\.", file.name):
+                entry = file.parent, file.name[:64]
+                entries.setdefault(entry, []).append(file)
+                sizes[entry] = sizes.get(entry, 0) + size
+                used[entry] = max(used.get(entry, 0.0), file.stat().st_mtime)
+    total = sum(sizes.values())
+    for entry in sorted(entries, key=lambda entry: used[entry]):
+        if not limit or total <= limit:
+            break
+        if entry[1] != newest:
+            for file in sorted(entries[entry], key=lambda file: file.suffix != ".json"):  # what names the others first
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            total -= sizes[entry]
+    _known_sizes[folder] = total
+
+
 class Usage(NamedTuple):
     """What one kind of thing takes: entries, files, bytes."""
 
@@ -296,12 +356,5 @@ def clear(folder: Path) -> tuple[int, int]:
         with contextlib.suppress(OSError):
             file.unlink()
             count, total = count + 1, total + size
+    _known_sizes.pop(folder, None)
     return count, total
-
-
-@functools.cache
-def workspace() -> Path:
-    """A private folder of this process for generated sources (ninetoothed's own cache is shared and not atomic)."""
-    path = Path(tempfile.mkdtemp(prefix="graph_capture_"))
-    atexit.register(_remove, path, os.getpid())
-    return path
