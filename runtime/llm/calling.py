@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
 
 from graph_capture.errors import CaptureError
+
+SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 
 
 def generating(model: Any) -> Any:
@@ -50,6 +53,39 @@ def vocabulary_of(model: Any) -> int:
     if not isinstance(size, int):
         raise CaptureError(f"{type(model).__name__} is not a causal language model: it has no head over a vocabulary")
     return size
+
+
+def slots_for(model: Any, asked: int | str | None) -> int:
+    """How many tokens of prompt and answer a cache is to hold; see `InferEnginePython`.
+
+    Raises:
+        CaptureError: it is no number, or too small.
+    """
+    text = model.config.get_text_config(decoder=True)
+    made_for = getattr(text, "max_position_embeddings", None) or SLOTS
+    if asked == "most":
+        return max(2, min(made_for, max(SLOTS, _room(model, text))))
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int)):
+        raise CaptureError(f"max_length must be a whole number, got {asked!r:.80}")
+    slots = min(SLOTS if asked is None else asked, made_for)
+    if slots < 2:
+        raise CaptureError(f"max_length must be at least 2, got {asked}")
+    return slots
+
+
+def _room(model: Any, text: Any) -> int:
+    """Tokens whose keys and values fit into an eighth of the memory that is free: recording copies them for a while."""
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 1) // heads
+    size = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):  # where the system does not say
+            return SLOTS
+    return free // 8 // max(1, size * model.dtype.itemsize)
 
 
 class Calling:
