@@ -95,6 +95,11 @@ class Calling:
         model: is called.
         known_by: whose signature says what can be passed (a wrapper passes everything on).
 
+    Attributes:
+        cache_name: what it calls its cache.
+        vocabulary: how many tokens it knows.
+        goes_back: whether a cache that is cut short is as if the rest had never been: a model may keep more elsewhere.
+
     Raises:
         CaptureError: it takes no cache.
     """
@@ -106,6 +111,7 @@ class Calling:
         if cache is None:
             raise CaptureError(f"the forward of {type(known_by).__name__} takes no cache")
         self.cache_name = cache
+        self.goes_back = True
         self.vocabulary = vocabulary_of(known_by)
         self._keeps = "logits_to_keep" in names
         self._places = "position_ids" in names
@@ -117,18 +123,19 @@ class Calling:
         ids: torch.Tensor,
         cache: Any,
         keep: int | torch.Tensor,
+        positions: torch.Tensor,
         mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The logits of one token a row, [B, V].
+        """The logits of one token a row, [B, V]; the call is what ``generate`` would make.
 
         Args:
             ids: [B, L] int64.
             cache: is read and written.
             keep: of which token: 1 is the last one; an index, [1] int64.
-            mask, positions: of padded rows.
+            positions: [1 or B, L] int64.
+            mask: of padded rows.
         """
-        more: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self._of_padding(mask, positions)}
+        more: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self._where(positions, mask)}
         if self._keeps:
             return self.model(input_ids=ids, logits_to_keep=keep, **more).logits[:, -1]
         logits = self.model(input_ids=ids, **more).logits
@@ -140,20 +147,20 @@ class Calling:
         Args:
             mask: [B, L] bool; False for padding on the left.
         """
-        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
-        more = self._of_padding(mask if mask is None else mask.long(), positions)
+        if mask is None:
+            more = self._where(torch.arange(ids.shape[1], device=ids.device)[None], None)
+        else:
+            more = self._where((mask.long().cumsum(-1) - 1).clamp(min=0), mask.long())
         if self._caches:
             more["use_cache"] = False
         if self._keeps:
             more["logits_to_keep"] = last
         return self.model(input_ids=ids, **more).logits[:, -last:]
 
-    def _of_padding(self, mask: torch.Tensor | None, positions: torch.Tensor | None) -> dict[str, Any]:
-        more: dict[str, Any] = {}
+    def _where(self, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        more: dict[str, Any] = {"position_ids": positions} if self._places else {}
         if mask is not None:
             if not self._masks:
                 raise CaptureError(f"the forward of {type(self.model).__name__} takes no mask for padding")
             more["attention_mask"] = mask
-            if self._places:
-                more["position_ids"] = positions
         return more
