@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import json
 import os
 import re
 import select
@@ -171,6 +172,102 @@ def test_commands():
     assert "there is no command /fusion maybe" in printed(talk.notes)
 
 
+class Counting(Engine):
+    """Counts a token for each word, as the templated prompt has them."""
+
+    def stream(self, prompt, **options):
+        self.options = options
+        yield from super().stream(prompt, **options)
+
+
+def test_the_system_message_can_change_in_between():
+    talk = chat(Counting(), system="Be brief.")
+    talk.answer("a")
+    talk.command("/system", "Be long.")
+    talk.answer("b")
+    assert talk.engine.prompts[1] == ["Be long.", "a", "All is well.", "b"]
+    talk.command("/system", "off")
+    talk.answer("c")
+    assert talk.engine.prompts[2][0] == "a"
+
+
+def test_options_are_set_for_the_answers_to_come():
+    talk = chat(Counting())
+    talk.command("/set", "temperature 0.5")
+    talk.command("/set", "seed=7")
+    talk.command("/set", "stop ,")
+    talk.answer("a")
+    assert talk.engine.options == {"max_new_tokens": 128, "temperature": 0.5, "seed": 7, "stop": ","}
+    talk.command("/set", "seed default")
+    talk.command("/set", "max_new_tokens default")
+    talk.answer("a")
+    assert talk.engine.options == {"max_new_tokens": 128, "temperature": 0.5, "stop": ","}
+    assert not talk.failed
+    talk.command("/set", "seed 1.5")
+    assert "seed must be a whole number, got '1.5'" in printed(talk.notes)
+
+
+def test_a_message_that_cannot_fit_costs_nothing_of_the_rest():
+    talk = chat(Counting(capacity=20), max_new_tokens=4)
+    talk.answer("one two")
+    before = list(talk.messages)
+    talk.answer("word " * 20)
+    assert talk.failed
+    assert talk.messages == before
+    assert "20 tokens, and the cache 20 slots" in printed(talk.notes)
+    talk.answer("word " * 15)  # fits alone, without what was said before
+    assert len(talk.messages) == 2
+    assert "the oldest 2 messages" in printed(talk.notes)
+
+
+def test_a_kept_conversation_comes_back(tmp_path):
+    talk = chat(Counting(), system="Be brief.")
+    talk.answer("a")
+    talk.command("/set", "top_k 3")
+    talk.command("/save", str(tmp_path / "talk.json"))
+    other = chat(Counting())
+    other.command("/load", str(tmp_path / "talk.json"))
+    assert other.messages == talk.messages
+    assert other.options == talk.options
+    other.answer("b")
+    assert other.engine.prompts[0] == ["Be brief.", "a", "All is well.", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "holds no conversation"),
+        ('{"talk": []}', "holds no conversation"),
+        ('[{"role": "user", "content": 5}]', "holds no conversation"),
+        ('[{"role": "captain", "content": "ay"}]', "holds no conversation"),
+        ('{"messages": [], "options": {"top_p": 9}}', "top_p must be"),
+        ('{"messages": [], "options": {"volume": 9}}', "no option 'volume'"),
+        ('{"messages": [], "options": 3}', "no table"),
+    ],
+)
+def test_a_file_that_is_no_conversation_changes_nothing(tmp_path, text, said):
+    talk = chat(Counting())
+    talk.answer("a")
+    before = list(talk.messages), dict(talk.options)
+    (tmp_path / "talk.json").write_text(text)
+    talk.command("/load", str(tmp_path / "talk.json"))
+    assert said in printed(talk.notes)
+    assert (talk.messages, talk.options) == before
+
+
+def test_contents_may_be_parts_or_nothing(tmp_path):
+    parts = [{"type": "text", "text": "a "}, "b"]
+    kept = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    (tmp_path / "talk.json").write_text(json.dumps(kept))
+    talk = chat(Engine(tokenizer=None))
+    talk.command("/load", str(tmp_path / "talk.json"))
+    assert not talk.failed
+    assert talk.messages == kept
+    talk.answer("c")
+    assert talk.engine.prompts == ["c"]
+
+
 # --- the command
 
 
@@ -309,6 +406,81 @@ def test_in_a_terminal(open_terminal):
     terminal.send("/help\n")
     terminal.expect(r"at the prompt\n> ")
     assert terminal.interrupt() == 0
+
+
+@pytest.fixture(scope="module")
+def shared_terminal(tmp_path_factory):
+    """One conversation for the commands: each is typed, and what it prints is waited for."""
+    pytest.importorskip("pty")
+    terminal = Terminal("--no-fusion", "--max-length", "200")
+    terminal.expect("> ")
+    terminal.folder = tmp_path_factory.mktemp("talks")
+    yield terminal
+    terminal.close()
+
+
+SCRIPT = {
+    "/help": ["/load FILE +go on with one that was kept"],
+    "/system Be brief.": ["the system message is set"],
+    "/system": ["system message: Be brief."],
+    "/system off": ["there is no system message"],
+    "17+25=": [r"\n42\n", "fusion off"],
+    "/set max_new_tokens 1": ["max_new_tokens 1"],
+    "What is 17 plus 25?": ["1 tokens, .*cut off at the limit"],
+    "/set max_new_tokens 30": ["max_new_tokens 30"],
+    "/set temperature 0.7": ["temperature 0.7"],
+    "/set": ["max_new_tokens 30, temperature 0.7"],
+    "/set temperature default": ["temperature is as the model has it"],
+    "/set temperature warm": ["temperature must be a number, got 'warm'"],
+    "/set top_p 7": ["top_p must be above 0 and at most 1"],
+    "/set volume 11": ["there is no option 'volume'"],
+    "/save {folder}/talk.json": ["4 messages are in .*talk.json"],
+    "/save {folder}/nowhere/talk.json": ["cannot be written"],
+    "/reset": ["the conversation is forgotten"],
+    "/load {folder}/talk.json": ["4 messages are back"],
+    "/load {folder}/other.json": ["cannot be read"],
+    "/load": ["/load takes the name of a file"],
+    "/fusion": ["fusion off"],
+    "/stats": ["enable fusion"],
+    "/explain": ["nothing has been captured yet"],
+    "/nonsense at all": ["there is no command /nonsense at all"],
+}
+
+
+@pytest.mark.parametrize("line", SCRIPT)
+def test_a_command_in_a_terminal(shared_terminal, line):
+    shared_terminal.send(line.format(folder=shared_terminal.folder) + "\n")
+    for pattern in SCRIPT[line]:
+        shared_terminal.expect(pattern)
+    shared_terminal.expect("> ")
+    assert shared_terminal.process.poll() is None
+
+
+def test_what_is_pasted_is_one_message(shared_terminal):
+    shared_terminal.send("/reset\n")
+    shared_terminal.expect("forgotten\n> ")
+    shared_terminal.send("\x1b[200~one\n/quit\nthree\x1b[201~")
+    time.sleep(0.5)  # the user sees it, then presses the key
+    shared_terminal.send("\n")
+    shared_terminal.expect("first token after")
+    shared_terminal.expect("> ")
+    shared_terminal.send("/save {}/pasted.json\n".format(shared_terminal.folder))
+    shared_terminal.expect("2 messages are in")
+    kept = json.loads((shared_terminal.folder / "pasted.json").read_text())
+    assert kept["messages"][0] == {"role": "user", "content": "one\n/quit\nthree"}
+
+
+def test_an_overlong_paste_leaves_the_conversation(shared_terminal):
+    shared_terminal.send("x" * 230 + "\n")
+    shared_terminal.expect("the message has .* tokens, and the cache 200 slots")
+    shared_terminal.expect("> ")
+    shared_terminal.send("/save {}/after.json\n".format(shared_terminal.folder))
+    shared_terminal.expect("2 messages are in")
+
+
+def test_leaving_by_a_command(shared_terminal):
+    shared_terminal.send("/quit\n")
+    assert shared_terminal.process.wait(60) == 1  # some lines got no answer
 
 
 def test_the_end_of_a_terminal(open_terminal):

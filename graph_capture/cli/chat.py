@@ -18,11 +18,13 @@ from rich.text import Text
 
 from graph_capture import InferEngine
 from graph_capture.cli.console import show_error
+from graph_capture.cli.conversation import Conversation, plain_text, read_value
 from graph_capture.errors import CaptureError
 from graph_capture.runtime.llm import Completion
 from graph_capture.tiny import FOLDER
 
 PROMPT = "> "
+_PASTE, _PASTED = "\x1b[200~", "\x1b[201~"  # what terminals put around it
 # What a model writes must not steer the terminal.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
 
@@ -32,15 +34,17 @@ class Progress:
 
     Attributes:
         quiet: shows nothing for now: the line belongs to an answer.
+        ended: asked while quiet: whether the answer has ended, and its line with it.
     """
 
     def __init__(self, console: Console) -> None:
         self.quiet = False
+        self.ended: Callable[[], bool] = lambda: False
         self._console = console
         self._bar: bars.Progress | None = None
 
     def __call__(self, text: str) -> None:
-        if self.quiet or not self._console.is_terminal:
+        if not self._console.is_terminal or (self.quiet and not self.ended()):
             return
         if self._bar is None:
             columns = (bars.TextColumn("{task.description}"), bars.BarColumn(16), bars.TimeElapsedColumn())
@@ -58,7 +62,7 @@ class Progress:
 
 
 class Lines:
-    """The lines of the standard input.
+    """What comes from the standard input, a message at a time: a line, or what a terminal says was pasted.
 
     Raises:
         UnicodeError: on reading a line that is not UTF-8; the next can be read.
@@ -67,14 +71,34 @@ class Lines:
 
     def __init__(self) -> None:
         self.terminal = sys.stdin.isatty()
+        self._marks = False  # whether marks around a paste come with the text: readline takes them itself
         if self.terminal:
-            with suppress(ImportError):
-                import readline  # noqa: F401  # gives input() a history and the keys to edit a line
+            try:
+                import readline  # gives input() a history and the keys to edit a line
+
+                self._marks = "GNU" not in (readline.__doc__ or "")  # another library under that name knows no paste
+                readline.parse_and_bind("set enable-bracketed-paste on")
+            except ImportError:
+                self._marks = True
+
+    @contextmanager
+    def open(self) -> Iterator[Lines]:
+        """Have the terminal mark what is pasted."""
+        try:
+            if self._marks:
+                print("\x1b[?2004h", end="", flush=True)
+            yield self
+        finally:
+            if self._marks:
+                print("\x1b[?2004l", end="", flush=True)
 
     def read(self) -> str:
-        """The next line, without its end."""
+        """The next message, without its end."""
         if self.terminal:
             line = input(PROMPT)
+            while line.count(_PASTE) > line.count(_PASTED):
+                line += f"\n{input()}"
+            line = line.replace(_PASTE, "").replace(_PASTED, "")
             line.encode()  # in a C locale, strange bytes come as surrogates
             return line
         raw = sys.stdin.buffer.readline()
@@ -94,7 +118,7 @@ class Chat:
         options: of `InferEngine.stream`.
 
     Attributes:
-        messages: what was said.
+        talk: what was said.
         failed: whether a line got no answer.
     """
 
@@ -111,11 +135,20 @@ class Chat:
     ) -> None:
         self.engine, self.progress, self.out, self.notes = engine, progress, out, notes
         self.options = {"max_new_tokens": max_new_tokens, **options}
-        self.room = engine.capacity - min(max_new_tokens, engine.capacity // 2)  # for the prompt
-        self._opening = [{"role": "system", "content": system}] if system else []
+        self.talk = Conversation(system)
         self._templated = bool(getattr(engine.tokenizer, "chat_template", None))
-        self.messages = list(self._opening)
+        self._line_open = False
         self.failed = False
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was said."""
+        return self.talk.messages
+
+    @property
+    def room(self) -> int:
+        """Tokens for the prompt, where an answer may be as long as it is to be."""
+        return self.engine.capacity - min(self.options["max_new_tokens"], self.engine.capacity // 2)
 
     def run(self) -> None:
         """Read and answer lines until there are no more, or the user leaves."""
@@ -124,7 +157,7 @@ class Chat:
             self.note("/help lists the commands; Ctrl-C stops an answer")
         if not self._templated:
             self.note("the model has no chat template: it continues each line by itself")
-        with suppress(EOFError, KeyboardInterrupt):  # Ctrl-C at the prompt, or while a command prints
+        with lines.open(), suppress(EOFError, KeyboardInterrupt):  # Ctrl-C at the prompt, or while a command prints
             while self._take(lines):
                 pass
             return
@@ -132,7 +165,7 @@ class Chat:
             self.out.print()
 
     def _take(self, lines: Lines) -> bool:
-        """Read a line and do what it asks; whether to go on."""
+        """Read a message and do what it asks; whether to go on."""
         try:
             line = lines.read().strip()
         except UnicodeError:
@@ -140,8 +173,8 @@ class Chat:
             return True
         if line == "/quit":
             return False
-        if line.startswith("/"):
-            self.command(*line.split())
+        if line.startswith("/") and "\n" not in line:  # what has several lines was pasted
+            self.command(*line.split(maxsplit=1))
         elif line:
             self.answer(line)
         return True
@@ -158,15 +191,17 @@ class Chat:
     # --- answers
 
     def answer(self, line: str) -> None:
-        """Answer one line, piece by piece; Ctrl-C stops it, and what was said until then counts."""
+        """Answer one message, piece by piece; Ctrl-C stops it, and what was said until then counts."""
         said: list[str] = []
+        before, answered = list(self.messages), self.engine.last
         self.messages.append({"role": "user", "content": line})
+        self.progress.ended = lambda: self.engine.last is not answered and self._end_line()
         with _interruptible() as interrupted:
             try:
                 pieces = self.engine.stream(self._prompt(), **self.options)
                 for piece in pieces:
                     self.progress.done()
-                    self.progress.quiet = True
+                    self.progress.quiet = self._line_open = True
                     said.append(piece)
                     self.out.out(piece.translate(_CONTROLS), end="", highlight=False)
                     if interrupted():
@@ -175,17 +210,16 @@ class Chat:
             except KeyboardInterrupt:  # the second, while the engine was at something that takes long
                 pass
             except CaptureError as error:
-                self.messages.pop()
+                self.talk.messages = before
                 self.progress.done()
-                if said:
-                    self.out.print()
+                self._end_line()
                 self.fail(error)
                 return
             finally:
                 self.progress.done()
                 self.progress.quiet = False
+        self._end_line()
         if said:
-            self.out.print()
             self.messages.append({"role": "assistant", "content": "".join(said)})
         else:
             self.messages.pop()
@@ -194,46 +228,94 @@ class Chat:
         else:
             self.note(f"{summary(self.engine.last)}, fusion {_switch(self.engine.enable_fusion)}")
 
-    def _prompt(self) -> str | list[dict[str, str]]:
-        """The conversation, without its oldest turns where it leaves too little room for an answer."""
+    def _end_line(self) -> bool:
+        """End the line of an answer, if it is open."""
+        if self._line_open:
+            self.out.print()
+        self._line_open = False
+        return True
+
+    def _prompt(self) -> str | list[dict[str, Any]]:
+        """The conversation, without its oldest turns where it leaves too little room for an answer.
+
+        Raises:
+            CaptureError: the last message does not fit even alone; nothing is forgotten.
+        """
         if not self._templated:
-            return self.messages[-1]["content"]
-        first, before = len(self._opening), len(self.messages)
-        while len(self.messages) > first + 2 and len(self.engine.encode_messages(self.messages)) > self.room:
-            del self.messages[first : first + 2]
-        if len(self.messages) < before:
-            self.note(f"the oldest {before - len(self.messages)} messages do not fit any more, and are forgotten")
-        return self.messages
+            return plain_text(self.messages[-1])
+        talk, encode = self.talk, self.engine.encode_messages
+        if len(talk.messages) > talk.first + 1 and len(encode(talk.messages)) > self.room:
+            alone = len(encode(talk.last()))
+            if alone >= self.engine.capacity:
+                raise CaptureError(
+                    f"the message has {alone} tokens, and the cache {self.engine.capacity} slots: shorten it, or take "
+                    "a larger --max-length; it was left out, and the conversation is as it was"
+                )
+            count = talk.forget(lambda messages: len(encode(messages)) <= self.room)
+            self.note(f"the oldest {count} messages do not fit any more, and are forgotten")
+        return talk.messages
 
     # --- commands
 
-    def command(self, name: str, *arguments: str) -> None:
+    def command(self, name: str, rest: str = "") -> None:
         """Do what a line that starts with a slash says."""
-        match (name, *arguments):
-            case ("/help",):
+        rest = rest.strip()
+        try:
+            self._command(name, rest)
+        except CaptureError as error:
+            self.fail(error)
+
+    def _command(self, name: str, rest: str) -> None:
+        match name, rest:
+            case "/help", "":
                 self.out.print(HELP, highlight=False, markup=False)
-            case ("/stats",):
+            case "/stats", "":
                 self.out.print(_stats_table(self.engine.stats()))
-            case ("/explain",):
+            case "/explain", "":
                 self.out.print(self.engine.explain(), soft_wrap=True, highlight=False, markup=False)
-            case ("/fusion", ("on" | "off") as switch):
-                self.engine.enable_fusion = switch == "on"
-                self.note(f"fusion {switch}")
-            case ("/fusion",):
+            case "/fusion", ("on" | "off"):
+                self.engine.enable_fusion = rest == "on"
+                self.note(f"fusion {rest}")
+            case "/fusion", "":
                 self.note(f"fusion {_switch(self.engine.enable_fusion)}")
-            case ("/reset",):
-                self.messages = list(self._opening)
+            case "/reset", "":
+                self.talk.reset()
                 self.note("the conversation is forgotten")
+            case "/system", "":
+                self.note(f"system message: {self.talk.system}" if self.talk.system else "there is no system message")
+            case "/system", _:
+                self.talk.system = None if rest == "off" else rest
+                self.note("there is no system message" if rest == "off" else "the system message is set")
+            case "/set", "":
+                self.note(", ".join(f"{key} {value}" for key, value in self.options.items() if value is not None))
+            case "/set", _:
+                key, value = read_value(rest)
+                self.options = {**self.options, key: value}
+                if value is None:
+                    self.options = {"max_new_tokens": 128} | {k: v for k, v in self.options.items() if v is not None}
+                self.note(f"{key} {'is as the model has it' if value is None else value}")
+            case "/save", _ if rest:
+                self.talk.save(rest, self.options)
+                self.note(f"{len(self.messages)} messages are in {rest}")
+            case "/load", _ if rest:
+                self.options |= self.talk.load(rest)
+                self.note(f"{len(self.messages)} messages are back")
+            case (("/save" | "/load"), _):
+                raise CaptureError(f"{name} takes the name of a file: {name} talk.json")
             case _:
-                self.fail(CaptureError(f"there is no command {' '.join((name, *arguments))}; /help lists them"))
+                raise CaptureError(f"there is no command {' '.join((name, rest)).strip()}; /help lists them")
 
 
 HELP = """\
 /stats          the latest answer, the cache, the captured steps
 /explain        the receipts: what was fused and why, what was not and why not
 /fusion on|off  use the fused steps, or the model as it is
+/system TEXT    a message that says how to answer; /system shows it, /system off drops it
+/set NAME VALUE temperature 0.7, top_p 0.9, max_new_tokens 200 ...; /set shows them, default drops one
+/save FILE      keep the conversation
+/load FILE      go on with one that was kept
 /reset          forget the conversation
-/help           this list
+/help           this list; several lines that are pasted are one message
 /quit           leave; so do Ctrl-D, and Ctrl-C at the prompt"""
 
 
@@ -298,6 +380,7 @@ def run(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     fusion: bool = True,
+    max_length: int | None = None,
     system: str | None = None,
     **options: Any,
 ) -> bool:
@@ -305,8 +388,9 @@ def run(
 
     Args:
         model, device, dtype, fusion: of `InferEngine`; without a model the tiny one that comes with the package.
+        max_length: tokens of a conversation (default: what the model was made for, and memory allows).
         system: the system message.
-        options: of `InferEngine.stream`.
+        options: of `InferEngine.stream`; None leaves one as the model has it.
 
     Raises:
         CaptureError: see `InferEngine`.
@@ -314,8 +398,10 @@ def run(
     hide_progress_bars()
     out, notes = Console(), Console(stderr=True)
     progress = Progress(notes)
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        engine = InferEngine(model or FOLDER, device, fusion, dtype, progress=progress)
+        length = "most" if max_length is None else max_length
+        engine = InferEngine(model or FOLDER, device, fusion, dtype, max_length=length, progress=progress)
         if engine.enable_fusion:
             engine.warm_up(**options)
     finally:

@@ -166,10 +166,20 @@ def chat(
     dtype: Annotated[DType | None, typer.Option(help="Of the weights (default: as they are stored).")] = None,
     device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Choose among so many tokens; 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the fewest tokens that are this likely together.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a conversation (default: what the model and memory allow).")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most likely token (default, here and below: as the model has it).")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens; 0: among all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the fewest tokens that are this likely together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out what is less likely than this part of the best.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random choices.")] = None,
     fusion: Annotated[bool, typer.Option(help="Capture and fuse the model's steps.")] = True,
     system: Annotated[str | None, typer.Option(help="A message that says how to answer.")] = None,
@@ -188,9 +198,11 @@ def chat(
             fusion=fusion,
             system=system,
             max_new_tokens=max_new_tokens,
+            max_length=max_length,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
         )

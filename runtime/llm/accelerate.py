@@ -42,8 +42,8 @@ _ASSISTING = ("is_assistant", "num_assistant", "assistant_", "max_matching", "ta
 class Accelerated:
     """What `accelerate` puts beside a model, as ``model.accelerated``.
 
-    A copy of the model, or one that was saved and loaded whole, is accelerated on its own: it has an engine of its own, made at its
-    first call.
+    A copy of the model, or one that was saved and loaded whole, is accelerated on its own: it has an engine of its own,
+    made at its first call.
 
     Attributes:
         declined: why the latest call of ``generate`` ran as it is; None where it did not.

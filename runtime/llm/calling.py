@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
 
 from graph_capture.errors import CaptureError
+
+SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 
 
 def generating(model: Any) -> Any:
@@ -52,12 +55,50 @@ def vocabulary_of(model: Any) -> int:
     return size
 
 
+def slots_for(model: Any, asked: int | str | None) -> int:
+    """How many tokens of prompt and answer a cache is to hold; see `InferEnginePython`.
+
+    Raises:
+        CaptureError: it is no number, or too small.
+    """
+    text = model.config.get_text_config(decoder=True)
+    made_for = getattr(text, "max_position_embeddings", None) or SLOTS
+    if asked == "most":
+        return max(2, min(made_for, max(SLOTS, _room(model, text))))
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int)):
+        raise CaptureError(f"max_length must be a whole number, got {asked!r:.80}")
+    slots = min(SLOTS if asked is None else asked, made_for)
+    if slots < 2:
+        raise CaptureError(f"max_length must be at least 2, got {asked}")
+    return slots
+
+
+def _room(model: Any, text: Any) -> int:
+    """Tokens whose keys and values fit into an eighth of the memory that is free: recording copies them for a while."""
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 1) // heads
+    size = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):  # where the system does not say
+            return SLOTS
+    return free // 8 // max(1, size * model.dtype.itemsize)
+
+
 class Calling:
     """The arguments of a causal language model's forward.
 
     Args:
         model: is called.
         known_by: whose signature says what can be passed (a wrapper passes everything on).
+
+    Attributes:
+        cache_name: what it calls its cache.
+        vocabulary: how many tokens it knows.
+        goes_back: whether a cache that is cut short is as if the rest had never been: a model may keep more elsewhere.
 
     Raises:
         CaptureError: it takes no cache.
@@ -70,6 +111,7 @@ class Calling:
         if cache is None:
             raise CaptureError(f"the forward of {type(known_by).__name__} takes no cache")
         self.cache_name = cache
+        self.goes_back = True
         self.vocabulary = vocabulary_of(known_by)
         self._keeps = "logits_to_keep" in names
         self._places = "position_ids" in names
@@ -81,18 +123,19 @@ class Calling:
         ids: torch.Tensor,
         cache: Any,
         keep: int | torch.Tensor,
+        positions: torch.Tensor,
         mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The logits of one token a row, [B, V].
+        """The logits of one token a row, [B, V]; the call is what ``generate`` would make.
 
         Args:
             ids: [B, L] int64.
             cache: is read and written.
             keep: of which token: 1 is the last one; an index, [1] int64.
-            mask, positions: of padded rows.
+            positions: [1 or B, L] int64.
+            mask: of padded rows.
         """
-        more: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self._of_padding(mask, positions)}
+        more: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self._where(positions, mask)}
         if self._keeps:
             return self.model(input_ids=ids, logits_to_keep=keep, **more).logits[:, -1]
         logits = self.model(input_ids=ids, **more).logits
@@ -104,20 +147,20 @@ class Calling:
         Args:
             mask: [B, L] bool; False for padding on the left.
         """
-        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
-        more = self._of_padding(mask if mask is None else mask.long(), positions)
+        if mask is None:
+            more = self._where(torch.arange(ids.shape[1], device=ids.device)[None], None)
+        else:
+            more = self._where((mask.long().cumsum(-1) - 1).clamp(min=0), mask.long())
         if self._caches:
             more["use_cache"] = False
         if self._keeps:
             more["logits_to_keep"] = last
         return self.model(input_ids=ids, **more).logits[:, -last:]
 
-    def _of_padding(self, mask: torch.Tensor | None, positions: torch.Tensor | None) -> dict[str, Any]:
-        more: dict[str, Any] = {}
+    def _where(self, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        more: dict[str, Any] = {"position_ids": positions} if self._places else {}
         if mask is not None:
             if not self._masks:
                 raise CaptureError(f"the forward of {type(self.model).__name__} takes no mask for padding")
             more["attention_mask"] = mask
-            if self._places:
-                more["position_ids"] = positions
         return more

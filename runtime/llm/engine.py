@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -12,7 +12,7 @@ from graph_capture.errors import CaptureError
 from graph_capture.runtime.capture.capture import Captured, capture
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.llm.agreement import Agreement, agreement
-from graph_capture.runtime.llm.calling import generating, vocabulary_of
+from graph_capture.runtime.llm.calling import generating, slots_for, vocabulary_of
 from graph_capture.runtime.llm.completion import Completion, TokenLogprobs
 from graph_capture.runtime.llm.models import load_model, load_tokenizer
 from graph_capture.runtime.llm.own import OwnSession
@@ -20,8 +20,6 @@ from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request
 from graph_capture.runtime.llm.serving import Serving
 from graph_capture.runtime.llm.session import Pending, Progress, Session, bucket
 from graph_capture.runtime.llm.text import Detokenizer
-
-SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 
 
 class InferEnginePython(Serving):
@@ -40,7 +38,7 @@ class InferEnginePython(Serving):
             changed at any time, as an attribute.
         dtype: of the weights (default: as they are stored).
         max_length: slots of the cache, for prompt and answer together (default: what the model was made for, at most
-            2048).
+            2048; "most": what it was made for and memory allows).
         config: how steps are fused (default: a kernel is kept where it saves 5 % of its region; a step that is replayed
             for every token is worth it).
         progress: is told, in words, what takes long.
@@ -62,7 +60,7 @@ class InferEnginePython(Serving):
         enable_fusion: bool = True,
         dtype: torch.dtype | None = None,
         *,
-        max_length: int | None = None,
+        max_length: int | Literal["most"] | None = None,
         config: FusionConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -78,13 +76,7 @@ class InferEnginePython(Serving):
             model = load_model(str(model_path), dtype=dtype, device=str(where))
             self.tokenizer = load_tokenizer(str(model_path))
         target = generating(model)
-        text = target.config.get_text_config(decoder=True)
-        made_for = getattr(text, "max_position_embeddings", None) or SLOTS
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
-            raise CaptureError(f"max_length must be a whole number, got {max_length!r:.80}")
-        capacity = min(max_length or SLOTS, made_for)
-        if capacity < 2 or max_length == 0:
-            raise CaptureError(f"max_length must be at least 2, got {max_length}")
+        capacity = slots_for(target, max_length)
         super().__init__(model, target, capacity, config or FusionConfig(fusion_ratio=0.95), progress)
         self.enable_fusion = enable_fusion and bool(getattr(target.config, "enable_fusion", True))
         self.last: Completion | None = None

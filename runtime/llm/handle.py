@@ -170,7 +170,7 @@ _OTHERS = frozenset(name for name in dir(Cache) if not name.startswith("__") and
 def _is_implied(name: str, value: Any) -> bool:
     if name in _IMPLIED:
         return not isinstance(value, torch.Tensor) and value in _IMPLIED[name]
-    return value is None or value is False
+    return value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
 
 
 def _rows(

@@ -69,6 +69,8 @@ def _tried(session: Session, padded: bool, length: int) -> str | None:
             alone = session.calling.without_cache(whole, count + 1)[0].float()
         if (off := _apart(ours[row], alone, session)) is not None:
             return f"row {row}: {off}" if session.batch > 1 else off
+    if session.batch == 1 and not session.cache.stateful and length > 2:
+        session.calling.goes_back = session.calling.goes_back and _goes_back(session, tokens[0], length)
     if padded:
         mask = torch.stack([torch.arange(length + count) >= length - size for size in lengths]).to(tokens.device)
         with torch.no_grad():
@@ -77,6 +79,16 @@ def _tried(session: Session, padded: bool, length: int) -> str | None:
             if (off := _apart(ours[row], together[row], session)) is not None:
                 return f"padded row {row}: {off}"
     return None
+
+
+def _goes_back(session: Session, tokens: torch.Tensor, length: int) -> bool:
+    """Whether `session`, which holds `tokens`, goes on from the first half of its prompt as if it held no more."""
+    half = length // 2
+    other = tokens.flip(0)[: length - half]
+    ours = session.prove_return(half, other.tolist()).float()
+    with torch.no_grad():
+        theirs = session.calling.without_cache(torch.cat((tokens[:half], other))[None], 1)[0].float()
+    return _apart(ours, theirs, session) is None
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor, session: Session) -> str | None:

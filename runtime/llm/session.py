@@ -179,7 +179,7 @@ class Session:
         """
         check_rows(rows, self.capacity)
         longest = max(map(len, rows))
-        whole = self.batch > 1 or self._padded or self.cache.stateful
+        whole = self.batch > 1 or self._padded or self.cache.stateful or not self.calling.goes_back
         kept = 0 if whole else min(_shared(self.held, rows[0]), longest - 1)
         if kept < longest - kept:  # attention over all slots costs more than it saves
             kept = 0
@@ -232,6 +232,14 @@ class Session:
         size = longest if self.cache.stateful else self._size(0, longest)
         logits = self._begin(*self._inputs(rows, 0, longest, size), kind=None)
         self.filled = longest
+        return logits.clone()
+
+    @_plainly
+    def prove_return(self, filled: int, more: Sequence[int]) -> torch.Tensor:
+        """The logits after `more` tokens behind the first `filled` slots, [1, V]; what the others held is forgotten."""
+        self.truncate(filled)
+        logits = self._extend(*self._inputs([[0] * filled + [*more]], filled, len(more), len(more)), kind=None)
+        self.filled += len(more)
         return logits.clone()
 
     @_plainly
@@ -290,11 +298,14 @@ class Session:
         """The logits of one token a row, [B, V]."""
         length = ids.shape[1]
         self.cache.begin(length, fresh)
-        if not self._padded or not (fresh or self.cache.slotted):
-            return self.calling(ids, self.cache, keep)
-        slots = torch.arange(length if fresh else self.capacity, device=ids.device)
+        if not self._padded:
+            return self.calling(ids, self.cache, keep, self.slots.where[None])
         positions = (self.slots.where - self._offset[:, None]).clamp(min=0)
-        return self.calling(ids, self.cache, keep, slots >= self._offset[:, None], positions)
+        mask = None
+        if fresh or self.cache.slotted:
+            slots = torch.arange(length if fresh else self.capacity, device=ids.device)
+            mask = slots >= self._offset[:, None]
+        return self.calling(ids, self.cache, keep, positions, mask)
 
     def _choose(self, logits: torch.Tensor, kind: SamplingKind | None) -> torch.Tensor:
         if kind is None:
