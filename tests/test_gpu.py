@@ -19,7 +19,7 @@ from graph_capture import (
     record,
 )
 from graph_capture.ir.numerics import distance
-from graph_capture.runtime.replay import cuda_graph as cudagraph
+from graph_capture.runtime.replay.capturing import Cuda
 from tests import llm
 from tests.models import forward, recorded, tiny_llama, token_ids
 
@@ -150,18 +150,21 @@ def test_kernels_that_start_early_see_what_others_wrote(size, cuda_graph):
 
 
 def test_garbage_does_not_end_a_capture(monkeypatch, caplog):
-    apply = cudagraph._apply
+    capture = Cuda.capture
 
-    def littering(steps, values):
-        if littered and torch.cuda.is_current_stream_capturing():
-            cycle = [littered.pop()]
-            cycle.append(cycle)
-            del cycle
-            assert len([[] for _ in range(10**5)]) == 10**5  # enough to have garbage collected
-        apply(steps, values)
+    def littering(self, body):
+        def beside():
+            if littered and torch.cuda.is_current_stream_capturing():
+                cycle = [littered.pop()]
+                cycle.append(cycle)
+                del cycle
+                assert len([[] for _ in range(10**5)]) == 10**5  # enough to have garbage collected
+            return body()
+
+        return capture(self, beside)
 
     littered = []
-    monkeypatch.setattr(cudagraph, "_apply", littering)
+    monkeypatch.setattr(Cuda, "capture", littering)
     x = torch.randn(64, 64, device="cuda")
     with record(x) as recording:
         recording.output(torch.softmax(x, -1) * 2)

@@ -75,7 +75,7 @@ class GraphBuilder(Names):
         """Run one op and write it down."""
         inputs, attrs = pack(target, args, kwargs, self.name_of)
         if self._check is not None:
-            self._announce(target, inputs, attrs)
+            self._announce(target, args, kwargs, inputs, attrs)
         with self.reads_of_code.elsewhere():
             result = shaped(target, args, kwargs, run) if self.metadata_only else run()
         outputs = flatten_outputs(result)
@@ -88,17 +88,18 @@ class GraphBuilder(Names):
         with self.suspend():
             self.call(op(EXTERNAL), (kernel, args, tuple(kwargs.items())), {}, lambda: external(kernel, args, kwargs))
 
-    def _announce(self, target: Op, inputs: tuple[str, ...], attrs: Any) -> None:
+    def _announce(self, target: Op, args: Any, kwargs: Any, inputs: tuple[str, ...], attrs: Any) -> None:
         """Tell the witness what this call is about to write and draw."""
         assert self._check is not None
         for name, value in attrs:
             if name == "generator":
                 self._check.draws(value)
         if target.may_write:
-            node = OpNode(target.name, inputs, (), attrs)
+            node, tensors = OpNode(target.name, inputs, (), attrs), list[torch.Tensor]()
+            pack(target, args, kwargs, lambda tensor: tensors.append(tensor) or "")
             with self.suspend():
                 for position in written_inputs(node):
-                    self._check.before_write(self.values[inputs[position]].storage)
+                    self._check.before_write(self.values[inputs[position]].storage, node, tensors, position)
 
     def _write(self, target: Op, inputs: tuple[str, ...], attrs: Any, outputs: list[torch.Tensor]) -> None:
         """Append a node that produced `outputs`."""

@@ -1,8 +1,8 @@
 """Checks a recording against what really happened: replays it and compares.
 
 A `RecordingCheck` watches, while the user's code runs, the memory that exists outside the recording: inputs, captured
-tensors. It copies a storage before the first recorded write into it and takes a checksum of the others (of parameters,
-which are large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares
+tensors. It copies what recorded ops write before they do, and takes a checksum of everything (of parameters, which are
+large and which nobody writes, by a sample); afterwards it replays the graph from the state before, compares
 with the state after, and leaves everything as the code left it.
 
 Where the two differ it replays again, from the same state: what replays differ by among themselves is the noise of ops
@@ -27,7 +27,7 @@ from graph_capture.ir.choices import Choices, Forced, chooses
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Call, Executor
-from graph_capture.ir.memory import RandomState, storage_bytes
+from graph_capture.ir.memory import Part, RandomState, Written, storage_bytes
 from graph_capture.ir.numerics import RUNS, STEADY, Spread, alike
 
 _HINT = (
@@ -41,6 +41,7 @@ _UNINITIALISED = frozenset(
 
 
 ROUNDS = 3  # of replays, each without the choices that those before it could not have made
+After = Mapping[int, list[torch.Tensor]]  # storage -> what was written of it, as the code left it
 SAMPLE = 1024  # how many of a parameter's 8-byte words go into its checksum
 
 
@@ -61,25 +62,27 @@ class RecordingCheck:
         self._random = RandomState()
         self._generators: dict[torch.Generator, torch.Tensor] = {}
         self._unwritten: dict[int, tuple[str, torch.Tensor, _Checksum]] = {}  # storage -> name, bytes, checksum
-        self._copies: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}  # storage -> name, bytes, copy
+        self._written: dict[int, tuple[str, Written, _Checksum]] = {}  # storage -> name, what was there, checksum
         self._broken: str | None = None
         self._choices = Choices()
 
     def sees(self, name: str, tensor: torch.Tensor, storage: int) -> None:
         """`tensor` exists outside the recording."""
-        if storage < 0 or storage in self._unwritten or storage in self._copies or tensor.is_meta:
+        if storage < 0 or storage in self._unwritten or storage in self._written or tensor.is_meta:
             return
         data = storage_bytes(tensor)
         step = max(1, data.numel() // 8 // SAMPLE) if isinstance(tensor, torch.nn.Parameter) else 1
         checksum = _Checksum(data, step)
         self._unwritten[storage] = (name, data, checksum)
 
-    def before_write(self, storage: int) -> None:
-        """A recorded op is about to write into `storage`."""
+    def before_write(self, storage: int, node: OpNode, tensors: Sequence[torch.Tensor], position: int) -> None:
+        """A recorded op on `tensors` is about to write into the one at `position`, which lies in `storage`."""
         if storage in self._unwritten:
             name, data, checksum = self._unwritten.pop(storage)
             self._expect(name, checksum)
-            self._copies[storage] = (name, data, data.clone())
+            self._written[storage] = (name, Written(data, tensors[position].dtype), checksum)
+        if storage in self._written:
+            self._written[storage][1].before(Part.written(node, tensors, position))
 
     def gave(self, node: OpNode, reads: Sequence[torch.dtype], outputs: Sequence[torch.Tensor]) -> None:
         """A recorded op has made `outputs` from tensors of these dtypes; called while recording."""
@@ -94,8 +97,8 @@ class RecordingCheck:
 
     def rollback(self, random: bool) -> None:
         """Put memory back as it was before the recording; and the random generators, if `random`."""
-        for _, data, copy in self._copies.values():
-            data.copy_(copy)
+        for _, written, _ in self._written.values():
+            written.restore()
         if random:  # they belong to all threads: not touched without need
             self._random.restore()
         for generator, state in self._generators.items():
@@ -120,7 +123,7 @@ class RecordingCheck:
             raise UnrecordedWriteError(
                 f"the memory of {self._broken!r} changed while recording, but no recorded op wrote it. {_HINT}"
             )
-        after = {storage: data.clone() for storage, (_, data, _) in self._copies.items()}
+        after = {storage: written.read() for storage, (_, written, _) in self._written.items()}
         random = any(map(is_random, graph.nodes))
         drawn, generators = RandomState(), {g: g.get_state() for g in self._generators}
         tensors = [*inputs, *captured.values()]
@@ -134,10 +137,12 @@ class RecordingCheck:
             return Executor(steps, graph.input_names, graph.output_names).run(tensors)
 
         try:
-            problem = self._difference(graph, outputs, replay(), after)
-            drew = not random or RandomState() == drawn
-            if problem is not None and drew:
-                problem = self._beyond_noise(graph, outputs, after, poisoned, replay)
+            problem, drew = self._elsewhere(), True
+            if problem is None:
+                problem = self._difference(graph, outputs, replay(), after)
+                drew = not random or RandomState() == drawn
+                if problem is not None and drew:
+                    problem = self._beyond_noise(graph, outputs, after, poisoned, replay)
             if problem is not None:
                 raise UnrecordedWriteError(f"replaying the recording {problem}. {_HINT}")
             if not drew:
@@ -145,28 +150,34 @@ class RecordingCheck:
                     f"the recorded ops drew another amount from the random generator than the code did. {_HINT}"
                 )
         finally:
-            for storage, (_, data, _) in self._copies.items():
-                data.copy_(after[storage])
+            for storage, (_, written, _) in self._written.items():
+                written.write(after[storage])
             if random:
                 drawn.restore()
             for generator, state in generators.items():
                 generator.set_state(state)
-        copied = sum(2 * copy.numel() for _, _, copy in self._copies.values())
+        copied = sum(2 * written.nbytes for _, written, _ in self._written.values())
         return CheckCost(time.perf_counter() - start, copied, replays)
 
+    def _elsewhere(self) -> str | None:
+        """What was written beside the parts that recorded ops write."""
+        for _, written, _ in self._written.values():
+            written.restore()
+        for name, written, checksum in self._written.values():
+            if not written.whole and not checksum.holds():
+                return f"leaves other values in {name!r} than the code did"
+        return None
+
     def _difference(
-        self,
-        graph: SubGraph,
-        outputs: Sequence[torch.Tensor],
-        replayed: Sequence[torch.Tensor],
-        after: Mapping[int, torch.Tensor],
+        self, graph: SubGraph, outputs: Sequence[torch.Tensor], replayed: Sequence[torch.Tensor], after: After
     ) -> str | None:
         """What a replay gives or leaves other than the code did, beyond rounding."""
         for name, expected, found in zip(graph.output_names, outputs, replayed, strict=True):
             if not alike(expected, found):
                 return f"gives another {name!r} than the code did{_blame(graph, name)}"
-        for storage, (name, data, _) in self._copies.items():
-            if not alike(*(_values(graph, name, image) for image in (after[storage], data))):
+        for storage, (name, written, _) in self._written.items():
+            pairs = zip(written.numbers(after[storage]), written.numbers(written.read()), strict=True)
+            if not all(alike(*pair) for pair in pairs):
                 return f"leaves other values in {name!r} than the code did"
         return None
 
@@ -174,7 +185,7 @@ class RecordingCheck:
         self,
         graph: SubGraph,
         outputs: Sequence[torch.Tensor],
-        after: Mapping[int, torch.Tensor],
+        after: After,
         steps: Sequence[tuple[OpNode, Call | None]],
         replay: Callable[[Iterable[tuple[OpNode, Call | None]]], list[torch.Tensor]],
     ) -> str | None:
@@ -182,10 +193,9 @@ class RecordingCheck:
         choices = dict(self._choices.made)
         problem: str | None = None
         for _ in range(ROUNDS):
-            forced, runs = Forced(choices), _Runs(graph, outputs, {s: after[s] for s in self._copies})
+            forced, runs = Forced(choices), _Runs(graph, outputs, self._written, after)
             for number in range(1, RUNS + 1):
-                results = replay(forced.steps(steps))
-                runs.add(results, {storage: (name, data) for storage, (name, data, _) in self._copies.items()})
+                runs.add(replay(forced.steps(steps)))
                 refused, problem = forced.refused(), runs.problem()
                 if number > 1 and problem is None and not refused:
                     return None
@@ -259,29 +269,35 @@ def _poisoned(node: OpNode) -> Call | None:
 class _Runs:
     """What several replays gave and left, against what the code did."""
 
-    def __init__(self, graph: SubGraph, outputs: Sequence[torch.Tensor], after: Mapping[int, torch.Tensor]) -> None:
-        self._graph, self._outputs, self._after = graph, outputs, after
+    def __init__(
+        self,
+        graph: SubGraph,
+        outputs: Sequence[torch.Tensor],
+        written: Mapping[int, tuple[str, Written, _Checksum]],
+        after: After,
+    ) -> None:
+        self._graph, self._outputs, self._written = graph, outputs, written
+        self._after = [(name, n) for key, (name, w, _) in written.items() for n in w.numbers(after[key])]
         self._given: list[Spread | None] = []
-        self._left: dict[int, tuple[str, Spread]] = {}
+        self._left: list[Spread] = []
 
-    def add(self, results: Sequence[torch.Tensor], memory: Mapping[int, tuple[str, torch.Tensor]]) -> None:
-        """Another replay gave `results` and left this in what it wrote: storage -> name, bytes."""
-        if not self._given:
-            self._given = [_spread(found, wanted) for found, wanted in zip(results, self._outputs, strict=True)]
-            self._left = {
-                storage: (name, Spread(_values(self._graph, name, data))) for storage, (name, data) in memory.items()
-            }
+    def add(self, results: Sequence[torch.Tensor]) -> None:
+        """Another replay gave `results`, and what it has written is in memory."""
+        left = [numbers for _, written, _ in self._written.values() for numbers in written.numbers(written.read())]
+        if not self._given and not self._left:
+            self._given = [_spread(found) for found in results]
+            self._left = [Spread(numbers, copy=False) for numbers in left]
             return
         for spread, found in zip(self._given, results, strict=True):
             if spread is not None:
                 spread.add(found)
-        for storage, (name, data) in memory.items():
-            self._left[storage][1].add(_values(self._graph, name, data))
+        for spread, numbers in zip(self._left, left, strict=True):
+            spread.add(numbers)
 
     @property
     def noisy(self) -> bool:
         """Whether the replays differ among themselves."""
-        return any(s is not None and s.noise > 0 for s in (*self._given, *(s for _, s in self._left.values())))
+        return any(s is not None and s.noise > 0 for s in (*self._given, *self._left))
 
     def problem(self) -> str | None:
         """The first thing that the code did otherwise."""
@@ -289,26 +305,19 @@ class _Runs:
             excess = 0.0 if spread is None else spread.excess(wanted)
             if spread is not None and excess > 0:
                 return f"gives another {name!r} than the code did{_by(excess, spread)}{_blame(self._graph, name)}"
-        for storage, (name, spread) in self._left.items():
-            excess = spread.excess(_values(self._graph, name, self._after[storage]))
-            if excess > 0:
+        for (name, wanted), spread in zip(self._after, self._left, strict=True):
+            if (excess := spread.excess(wanted)) > 0:
                 return f"leaves other values in {name!r} than the code did{_by(excess, spread)}"
         return None
 
 
-def _spread(found: torch.Tensor, wanted: torch.Tensor) -> Spread | None:
+def _spread(found: torch.Tensor) -> Spread | None:
     return Spread(found) if found.layout is torch.strided and not found.is_meta else None
 
 
 def _by(excess: float, spread: Spread) -> str:
     """By how much more than noise, where there is some."""
     return f" (by {excess:.2g} more than noise explains: replays differ by {spread.noise:.2g})" if spread.noise else ""
-
-
-def _values(graph: SubGraph, name: str, image: torch.Tensor) -> torch.Tensor:
-    """The bytes of a written storage as the numbers that they are."""
-    dtype = graph.values[name].dtype
-    return image[: image.numel() - image.numel() % dtype.itemsize].view(dtype)
 
 
 def _blame(graph: SubGraph, name: str) -> str:

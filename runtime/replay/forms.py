@@ -22,6 +22,8 @@ from graph_capture.ir.layouts import like, once
 from graph_capture.ir.numerics import Spread, same_bits
 from graph_capture.ir.ops import op
 
+LARGE = 2**20  # bytes of an input that is not copied to try a form
+HUGE = 2**25  # bytes of a result that is not computed a second time beside it
 RUNS = 3  # of an op that a form does not equal, to see whether it equals itself
 
 
@@ -90,17 +92,21 @@ def _calling(node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor)
     if into is None:
         return None
     args, keywords = call_of(node, inputs)
-    trial = like(result)
-    function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": trial})), into)
+    function = next((f for f in _bindings(overload) if _reaches(f, into, args, {**keywords, "out": result})), into)
     form = _OutForm(node, function)
-    return form if _writes(form, node, inputs, trial, result) else None
+    return form if _fills(form, node, inputs, result) else None
 
 
 def _is_exact(form: Writer, node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> bool:
-    """Whether another way to compute the same gives the same bits; for noise too, since data may be all zeros."""
-    if not _writes(form, node, inputs, like(result), result):
+    """Whether another way to compute the same gives the same bits; for noise too, since data may be all zeros.
+
+    What is large and no constant is its own noise.
+    """
+    if not _fills(form, node, inputs, result):
         return False
-    noise = [_noise(tensor) for tensor in inputs]
+    noise = [tensor if _is_varied(tensor) else _noise(tensor) for tensor in inputs]
+    if all(made is tensor for made, tensor in zip(noise, inputs, strict=True)):
+        return True
     expected = _called(node, noise)
     return _writes(form, node, noise, like(expected), expected)
 
@@ -190,6 +196,42 @@ def _out_overload(overload: OpOverload) -> OpOverload | None:
     return None
 
 
+def _fills(form: Writer, node: OpNode, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> bool:
+    """Whether the form gives what the op gave. Where that is much, it is tried on the result itself, which is computed
+    again if it fails: so nothing takes more memory than the op."""
+    if result.nbytes < HUGE or not result.is_contiguous() or result.dtype not in _INTEGERS:
+        return _writes(form, node, inputs, like(result), result)
+    wanted = _digest(result)
+    try:
+        form(_Now(), inputs, result)
+    except (TypeError, RuntimeError, ValueError, NotImplementedError, IndexError):
+        pass
+    else:
+        if all(map(torch.equal, _digest(result), wanted)):
+            return True
+    found = _called(node, inputs)
+    result.copy_(found)
+    if all(map(torch.equal, _digest(found), wanted)):
+        return False
+    return _writes(form, node, inputs, found, result)  # the op does not give the same twice
+
+
+def _digest(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the bits, by rows and by columns."""
+    words = tensor.view(_INTEGERS[tensor.dtype]).reshape(-1, tensor.shape[-1])
+    return words.sum(0, dtype=torch.int64), words.sum(1, dtype=torch.int64)
+
+
+_INTEGERS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+}
+
+
 def _writes(
     form: Writer, node: OpNode, inputs: Sequence[torch.Tensor], out: torch.Tensor, expected: torch.Tensor
 ) -> bool:
@@ -212,14 +254,20 @@ def _writes(
     return spread.noise > 0 and spread.allows(out)
 
 
+def _is_varied(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is large, and many of its first elements differ."""
+    if tensor.nbytes < LARGE or not tensor.is_floating_point():
+        return False
+    return tensor[tuple(slice(0, 32) for _ in tensor.shape)].float().unique().numel() > 16
+
+
 def _noise(tensor: torch.Tensor) -> torch.Tensor:
     """Other values in the same layout; whether it requires grad decides how torch's matmul folds."""
     made = like(tensor)
     inner = once(made)
     generator = torch.Generator(tensor.device).manual_seed(tensor.dim())
     if tensor.is_floating_point() or tensor.is_complex():
-        real = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
-        inner.copy_(torch.randn(inner.shape, generator=generator, device=tensor.device, dtype=real))
+        inner.normal_(generator=generator)
         return made.requires_grad_(tensor.requires_grad)
     inner.copy_(torch.randint(0, 2, inner.shape, generator=generator, device=tensor.device))
     return made
