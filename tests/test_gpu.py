@@ -125,12 +125,12 @@ def test_generate_over_captured_steps():
 @pytest.mark.parametrize("size", [64, 2048])
 def test_kernels_that_start_early_see_what_others_wrote(size, cuda_graph):
     """Each row needs a whole column of the result before: of our kernel, of torch's, or of a copy."""
-    x = torch.randn(size, size, device="cuda")
+    x = torch.randn(size, size, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     kept = torch.zeros_like(x)
 
     def mixed(x):
         for step in range(24):
-            x = torch.softmax(x.t() / 2 + x, -1) * size
+            x = torch.softmax((x.t() / 2 + x) / 8, -1) * size  # far from one-hot: rounding must not decide
             x = torch.nn.functional.layer_norm(x.t(), (size,)) + step % 2
             if step % 3 == 1:
                 x = x.flip(0)

@@ -23,7 +23,8 @@ def _backend_flags() -> list[Any]:
         names = ("cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "cudnn_allow_tf32", "mkldnn_enabled")
         names += ("cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction")
         names += ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
-        names += ("overrideable_sdp_enabled", "sdp_priority_order", "deterministic_fill_uninitialized_memory")
+        # Not the order of attention's backends: torch changes it itself, at the first attention on a GPU.
+        names += ("overrideable_sdp_enabled", "deterministic_fill_uninitialized_memory")
         found = (getattr(torch._C, f"_get_{name}", None) for name in names)
         _flags.extend(read for read in found if read is not None)
         _flags.append(torch._C.is_flush_denormal) if hasattr(torch._C, "is_flush_denormal") else None
