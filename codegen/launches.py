@@ -115,6 +115,11 @@ class BoundKernel:
             self._known[key] = launch
         return launch
 
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that its launches have for themselves."""
+        return [tensor for launch in self._known.values() for tensor in getattr(launch, "scratch", ())]
+
     def _tensors(self, dynamic: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         inputs, outputs = (
             [dynamic[t] if isinstance(t, int) else t for t in ts] for ts in (self._inputs, self._outputs)
@@ -134,6 +139,11 @@ class Chain:
         self._moves: dict[int, list[tuple[Movable, int]]] | None = None  # who is to be told of an argument's address
         self._launches: list[Launch] = []
         self._behind: list[list[BoundKernel]] = []  # the kernels of each launch
+
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that its launches have for themselves: whoever captures them keeps it."""
+        return [tensor for kernel in self._kernels for tensor in kernel.scratch]
 
     def __call__(self, *dynamic: torch.Tensor) -> None:
         addresses = [tensor.data_ptr() for tensor in dynamic]

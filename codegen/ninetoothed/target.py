@@ -86,6 +86,24 @@ def _launches(
         yield program, name, operands
 
 
+class _Launches:
+    """Launches in a row. What they share and nobody else has is `scratch`: it must live as long as they may run."""
+
+    def __init__(self, steps: Sequence[Callable[[], None]], tensors: Sequence[torch.Tensor]) -> None:
+        self._steps = steps
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        operands = [operand for step in steps for operand in getattr(step, "args", ())]
+        self.scratch = tuple(
+            operand
+            for operand in operands
+            if isinstance(operand, torch.Tensor) and operand.untyped_storage()._cdata not in given
+        )
+
+    def __call__(self) -> None:
+        for step in self._steps:
+            step()
+
+
 class NinetoothedTarget(Target):
     """Kernels for CUDA; in Triton's interpreter where there is none."""
 
@@ -160,14 +178,7 @@ class NinetoothedTarget(Target):
                 steps.append(functools.partial(host.build(program, name, cache).launch, *operands))
             last = printer.after(spec, tensors) if hasattr(printer, "after") else None
             steps += [last] if last is not None else []
-            if len(steps) == 1:
-                return steps[0]
-
-            def launch() -> None:
-                for step in steps:
-                    step()
-
-            return launch
+            return _Launches(steps, tensors)
 
         return bind
 

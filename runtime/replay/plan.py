@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from graph_capture.codegen.launches import Chain
 from graph_capture.ir.interpreter import Executor
 from graph_capture.runtime.replay.first_run import FirstRun
 from graph_capture.runtime.replay.planner import Arenas, Builder
@@ -64,8 +65,10 @@ class Plan:
         self._traced: Callable[..., list[torch.Tensor]] | None = None
 
     def held(self) -> list[torch.Tensor]:
-        """The tensors that lie in memory of the plan, or that it was given."""
-        return [value for value in self._builder.namespace.values() if isinstance(value, torch.Tensor)]
+        """The tensors that lie in memory of the plan, or that it was given; what its kernels have for themselves, too."""
+        values = self._builder.namespace.values()
+        scratch = [tensor for value in values if isinstance(value, Chain) for tensor in value.scratch]
+        return [*(value for value in values if isinstance(value, torch.Tensor)), *scratch]
 
     @property
     def traced(self) -> Callable[..., list[torch.Tensor]]:

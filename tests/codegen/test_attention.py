@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from graph_capture import FusionConfig, FusionError, fuse, record
 from graph_capture.codegen.c import attention as c_attention
+from graph_capture.codegen.launches import BoundKernel, Chain
 from graph_capture.ir.numerics import distance, in_float64
+from graph_capture.runtime.replay.steps import KernelStep
 from tests.targets import COMPILERS, DEVICE, each_target  # noqa: F401
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -169,3 +171,17 @@ def test_machine_code(architecture):
     assert attend.stack == combine.stack == 0
     assert attend.loads[128] == 17  # a block of keys and one of values by 128 threads, and the query
     assert combine.loads[128] > 0
+
+
+def test_what_two_launches_share_is_kept_for_as_long_as_they_may_run():
+    """The parts of a split attention lie in memory of the launch: who captures it, and drops it, must keep that."""
+    inputs = heads(300, batch=1, query=2, kept=1)
+    with torch.no_grad(), record(*inputs) as recording:
+        recording.output(F.scaled_dot_product_attention(*inputs, enable_gqa=True))
+    fused = fuse(recording.graph, FusionConfig(profile="always", target="ninetoothed", enable_cache=False))
+    (region,) = fused.regions
+    out = torch.empty_like(inputs[0])
+    chain = Chain([BoundKernel(KernelStep(region, fused.recorded, fused.config, ()), inputs, [out])])
+    shared = {tensor.untyped_storage()._cdata for tensor in chain.scratch}
+    assert len(shared) == 3
+    assert not shared & {tensor.untyped_storage()._cdata for tensor in (*inputs, out)}
