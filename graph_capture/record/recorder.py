@@ -116,6 +116,8 @@ class Recording:
         with contextlib.ExitStack() as stack:
             if not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.no_grad())
+            if torch._C._is_any_autocast_enabled():
+                stack.enter_context(_own_casts())
             stack.enter_context(writer.modules)
             stack.enter_context(_foreign_kernels())
             for adapter in writer.exposures.adapters:
@@ -243,6 +245,17 @@ class _DispatchMode(TorchDispatchMode):
         if depends:
             writer.guard_shapes(result)
         return result
+
+
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """Autocast casts weights anew: a copy that it has kept from before would be taken for a weight."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def _nothing() -> None:

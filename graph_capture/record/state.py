@@ -55,7 +55,7 @@ _CLOSED |= {
 }
 _CLOSED |= (
     LIBRARIES.keys()
-    | {"numpy", "triton", "ninetoothed"}
+    | {"numpy", "triton", "ninetoothed", "graph_capture"}
     | {"weakref", "_weakref", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
 )
 
@@ -241,7 +241,7 @@ class State:
 
     def _class(self, kind: type) -> list[tuple[Any, str]]:
         """What a class and its bases hold; of torch's own classes only what lies in them."""
-        parts: list[tuple[Any, str]] = []
+        parts: list[tuple[Any, str]] = [(type(kind), "")] if type(kind) is not type else []
         for base in kind.__mro__:
             own = package_of(base) not in _CLOSED
             ours = own or (package_of(base) == "torch" and issubclass(base, torch.nn.Module))
