@@ -27,7 +27,7 @@ import torch
 
 from graph_capture.calls.foreign import LIBRARIES, is_module
 from graph_capture.calls.structure import VALUES, slots_of
-from graph_capture.record.entries import MISSING, Cell, Entry, Function, Instance, Items, Probe, Table
+from graph_capture.record.entries import MISSING, Cell, Entry, Function, Instance, Items, Probe, Table, contents_of
 
 LARGE = 10_000  # a dict that holds more (a vocabulary) counts by identity and length
 BUDGET = 200_000  # values that are looked at in all
@@ -163,7 +163,9 @@ class State:
             return [(value.__self__, path), (value.__func__, path)]
         if isinstance(value, functools.partial):
             return [(value.func, path), (value.args, path), (value.keywords, path)]
-        if isinstance(value, (types.FunctionType, enum.Enum)):
+        if isinstance(value, types.FunctionType):
+            return self._wrapped(value, path)
+        if isinstance(value, enum.Enum):
             return ()
         if isinstance(value, contextvars.ContextVar):
             self.probe(functools.partial(value.get, MISSING), path)
@@ -220,6 +222,22 @@ class State:
             self.probe(read, join(path, slot))
             parts.append((read(), join(path, slot)))
         return parts
+
+    def _wrapped(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:
+        """What a function of the standard library holds that stands for the user's (a dispatcher, a wrapper)."""
+        if package_of(function) not in sys.stdlib_module_names and not hasattr(function, "__wrapped__"):
+            return []
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        return [(contents_of(cell), join(path, name)) for name, cell in cells]
+
+    def namespace(self, table: dict[str, Any], path: str) -> None:
+        """Note all names of a Python module: the code finds some of them at run time."""
+        if id(table) not in self.seen:
+            self.seen[id(table)] = table
+            keys = tuple(key for key in dict.keys(table) if not key.startswith("__"))
+            values = tuple(table[key] for key in keys)
+            dunder = {key for key in dict.keys(table) if key.startswith("__")}
+            self.entries.append(Table(table, path, keys, values, whole=True, ignored=dunder))
 
     def _module(self, module: Any, path: str) -> list[tuple[Any, str]]:
         own = vars(module)
