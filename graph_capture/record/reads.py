@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import importlib.util
+import inspect
 import os
 import random
 import sys
@@ -185,6 +186,11 @@ class Reads:
     def _met(self, frame: types.FrameType) -> None:
         code = frame.f_code
         plain = not code.co_freevars
+        if code.co_flags & inspect.CO_GENERATOR and id(frame) in self.state.frames:
+            raise CaptureError(
+                f"the code goes on with a generator that was there before ({caller()}), which a replay would not. Pass a "
+                "list, or what it gives next"
+            )
         if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
             self._skip(code)
             if is_higher_order(code.co_filename):
@@ -194,7 +200,7 @@ class Reads:
                 )
             return
         function = _function_of(frame)
-        if plain:
+        if plain and not code.co_flags & inspect.CO_GENERATOR:
             self._skip(code)
         elif id(function) in self._functions:
             return

@@ -14,6 +14,7 @@ import contextvars
 import enum
 import functools
 import gc
+import io
 import operator
 import random
 import sys
@@ -81,6 +82,7 @@ class State:
     def __init__(self, skipped: Iterable[Any] = ()) -> None:
         self.entries: list[Entry] = []
         self.generators: list[Entry] = []
+        self.frames: dict[int, types.GeneratorType[Any, Any, Any]] = {}  # of Python's generators, by the frame's id
         self.tensors: dict[int, tuple[torch.Tensor, str]] = {}
         self.seen: dict[int, Any] = {}
         self._skipped = set(skipped)
@@ -175,6 +177,10 @@ class State:
             return [(value(), path)]
         elif isinstance(value, types.MappingProxyType):
             return self._dict(gc.get_referents(value)[0], path)
+        elif isinstance(value, io.IOBase):
+            self.probe(functools.partial(place_in, value), f"the position of {path}")
+        elif isinstance(value, types.GeneratorType):
+            self.frames[id(value.gi_frame)] = value
         elif hasattr(kind, "__next__") and not kind.__dictoffset__:
             self.probe(functools.partial(position, value), f"the position of {path}")
         elif (drawn := drawn_from(value)) is not None:
@@ -303,10 +309,18 @@ def content(value: Any) -> tuple[Any, ...]:
     return (bytes(value),)
 
 
+def place_in(file: io.IOBase) -> Any:
+    """Where in a file the next read or write is; what lies in it where that is in memory."""
+    if isinstance(file, (io.StringIO, io.BytesIO)) and not file.closed:
+        return file.tell(), file.getvalue()
+    try:
+        return file.tell() if file.seekable() else None
+    except (OSError, ValueError):
+        return None
+
+
 def position(iterator: Any) -> Any:
     """How far an iterator is, as far as that can be told without moving it."""
-    if isinstance(iterator, types.GeneratorType):
-        return None if iterator.gi_frame is None else iterator.gi_frame.f_lasti
     left = operator.length_hint(iterator, -1)
     return left if left >= 0 else repr(iterator)
 
