@@ -193,7 +193,7 @@ class Reads:
             )
         if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
             self._skip(code)
-            if is_higher_order(code.co_filename):
+            if is_higher_order(code):
                 raise CaptureError(
                     f"{frame.f_globals.get('__name__')}.{code.co_name} was called at {caller()}: higher-order operators are "
                     "not recorded. Write the choice with torch.where, or leave this part uncaptured"
@@ -258,7 +258,10 @@ class Reads:
                     return
                 self.state.see(value, path)
                 continue
-            for part, _ in chained(value, attributes[index:]):
+            for step, (part, holder) in zip(attributes[index:], chained(value, attributes[index:]), strict=False):
+                own = getattr(holder, "__dict__", None)
+                if type(own) is dict:  # where the holder as a whole is not looked at: a function, an object of torch's
+                    self.state.name(own, step, path.rpartition(".")[0])
                 self.state.see(part, path)
             return
 
@@ -320,12 +323,16 @@ def _is_looked_at(file: str, module: str) -> bool:
     return not real.startswith(_STANDARD) or real.startswith(_PACKAGES)
 
 
-@functools.cache
-def is_higher_order(file: str) -> bool:
-    """Whether a file belongs to what takes functions apart by itself."""
-    return (
-        file.startswith(os.path.join(os.path.dirname(torch.__file__), "_higher_order_ops")) and "flat_apply" not in file
-    )
+def is_higher_order(code: types.CodeType) -> bool:
+    """Whether code is one of torch's functions that take other functions apart by themselves."""
+    if code is torch._ops.HigherOrderOperator.__call__.__code__:
+        return True
+    folder, file = os.path.split(code.co_filename)
+    named = code.co_name == file.removesuffix(".py")
+    return named and os.path.basename(folder) in ("_higher_order_ops", "attention") and folder.startswith(_TORCH)
+
+
+_TORCH = os.path.dirname(torch.__file__)
 
 
 # --- from a frame to its function

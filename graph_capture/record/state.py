@@ -347,8 +347,9 @@ def scripted(module: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, str]]:
-    """The values that a chain of attributes leads to, as far as it can be followed without running code."""
+def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, Any]]:
+    """The values that a chain of attributes leads to, as far as it can be followed without running code; and what has
+    each."""
     for name in names:
         own: Mapping[str, Any] = vars(value) if hasattr(value, "__dict__") else {}
         found = own.get(name, MISSING)
@@ -357,7 +358,7 @@ def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, str]]:
             found = next((vars(kind)[name] for kind in kinds if name in vars(kind)), MISSING)
         if found is MISSING:
             return
-        yield found, name
+        yield found, value
         value = found
 
 
