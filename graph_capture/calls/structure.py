@@ -120,8 +120,8 @@ class Walk:
                 number = self._tensor_numbers[id(value)] = len(self.tensors)
                 self.tensors.append(value)
                 self.paths.append(path)
-                if value.__dict__:
-                    names, held = tuple(value.__dict__), tuple(value.__dict__.values())
+                if value.__dict__ and (own := attributes_of(value)):
+                    names, held = tuple(own), tuple(own.values())
                     self.attributes[number] = (names, self._children(held, names, path))
             return ("tensor", number)
         if kind is float or kind is complex:
@@ -261,6 +261,11 @@ def parts_of(value: Any) -> dict[Part, Any]:
             found[Part("kinds of keys")] = tuple([f"{kind.__qualname__} {shown}" for kind, shown in kinds])
         found |= {Part(f"attribute {name}"): held for name, held in state_of(value).items()}
     return found
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What Python code has set on a tensor; torch.compile's own marks do not count."""
+    return {name: value for name, value in tensor.__dict__.items() if not name.startswith("_dynamo")}
 
 
 def is_bound(name: Any) -> bool:

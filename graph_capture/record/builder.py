@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graph_capture.calls.context import context
 from graph_capture.calls.foreign import handle_of
 from graph_capture.calls.signature import Call, Surroundings
-from graph_capture.calls.structure import Walk
+from graph_capture.calls.structure import Walk, attributes_of
 from graph_capture.calls.template import ResultTemplate
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.ir.binding import flatten_outputs, pack
@@ -283,8 +283,8 @@ class GraphBuilder(Names):
         before = self._arguments.walk.attributes
         for number, (name, tensor) in enumerate(zip(self._signature.names, self._arguments.tensors, strict=True)):
             known = before[number][0] if number in before else ()
-            if tuple(tensor.__dict__) != known:
-                yield f"the attributes of {name}", known, tuple(tensor.__dict__)
+            if tuple(attributes_of(tensor)) != known:
+                yield f"the attributes of {name}", known, tuple(attributes_of(tensor))
 
     def _held_elsewhere(self) -> Iterator[Property]:
         """For arguments that the code also reaches by itself, or that share memory with what it reaches: which they are."""

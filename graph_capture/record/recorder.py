@@ -121,6 +121,8 @@ class Recording:
                 stack.enter_context(torch.no_grad())
             if torch._C._is_any_autocast_enabled():
                 stack.enter_context(_own_casts())
+            if "torch._dynamo" in sys.modules:  # what is compiled runs as it is, op by op
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(writer.modules)
             stack.enter_context(_foreign_kernels())
             for adapter in writer.exposures.adapters:
