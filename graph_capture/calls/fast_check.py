@@ -160,6 +160,8 @@ class _Matcher:
         else:
             held = self._variable(f"state_of({name})" if slots_of(kind) else f"dict_of({name}, '__dict__')")
         self._refuse_unless(f"tuple({held}) == {self._constant(keys)}")
+        if not all(type(key) is str for key in keys):  # 1, True and 1.0 are equal
+            self._refuse_unless(f"[*map(type, {held})] == {self._constant([*map(type, keys)])}")
         return self._all(children, f"{held}.values()")
 
     def _plain(self, kind: type, value: Any, text: str) -> None:

@@ -241,7 +241,7 @@ def _describe(spec: Spec) -> str:
     if spec[0] == "node":
         return f"a {spec[1].__name__} of {len(spec[3])}"
     if spec[0] == "array":
-        return f"an array {list(spec[2])}"
+        return "a number of numpy's" if spec[2] is None else f"an array {list(spec[2])}"
     if spec[0] == "foreign":
         return f"a {spec[1].kind.__module__.partition('.')[0]}.{spec[1].kind.__name__}"
     return "an object that counts by identity"

@@ -120,8 +120,8 @@ class Walk:
                 number = self._tensor_numbers[id(value)] = len(self.tensors)
                 self.tensors.append(value)
                 self.paths.append(path)
-                if value.__dict__:
-                    names, held = tuple(value.__dict__), tuple(value.__dict__.values())
+                if value.__dict__ and (own := attributes_of(value)):
+                    names, held = tuple(own), tuple(own.values())
                     self.attributes[number] = (names, self._children(held, names, path))
             return ("tensor", number)
         if kind is float or kind is complex:
@@ -130,6 +130,8 @@ class Walk:
             return ("node", tuple, None, tuple([self.spec(v, (path, i)) for i, v in enumerate(value)]))
         if kind in _MUTABLE or kind in NAMES:
             return self._reference(value, path)
+        if isinstance(value, VALUES) and not isinstance(value, enum.Enum) and getattr(value, "__dict__", None):
+            raise CaptureError(f"a {kind.__name__} has attributes of its own; pass them as arguments")
         if isinstance(value, (*VALUES, range)) or (kind is frozenset and all(type(item) in _SCALARS for item in value)):
             return ("value", kind, value)
         if isinstance(value, numpy.generic):
@@ -180,7 +182,7 @@ class Walk:
         else:
             state = state_of(value)
             keys, children = tuple(state), list(state.values())
-        if type(value) not in _SIMPLE:
+        if type(value) not in _SIMPLE or (type(value) in _DICTS and not all(type(key) in _KEYS for key in keys)):
             parts = parts_of(value)
             keys, children = (*keys, *parts), [*children, *parts.values()]
         return (type(value), keys, self._children(children, keys, path))
@@ -241,6 +243,8 @@ class Context:
         return 0
 
 
+_KEYS = (str, int)  # keys that are told apart by being equal
+_DICTS = (dict, collections.OrderedDict)
 _SIMPLE = frozenset({list, dict, set, collections.OrderedDict, *NAMES})
 
 
@@ -252,8 +256,16 @@ def parts_of(value: Any) -> dict[Part, Any]:
             found[Part("default_factory")] = value.default_factory
         if isinstance(value, collections.deque):
             found[Part("maxlen")] = value.maxlen
+        if isinstance(value, dict) and not all(type(key) in _KEYS for key in value):  # 1, True and 1.0 are one key
+            kinds = [(type(key), repr(key) if isinstance(key, float) else "") for key in value]
+            found[Part("kinds of keys")] = tuple([f"{kind.__qualname__} {shown}" for kind, shown in kinds])
         found |= {Part(f"attribute {name}"): held for name, held in state_of(value).items()}
     return found
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What Python code has set on a tensor; torch.compile's own marks do not count."""
+    return {name: value for name, value in tensor.__dict__.items() if not name.startswith("_dynamo")}
 
 
 def is_bound(name: Any) -> bool:

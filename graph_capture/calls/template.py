@@ -104,6 +104,7 @@ class ResultTemplate:
             if isinstance(target, collections.defaultdict):
                 target.default_factory = parts.pop(Part("default_factory"))
             parts.pop(Part("maxlen"), None)
+            parts.pop(Part("kinds of keys"), None)
             keys = tuple(key.removeprefix("attribute ") for key in parts)
             values = [*parts.values()]
         for name in set(state_of(target)) - set(keys):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from graph_capture.errors import CaptureError
 from graph_capture.ir.effects import order_edges
 from graph_capture.ir.printing import format_subgraph
-from graph_capture.ir.values import Source, TensorMeta, freeze
+from graph_capture.ir.values import Source, TensorMeta, freeze, typed
 
 if TYPE_CHECKING:
     import networkx
@@ -32,16 +32,17 @@ class OpNode:
     ``(parameter, value)`` (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound,
     and an attribute may refer to an input inside a list as ``Arg(i)``.
 
-    `source` and `origin` do not take part in equality. `origin` holds the nodes that this node replaced, which may have
+    Attributes are equal if they are of one type: 2, 2.0 and True are three, and so are 0.0 and -0.0. `source` and `origin` do not take part in equality. `origin` holds the nodes that this node replaced, which may have
     replaced others (empty for a recorded node): running `recorded` instead is always right, bit for bit.
     """
 
     op_type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attrs: tuple[tuple[str, Any], ...] = ()
+    attrs: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
     source: Source | None = field(default=None, compare=False, repr=False)
     origin: tuple[OpNode, ...] = field(default=(), compare=False, repr=False)
+    _typed_attrs: Any = field(default=(), init=False, repr=False)  # what of `attrs` takes part in equality
 
     def __post_init__(self) -> None:
         if type(self.inputs) is not tuple or type(self.outputs) is not tuple:
@@ -50,6 +51,7 @@ class OpNode:
         if self.attrs != ():
             attrs = self.attrs.items() if isinstance(self.attrs, Mapping) else self.attrs
             object.__setattr__(self, "attrs", tuple(sorted([(key, freeze(value)) for key, value in attrs])))
+            object.__setattr__(self, "_typed_attrs", typed(self.attrs))
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The value of attribute `name`, or `default`."""

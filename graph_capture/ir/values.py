@@ -38,6 +38,16 @@ def freeze(value: Any) -> Any:
     return value
 
 
+def typed(value: Any) -> Any:
+    """A frozen value as something that equals only what is equal in value *and* type, signs of zeros included."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple([typed(item) for item in value])
+    if kind is float or kind is complex:
+        return kind, repr(value)
+    return (kind, value) if kind is bool or kind is int else value
+
+
 def same_value(left: Any, right: Any) -> bool:
     """Equal in value *and* type: ``1``, ``1.0`` and ``True`` are three values; NaN equals itself."""
     if type(left) is not type(right):

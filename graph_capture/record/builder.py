@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graph_capture.calls.context import context
 from graph_capture.calls.foreign import handle_of
 from graph_capture.calls.signature import Call, Surroundings
-from graph_capture.calls.structure import Walk
+from graph_capture.calls.structure import Walk, attributes_of
 from graph_capture.calls.template import ResultTemplate
 from graph_capture.errors import CaptureError, DataDependentError
 from graph_capture.ir.binding import flatten_outputs, pack
@@ -164,7 +164,7 @@ class GraphBuilder(Names):
         Raises:
             CaptureError: the answer depends on gradients, which a recording does not follow.
         """
-        frame = sys._getframe(2)
+        frame = sys._getframe(2)  # whoever asks the function mode
         if not is_user_file(frame.f_code.co_filename, unnamed=True):
             return
         numbers = {id(given): number for number, given in enumerate(self._arguments.tensors)}
@@ -226,7 +226,7 @@ class GraphBuilder(Names):
             values=self.values,
         )
         self.result = subgraph
-        changed = self._state.differences()
+        changed = [*self._state.differences(), *self._attributes_set()]
         guarded = any(node.op_type.startswith(GUARD) for node in self.nodes)
         if (
             not names
@@ -277,6 +277,14 @@ class GraphBuilder(Names):
             return output
         made = graph.template.build(tied(outputs, graph.requiring), self._arguments.objects)
         return made[0] if graph.rebindings else made
+
+    def _attributes_set(self) -> Iterator[tuple[str, Any, Any]]:
+        """The arguments on which the code has set attributes, which a replay would not."""
+        before = self._arguments.walk.attributes
+        for number, (name, tensor) in enumerate(zip(self._signature.names, self._arguments.tensors, strict=True)):
+            known = before[number][0] if number in before else ()
+            if tuple(attributes_of(tensor)) != known:
+                yield f"the attributes of {name}", known, tuple(attributes_of(tensor))
 
     def _held_elsewhere(self) -> Iterator[Property]:
         """For arguments that the code also reaches by itself, or that share memory with what it reaches: which they are."""

@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import importlib.util
+import inspect
 import os
 import random
 import sys
@@ -39,6 +40,9 @@ _PASSED_OVER = {"torch", "numpy", "triton", "ninetoothed", *LIBRARIES}
 _CLOCKS = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime", "urandom", "uuid1", "uuid4"}
 _CLOCK_OWNERS = {"time", "datetime", "posix", "nt"}
 _MODES = {"is_grad_enabled"}
+# Functions without arguments that ask Python or torch for a setting: asked again at each call.
+_PROBED = {"getrecursionlimit", "getcwd", "getpid", "get_num_threads", "get_num_interop_threads", "initial_seed"}
+_FINDERS = {"globals", "eval", "exec"}  # what finds globals by their names at run time
 
 
 class NameChain(NamedTuple):
@@ -174,7 +178,7 @@ class Reads:
                 self._met(frame)
         elif event == "c_call":
             name = getattr(arg, "__name__", None)
-            if name in _CLOCKS or name in _MODES:
+            if name in _CLOCKS or name in _MODES or name in _PROBED:
                 self._asks(frame, name, arg)
         if callable(self._before):
             self._before(frame, event, arg)
@@ -182,16 +186,21 @@ class Reads:
     def _met(self, frame: types.FrameType) -> None:
         code = frame.f_code
         plain = not code.co_freevars
+        if code.co_flags & inspect.CO_GENERATOR and id(frame) in self.state.frames:
+            raise CaptureError(
+                f"the code goes on with a generator that was there before ({caller()}), which a replay would not. Pass a "
+                "list, or what it gives next"
+            )
         if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
             self._skip(code)
-            if is_higher_order(code.co_filename):
+            if is_higher_order(code):
                 raise CaptureError(
                     f"{frame.f_globals.get('__name__')}.{code.co_name} was called at {caller()}: higher-order operators are "
                     "not recorded. Write the choice with torch.where, or leave this part uncaptured"
                 )
             return
         function = _function_of(frame)
-        if plain:
+        if plain and not code.co_flags & inspect.CO_GENERATOR:
             self._skip(code)
         elif id(function) in self._functions:
             return
@@ -226,12 +235,16 @@ class Reads:
                 signed = self.state.is_signed(id(cell))
             else:
                 value, signed = _module(chain, table), False
+            if chain.root in _FINDERS and chain.kind == "global":
+                self.state.namespace(table, "")
             if value is not MISSING and not (signed and isinstance(value, torch.Tensor)):
                 self._follow(value, chain.root, chain.attributes)
 
     def _follow(self, value: Any, path: str, attributes: tuple[str, ...]) -> None:
         """Note what a chain of attributes reads."""
         self.state.see(value, path)
+        if isinstance(value, types.ModuleType) and not attributes and _is_users(value):
+            self.state.namespace(vars(value), path)
         for index, name in enumerate(attributes):
             path = f"{path}.{name}"
             if isinstance(value, types.ModuleType):
@@ -245,11 +258,18 @@ class Reads:
                     return
                 self.state.see(value, path)
                 continue
-            for part, _ in chained(value, attributes[index:]):
+            for step, (part, holder) in zip(attributes[index:], chained(value, attributes[index:]), strict=False):
+                own = getattr(holder, "__dict__", None)
+                if type(own) is dict:  # where the holder as a whole is not looked at: a function, an object of torch's
+                    self.state.name(own, step, path.rpartition(".")[0])
                 self.state.see(part, path)
             return
 
     def _asks(self, frame: types.FrameType, name: str, function: Any) -> None:
+        if name in _PROBED:
+            if name == "initial_seed" or is_user_file(frame.f_code.co_filename, unnamed=True):
+                self.state.probe(function, f"{name}()")
+            return
         if not is_user_file(frame.f_code.co_filename) or frame.f_code.co_filename.startswith(_STANDARD):
             return
         if name in _MODES:
@@ -266,6 +286,12 @@ class Reads:
                 f"the code reads {origin}.{name}() ({caller()}), which is another value at each call: a replay would keep "
                 "the first one. Pass it in"
             )
+
+
+def _is_users(module: types.ModuleType) -> bool:
+    """Whether a Python module is neither torch's, nor of a library of kernels, nor of the standard library."""
+    package = module.__name__.partition(".")[0]
+    return package not in _PASSED_OVER and package not in sys.stdlib_module_names
 
 
 def _content(cell: types.CellType) -> Any:
@@ -289,20 +315,24 @@ def _module(chain: NameChain, table: dict[str, Any]) -> Any:
 @functools.cache
 def _is_looked_at(file: str, module: str) -> bool:
     """Whether what the functions of a file read is noted."""
+    if module == "os":
+        return True  # it reads the environment for the code
     if not is_user_file(file, unnamed=True) or module.partition(".")[0] in _PASSED_OVER:
         return False
-    if os.path.basename(file) == "os.py":
-        return True  # it reads the environment for the code
     real = os.path.realpath(file)
     return not real.startswith(_STANDARD) or real.startswith(_PACKAGES)
 
 
-@functools.cache
-def is_higher_order(file: str) -> bool:
-    """Whether a file belongs to what takes functions apart by itself."""
-    return (
-        file.startswith(os.path.join(os.path.dirname(torch.__file__), "_higher_order_ops")) and "flat_apply" not in file
-    )
+def is_higher_order(code: types.CodeType) -> bool:
+    """Whether code is one of torch's functions that take other functions apart by themselves."""
+    if code is torch._ops.HigherOrderOperator.__call__.__code__:
+        return True
+    folder, file = os.path.split(code.co_filename)
+    named = code.co_name == file.removesuffix(".py")
+    return named and os.path.basename(folder) in ("_higher_order_ops", "attention") and folder.startswith(_TORCH)
+
+
+_TORCH = os.path.dirname(torch.__file__)
 
 
 # --- from a frame to its function

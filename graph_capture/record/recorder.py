@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -23,10 +24,12 @@ from graph_capture.errors import CaptureError
 from graph_capture.ir.ops import op, op_of
 from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.recorded import RecordedGraph
+from graph_capture.record.source import is_user_file
 from graph_capture.record.treatments import (
     PROPERTIES,
     READS_DATA,
     READS_INPUTS,
+    STORAGES,
     Treatment,
     by_values,
     read_by,
@@ -116,6 +119,10 @@ class Recording:
         with contextlib.ExitStack() as stack:
             if not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.no_grad())
+            if torch._C._is_any_autocast_enabled():
+                stack.enter_context(_own_casts())
+            if "torch._dynamo" in sys.modules:  # what is compiled runs as it is, op by op
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(writer.modules)
             stack.enter_context(_foreign_kernels())
             for adapter in writer.exposures.adapters:
@@ -245,6 +252,21 @@ class _DispatchMode(TorchDispatchMode):
         return result
 
 
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """Autocast casts weights anew: a copy that it has kept from before would be taken for a weight."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
+def _storage_size(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
 def _nothing() -> None:
     pass
 
@@ -265,6 +287,9 @@ class _FunctionMode(TorchFunctionMode):
             writer.replaces_memory(args[0])
         for tensor in [] if writer.suspended else read_by(func, args, kwargs):
             writer.reads(op("values"), (tensor,), {}, _nothing, what=f"{getattr(func, '__name__', func)} reads")
+        if func in STORAGES and not writer.suspended and is_user_file(sys._getframe(1).f_code.co_filename, unnamed=True):
+            writer.asked(_storage_size, "size of the storage", args[0])
+            writer.reads(op("values"), args[:1], {}, _nothing, what="the storage")
         if func in PROPERTIES and not writer.suspended:
             writer.asked(func, PROPERTIES[func], args[0])
         if func is torch.Tensor.__repr__:  # for people's eyes

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from graph_capture.cache import source_folders
@@ -52,6 +53,11 @@ def caller() -> Source:
     return Source() if frame is None else Source("", frame.f_code.co_filename, frame.f_lineno)
 
 
+def _hooks_in(table: dict[int, Any]) -> tuple[Any, ...]:
+    """The hooks in one of torch's tables but for those of recordings."""
+    return tuple([hook for hook in tuple(table.values()) if not isinstance(getattr(hook, "__self__", None), ModulePaths)])
+
+
 class Owner(NamedTuple):
     """Where a module holds a tensor: the table, the key in it, the path, and what lies there (maybe a wrapper)."""
 
@@ -89,6 +95,9 @@ class ModulePaths:
         self._shy: list[Any] = []  # guards
         self._thread = threading.get_ident()
         self._handles: list[Any] = []
+        for table in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+            self._state.see(_hooks_in(table), "a hook on all modules")
+            self._state.probe(functools.partial(_hooks_in, table), "the hooks on all modules")
 
     def source(self) -> Source:
         """The current module path with the user's file and line."""

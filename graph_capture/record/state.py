@@ -14,6 +14,7 @@ import contextvars
 import enum
 import functools
 import gc
+import io
 import operator
 import random
 import sys
@@ -27,7 +28,7 @@ import torch
 
 from graph_capture.calls.foreign import LIBRARIES, is_module
 from graph_capture.calls.structure import VALUES, slots_of
-from graph_capture.record.entries import MISSING, Cell, Entry, Function, Instance, Items, Probe, Table
+from graph_capture.record.entries import MISSING, Cell, Entry, Function, Instance, Items, Probe, Table, contents_of
 
 LARGE = 10_000  # a dict that holds more (a vocabulary) counts by identity and length
 BUDGET = 200_000  # values that are looked at in all
@@ -55,7 +56,7 @@ _CLOSED |= {
 }
 _CLOSED |= (
     LIBRARIES.keys()
-    | {"numpy", "triton", "ninetoothed"}
+    | {"numpy", "triton", "ninetoothed", "graph_capture"}
     | {"weakref", "_weakref", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
 )
 
@@ -81,6 +82,7 @@ class State:
     def __init__(self, skipped: Iterable[Any] = ()) -> None:
         self.entries: list[Entry] = []
         self.generators: list[Entry] = []
+        self.frames: dict[int, types.GeneratorType[Any, Any, Any]] = {}  # of Python's generators, by the frame's id
         self.tensors: dict[int, tuple[torch.Tensor, str]] = {}
         self.seen: dict[int, Any] = {}
         self._skipped = set(skipped)
@@ -163,7 +165,9 @@ class State:
             return [(value.__self__, path), (value.__func__, path)]
         if isinstance(value, functools.partial):
             return [(value.func, path), (value.args, path), (value.keywords, path)]
-        if isinstance(value, (types.FunctionType, enum.Enum)):
+        if isinstance(value, types.FunctionType):
+            return self._wrapped(value, path)
+        if isinstance(value, enum.Enum):
             return ()
         if isinstance(value, contextvars.ContextVar):
             self.probe(functools.partial(value.get, MISSING), path)
@@ -173,6 +177,10 @@ class State:
             return [(value(), path)]
         elif isinstance(value, types.MappingProxyType):
             return self._dict(gc.get_referents(value)[0], path)
+        elif isinstance(value, io.IOBase):
+            self.probe(functools.partial(place_in, value), f"the position of {path}")
+        elif isinstance(value, types.GeneratorType):
+            self.frames[id(value.gi_frame)] = value
         elif hasattr(kind, "__next__") and not kind.__dictoffset__:
             self.probe(functools.partial(position, value), f"the position of {path}")
         elif (drawn := drawn_from(value)) is not None:
@@ -221,6 +229,22 @@ class State:
             parts.append((read(), join(path, slot)))
         return parts
 
+    def _wrapped(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:
+        """What a function of the standard library holds that stands for the user's (a dispatcher, a wrapper)."""
+        if package_of(function) not in sys.stdlib_module_names and not hasattr(function, "__wrapped__"):
+            return []
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        return [(contents_of(cell), join(path, name)) for name, cell in cells]
+
+    def namespace(self, table: dict[str, Any], path: str) -> None:
+        """Note all names of a Python module: the code finds some of them at run time."""
+        if id(table) not in self.seen:
+            self.seen[id(table)] = table
+            keys = tuple(key for key in dict.keys(table) if not key.startswith("__"))
+            values = tuple(table[key] for key in keys)
+            dunder = {key for key in dict.keys(table) if key.startswith("__")}
+            self.entries.append(Table(table, path, keys, values, whole=True, ignored=dunder))
+
     def _module(self, module: Any, path: str) -> list[tuple[Any, str]]:
         own = vars(module)
         self.entries.append(Instance(module, own, path))
@@ -241,7 +265,7 @@ class State:
 
     def _class(self, kind: type) -> list[tuple[Any, str]]:
         """What a class and its bases hold; of torch's own classes only what lies in them."""
-        parts: list[tuple[Any, str]] = []
+        parts: list[tuple[Any, str]] = [(type(kind), "")] if type(kind) is not type else []
         for base in kind.__mro__:
             own = package_of(base) not in _CLOSED
             ours = own or (package_of(base) == "torch" and issubclass(base, torch.nn.Module))
@@ -285,10 +309,18 @@ def content(value: Any) -> tuple[Any, ...]:
     return (bytes(value),)
 
 
+def place_in(file: io.IOBase) -> Any:
+    """Where in a file the next read or write is; what lies in it where that is in memory."""
+    if isinstance(file, (io.StringIO, io.BytesIO)) and not file.closed:
+        return file.tell(), file.getvalue()
+    try:
+        return file.tell() if file.seekable() else None
+    except (OSError, ValueError):
+        return None
+
+
 def position(iterator: Any) -> Any:
     """How far an iterator is, as far as that can be told without moving it."""
-    if isinstance(iterator, types.GeneratorType):
-        return None if iterator.gi_frame is None else iterator.gi_frame.f_lasti
     left = operator.length_hint(iterator, -1)
     return left if left >= 0 else repr(iterator)
 
@@ -315,8 +347,9 @@ def scripted(module: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, str]]:
-    """The values that a chain of attributes leads to, as far as it can be followed without running code."""
+def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, Any]]:
+    """The values that a chain of attributes leads to, as far as it can be followed without running code; and what has
+    each."""
     for name in names:
         own: Mapping[str, Any] = vars(value) if hasattr(value, "__dict__") else {}
         found = own.get(name, MISSING)
@@ -325,7 +358,7 @@ def chained(value: Any, names: Iterable[str]) -> Iterable[tuple[Any, str]]:
             found = next((vars(kind)[name] for kind in kinds if name in vars(kind)), MISSING)
         if found is MISSING:
             return
-        yield found, name
+        yield found, value
         value = found
 
 

@@ -21,6 +21,7 @@ READS_DATA = {
     torch.Tensor.__dlpack__: "__dlpack__()",
 }
 
+STORAGES = frozenset({torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage})
 # What Python code can ask of a tensor besides what a signature holds.
 PROPERTIES = {
     (asked if callable(asked) else asked.__get__): name
