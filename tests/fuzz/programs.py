@@ -435,7 +435,7 @@ def difference(
         return f"is {_few(left)} instead of {_few(right)}"
     plain = a.isfinite()
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-5}.get(theirs.dtype, 8 * torch.finfo(theirs.dtype).eps)
-    tolerance = max(tolerance, 8 * rounding if rounding > 1e-6 else 0.0)
+    tolerance = max(tolerance, (8 if rounding > 1e-6 else 160) * rounding)
     allowed = tolerance * (1 + b[plain].abs())
     if exact is not None and exact.is_floating_point() and exact.shape == theirs.shape:
         allowed = allowed + 20 * (b - exact.double())[plain].abs().nan_to_num(INF, INF)
