@@ -42,9 +42,7 @@ MASKED = {
     "added": lambda q, k, v, m: torch.softmax(q @ k.mT * 0.5 + added(m, q.dtype), -1) @ v,
     "in float32": lambda q, k, v, m: F.softmax(q @ k.mT + added(m, q.dtype), -1, dtype=torch.float32).to(q.dtype) @ v,
     "capped": lambda q, k, v, m: F.softmax(torch.tanh((q @ k.mT) / 30) * 30 + added(m, q.dtype), -1) @ v,
-    "the lowest number": lambda q, k, v, m: torch.softmax(
-        (q @ k.mT).masked_fill(m, torch.finfo(q.dtype).min), -1
-    ) @ v,
+    "the lowest number": lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m, torch.finfo(q.dtype).min), -1) @ v,
     "torch's own": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
 }
 
@@ -169,7 +167,9 @@ def test_strides_of_results(case):
 def test_who_notices_other_strides():
     def graph(*nodes, outputs):
         known = {"x": (2, 3), "y": (2, 3), "z": (2, 3), "v": (6,)}
-        values = {n: TensorMeta(s, torch.empty(s).stride(), torch.float32, torch.device("cpu")) for n, s in known.items()}
+        values = {
+            n: TensorMeta(s, torch.empty(s).stride(), torch.float32, torch.device("cpu")) for n, s in known.items()
+        }
         return SubGraph(nodes, ("x",), outputs, values)
 
     relu = OpNode("relu", ("x",), ("y",))
