@@ -9,7 +9,7 @@ import hashlib
 import re
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +33,8 @@ from graph_capture.log import log
 for _target in (NinetoothedTarget(), CTarget()):
     register_target(_target)
 
-SPECS = 4096  # descriptions that a compiler remembers
+SPECS = 4096  # descriptions that a compiler remembers,
+LATEST = 64  # and kernels that nobody holds
 By = Mapping[str, Any] | Sequence[Any]
 Launch = Callable[[], Any]
 
@@ -218,6 +219,7 @@ class KernelCompiler:
         self.target, self.cache = target, cache
         self.define = expression if op_library == "builtin" else OpLibrary(op_library).define
         self._kernels: weakref.WeakValueDictionary[str, CompiledKernel] = weakref.WeakValueDictionary()  # in use
+        self._latest: deque[CompiledKernel] = deque(maxlen=LATEST)  # which may be asked for again
         self._specs: OrderedDict[tuple[Any, ...], Spec] = OrderedDict()
         self._lock = threading.RLock()
         if cache is not None:
@@ -306,7 +308,12 @@ class KernelCompiler:
         kernel = self._kernels.get(key)
         if kernel is None:
             kernel = self._kernels[key] = CompiledKernel(spec, name, key, target, self.cache)
+            self._latest.append(kernel)
         return kernel
+
+    def forget(self) -> None:
+        """Keep no kernel alive that nobody else holds."""
+        self._latest.clear()
 
 
 def _listed(graph: SubGraph, table: By) -> list[Any]:

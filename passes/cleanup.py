@@ -304,11 +304,9 @@ def arguments(graph: SubGraph) -> SubGraph:
 def _transposes(node: OpNode, values: dict[str, TensorMeta]) -> tuple[OpNode, ...]:
     """A permutation that swaps two dimensions, or does that after swapping the last two, as one or two transposes."""
     dims = node.attr("dims")
-    if node.op_type != "aten.permute.default" or node.inputs[0] not in values:
+    if node.op_type != "aten.permute.default" or node.inputs[0] not in values or len(dims) < 2:
         return (node,)
     given, rank = values[node.inputs[0]], len(dims)
-    if rank < 2:
-        return (node,)
     order = [dim % rank for dim in dims]
     moved = [place for place, dim in enumerate(order) if place != dim]
     if len(moved) == 2:

@@ -67,22 +67,35 @@ INLINE uint16_t to_float16(float value) {
 
 /* --- float32 */
 
+/* a * b + c, rounded once where that is one instruction. Kernels whose own products must not run into their sums, for torch
+ * rounds between them, are compiled without contraction. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FUSED(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FUSED(a, b, c) ((a) * (b) + (c))
+#endif
+#if defined(__clang__)
+#define APART
+#else
+#define APART __attribute__((optimize("fp-contract=off")))
+#endif
+
 /* scale * e^x = p * 2^n; n is at most 130, and n + bias is in the low bits of `power`. Where x is far below what float32
  * can hold of e^x, p and n mean nothing. The bound is one of integers: gcc makes branches of those of floats, and copies
  * what follows into each. */
 INLINE float exp_parts(float x, int bias, float scale, uint32_t *power) {
     float shift = 12582912.0f + (float)bias; /* adding it rounds to an integer, in the low bits */
-    int32_t most = (int32_t)as_bits(shift + 130.0f), bits = (int32_t)as_bits(x * 1.44269504f + shift);
+    int32_t most = (int32_t)as_bits(shift + 130.0f), bits = (int32_t)as_bits(FUSED(x, 1.44269504f, shift));
     *power = (uint32_t)(bits < most ? bits : most);
     float n = as_float(*power) - shift;
-    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    float r = FUSED(n, -1.42860677e-6f, FUSED(n, -0.693145752f, x));
     float p = scale * 0.0013814609f;
-    p = p * r + scale * 0.00836871f;
-    p = p * r + scale * 0.04166839f;
-    p = p * r + scale * 0.16666521f;
-    p = p * r + scale * 0.49999994f;
-    p = p * r + scale;
-    return p * r + scale;
+    p = FUSED(p, r, scale * 0.00836871f);
+    p = FUSED(p, r, scale * 0.04166839f);
+    p = FUSED(p, r, scale * 0.16666521f);
+    p = FUSED(p, r, scale * 0.49999994f);
+    p = FUSED(p, r, scale);
+    return FUSED(p, r, scale);
 }
 
 INLINE float exp_float(float x) {
@@ -98,7 +111,7 @@ INLINE float exp_float(float x) {
 INLINE float one_plus_exp_float(float x) {
     uint32_t power;
     float p = exp_parts(x, 124, 8.0f, &power);
-    float result = p * as_float(power << 23) + 1.0f;
+    float result = FUSED(p, as_float(power << 23), 1.0f);
     return x < -80.0f ? 1.0f : result;
 }
 
@@ -109,11 +122,11 @@ INLINE float one_plus_exp_half(float x) {
     uint32_t power = (uint32_t)(bits < most ? bits : most);
     float r = y - (as_float(power) - shift);
     float p = 8.0f * 0.009570102f;
-    p = p * r + 8.0f * 0.05591786f;
-    p = p * r + 8.0f * 0.24024744f;
-    p = p * r + 8.0f * 0.6931218f;
-    p = p * r + 8.0f * 0.9999993f;
-    return p * as_float(power << 23) + 1.0f;
+    p = FUSED(p, r, 8.0f * 0.05591786f);
+    p = FUSED(p, r, 8.0f * 0.24024744f);
+    p = FUSED(p, r, 8.0f * 0.6931218f);
+    p = FUSED(p, r, 8.0f * 0.9999993f);
+    return FUSED(p, as_float(power << 23), 1.0f);
 }
 
 INLINE float log_float(float x) {
@@ -160,21 +173,21 @@ INLINE float tanh_float(float x) {
 INLINE float erf_float(float x) {
     float magnitude = fabsf(x), square = x * x;
     float p = 7.8538396e-05f;
-    p = p * square - 0.0008010187f;
-    p = p * square + 0.005188327f;
-    p = p * square - 0.026853811f;
-    p = p * square + 0.112835854f;
-    p = p * square - 0.37612626f;
-    p = p * square + 0.12837917f;
-    float near = p * x + x;
+    p = FUSED(p, square, -0.0008010187f);
+    p = FUSED(p, square, 0.005188327f);
+    p = FUSED(p, square, -0.026853811f);
+    p = FUSED(p, square, 0.112835854f);
+    p = FUSED(p, square, -0.37612626f);
+    p = FUSED(p, square, 0.12837917f);
+    float near = FUSED(p, x, x);
     float t = magnitude > 4.0f ? 4.0f : magnitude; /* beyond, it rounds to 1 */
     float q = 1.3962576e-05f;
-    q = q * t - 0.00035059344f;
-    q = q * t + 0.003757483f;
-    q = q * t - 0.024010083f;
-    q = q * t + 0.10653088f;
-    q = q * t + 0.63496953f;
-    q = q * t + 1.1286943f;
+    q = FUSED(q, t, -0.00035059344f);
+    q = FUSED(q, t, 0.003757483f);
+    q = FUSED(q, t, -0.024010083f);
+    q = FUSED(q, t, 0.10653088f);
+    q = FUSED(q, t, 0.63496953f);
+    q = FUSED(q, t, 1.1286943f);
     float far = 1.0f - exp_float(-(q * t));
     return magnitude < 1.0f ? near : copysignf(far, x);
 }

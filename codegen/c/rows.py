@@ -69,7 +69,11 @@ class _RowPrinter:
     def function(self, name: str) -> str:
         """The whole of it."""
         spec = self.spec
-        lines = [f"void {name}(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end) {{"]
+        made = {statement.target: statement.function for statement in spec.statements}
+        sums = [s for s in spec.statements if s.function in ("+", "-")]
+        apart = "APART " if any(made.get(a) == "*" for s in sums for a in s.arguments) else ""
+        head = f"void {name}(void *const *operands, const int64_t *geometry, int64_t begin, int64_t end)"
+        lines = [f"{apart}{head} {{"]
         body = self._flat() if spec.columns is None else self._rows()
         if self._staged():
             flag = f"const int streamed = (int)geometry[{self.rank * (1 + len(spec.operands))}];"

@@ -102,8 +102,12 @@ def _interpreted_reductions() -> Iterator[None]:
     cast = InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        before, after = source.dtype.scalar, target.scalar
+        if before == after or tl.bfloat16 not in (before, after):
             return cast(self, source, target)
+        if before == tl.bfloat16:  # its numbers are bits
+            wide = (source.data.astype(numpy.uint32) << 16).view(numpy.float32)
+            return cast(self, TensorHandle(wide, tl.float32), target)
         data = torch.from_numpy(numpy.array(source.data, copy=True, ndmin=1)).to(torch.bfloat16)
         return TensorHandle(data.view(torch.uint16).numpy().reshape(numpy.shape(source.data)), tl.bfloat16)
 

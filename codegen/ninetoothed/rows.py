@@ -335,6 +335,8 @@ class _ProgramPrinter:
         if statement.function not in REDUCTIONS:
             return None
         (value,) = self._arguments(statement)
+        if statement.arguments[0] in self.spec.per_row:  # an operand that does not move along the columns
+            return f"{value} * {float(self.spec.columns or 1)!r}" if statement.function == "sum" else value
         inner = f"ntl.where(inside, {value}, {print_number(IDENTITY[statement.function])})" if self.padded else value
         return self._total(statement, inner)
 

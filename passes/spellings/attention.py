@@ -161,8 +161,9 @@ def _attention(name: str) -> Guard:
         alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and key.shape[-2] == value.shape[-2]
         require(alike, f"{query}, {key} and {value} do not go together")
         scale = found.numbers.get("scale", 1.0)
-        require(isinstance(scale, (int, float)) and abs(scale) < _LARGE, f"its scale is {scale!r}")
+        require(isinstance(scale, (int, float)), f"its scale is {scale!r}")
         result: dict[str, Any] = {"scale": float(1 / scale if name.endswith("divisor") else scale)}
+        require(abs(result["scale"]) < _LARGE, f"its scale is {result['scale']!r}")
         if "attn_mask" in found:
             mask, scores = found["attn_mask"], (*query.shape[:-1], key.shape[-2])
             fits = len(mask.shape) > 1 and broadcasts(mask.shape, scores)

@@ -267,6 +267,7 @@ class Captured(StandIn):
             self._graphs.move_to_end(key)
             while len(self._graphs) > self._max_signatures:
                 self._graphs.popitem(last=False)
+                self._scheduler.heuristics.compiler.forget()
         return recording.result
 
     def _changes(self, key: Key, graph: RecordedGraph) -> bool:

@@ -1,6 +1,8 @@
 """The plan of a fused graph: kernels bound to addresses, library regions as steps, failures, profiles."""
 
+import builtins
 import gc
+import keyword
 import logging
 import weakref
 
@@ -12,6 +14,7 @@ from transformers import StaticCache
 
 from graph_capture import FusionConfig, capture, fuse
 from graph_capture.codegen import CompiledKernel
+from graph_capture.runtime.replay.script import Script
 from tests.models import forward, recorded, token_ids
 from tests.replaying import UNFUSED, graph_of, noise
 
@@ -268,3 +271,53 @@ def test_expanded_arguments_are_planned_for():
         a = noise(1, 4, seed=seed).expand(3, 4)
         assert torch.equal(fused(a, b), run(a, b))
     assert fused.plan is not None
+
+
+# --- names
+
+NAMES = (
+    "\ufb01",
+    "fi",
+    "\xaa",
+    "a",
+    "\u017f",
+    "s",
+    "\u212a",
+    "K",
+    "class",
+    "None",
+    "__debug__",
+    "print",
+    "1x",
+    "a b",
+    "del x\n",
+)
+
+
+def test_names_that_python_takes_for_each_other_or_for_none():
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for number, name in enumerate(NAMES):
+                self.register_parameter(name, torch.nn.Parameter(torch.full((5,), 0.5 + number / 10)))
+
+        def forward(self, x):
+            for name in NAMES:
+                x = torch.relu(x * self._parameters[name]).flip(0) + x.sort().values
+            return x
+
+    model, x = Scales(), torch.linspace(-1, 1, 5)
+    with torch.no_grad():
+        for config in (FusionConfig(profile="static"), FusionConfig(enable_fusion=False)):
+            fast = capture(model, config)
+            for _ in range(3):
+                assert torch.allclose(fast(x), model(x))
+
+
+@pytest.mark.parametrize("wish", ["", "\ufb01", "1", "lambda", "a-b", "__import__", "x" * 500, "\n", "replay"])
+def test_a_plans_variables_are_identifiers_of_their_own(wish):
+    script = Script()
+    first, second = script.name(wish), script.name(wish)
+    assert first != second
+    assert all(name.isascii() and name.isidentifier() for name in (first, second))
+    assert not any(hasattr(builtins, name) or keyword.iskeyword(name) for name in (first, second))
