@@ -119,7 +119,7 @@ class Accelerated:
                             result.past_key_values = cache.released()
                     finally:
                         cache.close()
-                    self.engine.settle()
+                    self.engine.settle(cache.served)
                     return result
             except Exception as error:
                 # Before the first token nothing has happened that a second call would repeat: if the call itself is at

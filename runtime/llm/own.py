@@ -82,7 +82,7 @@ class OwnSession:
             self._thread = None
         self.filled = 0
 
-    def settle(self) -> None:
+    def settle(self, short: bool = False) -> None:
         """There is nothing to record."""
 
     def _choose(self, logits: torch.Tensor, kind: SamplingKind) -> torch.Tensor:

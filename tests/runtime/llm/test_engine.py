@@ -177,7 +177,7 @@ def test_a_prompt_is_answered_before_anything_is_recorded(monkeypatch):
     ):
         prompts = session_options.pop("prompts")
         rows, _ = ours.prompts.rows(prompts)
-        request = ours.prompts.request(rows, max_new_tokens=3, **session_options)
+        request = ours.prompts.request(rows, max_new_tokens=6, **session_options)
         from graph_capture.runtime.llm import Completion
 
         answering = ours._answer(request, [Completion() for _ in rows])
@@ -194,6 +194,32 @@ def test_a_prompt_is_answered_before_anything_is_recorded(monkeypatch):
     before = dict(ours.stats()["captured"])
     ours.generate(PROMPTS[1], max_new_tokens=3)
     assert ours.stats()["captured"]["prefill of 24 tokens"] == before["prefill of 24 tokens"] + 1
+
+
+def test_short_answers_are_followed_by_recording_only_where_they_are_many():
+    ours = engine()
+    ours.generate(PROMPTS[0], max_new_tokens=6)
+    name = "prefill of 24 tokens"
+    for seed in range(4):
+        assert name not in ours.stats()["captured"]
+        ours.generate(zoo.ids(20, seed=seed)[0].tolist(), max_new_tokens=1)
+    assert name in ours.stats()["captured"]
+
+
+def test_a_batch_is_proved_before_it_comes(monkeypatch):
+    from graph_capture.runtime.llm import serving
+
+    proofs = []
+    prove = serving.prove
+    monkeypatch.setattr(
+        serving, "prove", lambda session, padded, total: proofs.append(session.batch) or prove(session, padded, total)
+    )
+    ours = engine()
+    ours.generate(PROMPTS[0], max_new_tokens=6)
+    assert proofs == [1, 2, 2]
+    ours.generate(PROMPTS, max_new_tokens=6)
+    ours.generate([PROMPTS[0]] * 2, max_new_tokens=6)
+    assert proofs == [1, 2, 2]
 
 
 def test_recording_after_an_answer_leaves_the_slots():
