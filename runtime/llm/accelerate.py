@@ -112,14 +112,14 @@ class Accelerated:
                     cache = SessionCache(
                         self.engine, total, bool(self._asked("return_dict_in_generate", generation_config, kwargs))
                     )
-                    name = self.engine.calling.cache_name
+                    own = {self.engine.calling.cache_name: cache}
                     try:
-                        result = generate(inputs, generation_config, **{name: cache}, **handed)
+                        result = generate(inputs, generation_config, **{**handed, **own})
                         if getattr(result, "past_key_values", None) is cache:
                             result.past_key_values = cache.released()
                     finally:
                         cache.close()
-                    self.engine.settle()
+                    self.engine.settle(cache.served)
                     return result
             except Exception as error:
                 # Before the first token nothing has happened that a second call would repeat: if the call itself is at

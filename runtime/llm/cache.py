@@ -36,16 +36,29 @@ class Slots:
 class SlotLayer(StaticLayer):
     """Keys and values of one layer, [B, H, slots, E] each. Every layer keeps all slots: a sliding window is the mask's.
 
-    Unlike its base, it leaves counting to `Slots`: once a step rather than once a layer.
+    Unlike its base, it leaves counting to `Slots`: once a step rather than once a layer. Nor does it load torch's
+    compiler to tell it of its memory.
     """
 
     def __init__(self, capacity: int, slots: Slots) -> None:
         super().__init__(max_cache_len=capacity)
         self.slots = slots
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self.keys, self.values = (
+            torch.zeros(
+                (*states.shape[:2], self.max_cache_len, states.shape[-1]), dtype=states.dtype, device=states.device
+            )
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
-            StaticLayer.lazy_initialization(self, key_states, value_states)
+            SlotLayer.lazy_initialization(self, key_states, value_states)
         self.keys.index_copy_(2, self.slots.where, key_states)
         self.values.index_copy_(2, self.slots.where, value_states)
         return (key_states, value_states) if self.slots.fresh else (self.keys, self.values)
@@ -70,6 +83,24 @@ class StateLayer(_STATES):
 
     They are made at the first step, and written in place from then on.
     """
+
+    def lazy_initialization(
+        self,
+        conv_states: torch.Tensor | None = None,
+        recurrent_states: torch.Tensor | None = None,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> None:
+        if conv_states is not None:
+            if self.device is None:
+                self.dtype, self.device = conv_states.dtype, conv_states.device
+            size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            self.conv_kernel_size[state_idx] = size
+            self.conv_states[state_idx] = conv_states.new_zeros((*conv_states.shape[:-1], size))
+            self.is_conv_states_initialized[state_idx] = True
+        if recurrent_states is not None:
+            self.recurrent_states[state_idx] = torch.zeros_like(recurrent_states)
+            self.is_recurrent_states_initialized[state_idx] = True
 
     def forget(self) -> None:
         """Begin anew: what comes next is a beginning."""
@@ -96,7 +127,7 @@ class HybridLayer(StateLayer, SlotLayer):
         _STATES.__init__(self, number_of_states=states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        (StaticLayer if len(args) == 2 and not kwargs else _STATES).lazy_initialization(self, *args, **kwargs)
+        (SlotLayer if len(args) == 2 and not kwargs else StateLayer).lazy_initialization(self, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         SlotLayer.reorder_cache(self, beam_idx)

@@ -242,7 +242,7 @@ class InferEnginePython(Serving):
                 answer.text = text.text if text else ""
             self.last = found[-1]
             yield rest
-            self.settle()
+            self.settle(max(len(answer.tokens) for answer in found))
 
     def _steps(
         self, session: Session | OwnSession, request: Request

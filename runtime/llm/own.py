@@ -41,6 +41,7 @@ class OwnSession:
         self._chosen: queue.Queue[Any] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._step = 0
+        self._held: torch.Tensor | None = None  # tokens that `generate` is still to get
 
     def prepare(
         self, samplings: Sequence[Sampling], seeds: Sequence[int | None], rows: Sequence[Sequence[int]], told: int
@@ -70,6 +71,7 @@ class OwnSession:
     def decode(self, kind: SamplingKind) -> torch.Tensor:
         """As `Session.decode`."""
         self.filled += 1
+        self._chosen.put(self._held)  # not before: what follows the last token of an answer is not computed
         return self._choose(self._next_logits(), kind)
 
     def truncate(self, filled: int, held: Sequence[int] = ()) -> None:
@@ -80,7 +82,7 @@ class OwnSession:
             self._thread = None
         self.filled = 0
 
-    def settle(self) -> None:
+    def settle(self, short: bool = False) -> None:
         """There is nothing to record."""
 
     def _choose(self, logits: torch.Tensor, kind: SamplingKind) -> torch.Tensor:
@@ -88,7 +90,7 @@ class OwnSession:
         with torch.no_grad():
             chosen = self.sampler.choose(kind, logits, torch.tensor(self._step, device=logits.device))
         self._step += 1
-        self._chosen.put(chosen)
+        self._held = chosen
         return chosen
 
     def _next_logits(self) -> torch.Tensor:

@@ -19,11 +19,12 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.llm.calling import Calling
 from graph_capture.runtime.llm.own import OwnSession
-from graph_capture.runtime.llm.proof import goes_further, prove
-from graph_capture.runtime.llm.session import OutOfSlots, Progress, Session
+from graph_capture.runtime.llm.proof import STEPS, goes_further, prove
+from graph_capture.runtime.llm.session import SHORT, OutOfSlots, Progress, Session
 from graph_capture.runtime.llm.state import ModelState, Observer
 
 SESSIONS = 2  # batch sizes whose caches are kept
+FEW = 12  # tokens of prompts on which a batch proves itself ahead of its first use
 
 
 class Serving:
@@ -162,10 +163,17 @@ class Serving:
         self._current = session
         return (None, reason) if reason is not None else (session, None)
 
-    def settle(self) -> None:
-        """Record what the latest answer ran as it is."""
-        if self._current is not None:
-            self._current.settle()
+    def settle(self, tokens: int) -> None:
+        """After an answer of so many tokens: record what it ran as it is, and see whether batches may be served, so
+        that neither is to be waited for when it comes."""
+        session = self._current
+        if session is None:
+            return
+        session.settle(tokens <= SHORT)
+        if tokens > SHORT and isinstance(session, Session) and (True, True) not in self._proofs:
+            few = Session(self.calling, self.scheduler, 2, FEW + STEPS)
+            for padded in (False, True):
+                self._proofs.setdefault((True, padded), (1, prove(few, padded, few.capacity)))
 
     def hindrance(self) -> str | None:
         """Why no captured step may run here and now; None where nothing speaks against it."""

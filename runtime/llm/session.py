@@ -20,6 +20,8 @@ from graph_capture.runtime.llm.sampling import Sampler, Sampling, SamplingKind, 
 
 Progress = Callable[[str], None]
 SHORTEST = 16  # tokens of the smallest bucket
+SHORT = 4  # tokens of an answer that is not to be followed by recording, which takes longer,
+OFTEN = 4  # but for what is used so often
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -77,12 +79,13 @@ class OutOfSlots(CaptureError):
 
 
 class Wanted(NamedTuple):
-    """A step that has run as it is, and is to be recorded when nobody waits: the step, its inputs, and how many slots
-    were filled before it."""
+    """A step that has run as it is, and is to be recorded when nobody waits: the step, its inputs, how many slots were
+    filled before it, and how often it was wanted."""
 
     step: Callable[..., torch.Tensor]
     inputs: tuple[torch.Tensor, ...]
     filled: int
+    uses: int = 1
 
 
 def _plainly(method: _F) -> _F:
@@ -216,12 +219,17 @@ class Session:
         self.slots.position.fill_(filled)
 
     @_plainly
-    def settle(self) -> None:
-        """Record what has run as it is because nobody was to wait for it; the slots stay what they are."""
-        wanted, self.wanted = self.wanted, {}
-        for key, what in wanted.items():
-            if self.fusing and key not in self.phases:
-                self._record_apart(key, what)
+    def settle(self, short: bool = False) -> None:
+        """Record what has run as it is because nobody was to wait for it; the slots stay what they are.
+
+        Args:
+            short: after so short an answer that recording would take far longer: only what is wanted again and again.
+        """
+        for key, what in list(self.wanted.items()):
+            if not short or what.uses >= OFTEN:
+                del self.wanted[key]
+                if self.fusing and key not in self.phases:
+                    self._record_apart(key, what)
 
     @_plainly
     def prove_prompt(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -275,7 +283,8 @@ class Session:
         as_it_is = not self.fusing or self.cache.stateful or (phase is not None and phase.fused is None)
         if as_it_is or (phase is None and self.eager_first):
             if not as_it_is:
-                self.wanted[key] = Wanted(step, self._inputs(rows, kept, new, size), kept)
+                uses = 1 + (self.wanted[key].uses if key in self.wanted else 0)
+                self.wanted[key] = Wanted(step, self._inputs(rows, kept, new, size), kept, uses)
             return step(*self._inputs(rows, kept, new, new), kind=None)
         return self._run(key, step, *self._inputs(rows, kept, new, size))
 

@@ -103,6 +103,140 @@ def test_sampling_follows_its_seed(options):
     assert unseeded[0] != unseeded[1]
 
 
+def test_each_prompt_has_its_own_options_and_its_answer_is_its_own():
+    ours = engine()
+    options = {
+        "temperature": [0.0, 1.2, 0.8],
+        "top_k": [0, 8, 0],
+        "top_p": [1.0, 1.0, 0.7],
+        "presence_penalty": [0.0, 0.5, 0.0],
+        "seed": [None, 11, 12],
+        "max_new_tokens": [12, 5, 9],
+    }
+    together = ours.generate(PROMPTS, **options)
+    assert [len(answer.tokens) for answer in together] == [12, 5, 9]
+    for index, prompt in enumerate(PROMPTS):
+        alone = ours.generate(prompt, **{name: values[index] for name, values in options.items()})
+        assert together[index].tokens == alone.tokens
+    beside = ours.generate([PROMPTS[1], zoo.ids(30, seed=8)[0].tolist()], temperature=[1.2, 0.0], top_k=[8, 0],
+                           presence_penalty=[0.5, 0.0], seed=[11, 0], max_new_tokens=5)  # fmt: skip
+    assert beside[0].tokens == together[1].tokens  # whatever its neighbour, and however long that is
+
+
+def test_several_answers_to_a_prompt():
+    ours = engine()
+    options = {"temperature": 1.5, "seed": 3, "max_new_tokens": COUNT}
+    three = ours.generate(PROMPTS[0], n=3, **options)
+    assert len({tuple(answer.tokens) for answer in three}) == 3
+    assert three[0].tokens == ours.generate(PROMPTS[0], **options).tokens
+    assert three[2].tokens == ours.generate(PROMPTS[0], **{**options, "seed": 5}).tokens
+    grouped = ours.generate(PROMPTS[:2], n=2, **options)
+    assert [len(group) for group in grouped] == [2, 2]
+    assert tokens(grouped[0]) == tokens(three[:2])
+    assert [answer.prompt_tokens for answer in grouped[1]] == [19, 19]
+
+
+def test_log_probabilities_are_those_of_the_model():
+    ours = engine()
+    answer = ours.generate(PROMPTS[0], max_new_tokens=6, logprobs=2, repetition_penalty=1.5)
+    ids = torch.tensor([[*PROMPTS[0], *answer.tokens]])
+    with torch.no_grad():
+        wanted = ours.model(ids).logits[0].log_softmax(-1)
+    assert len(answer.logprobs) == 6
+    for step, (token, told) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+        row = wanted[len(PROMPTS[0]) - 1 + step]
+        assert told.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert [best for best, _ in told.top] == row.topk(2).indices.tolist()
+    assert ours.generate(PROMPTS[0], max_new_tokens=2).logprobs == []
+    assert ours.generate(PROMPTS[0], max_new_tokens=2, logprobs=True).logprobs[0].top == ()
+
+
+def test_the_models_own_defaults_hold():
+    ours = engine()
+    plain = ours.generate(PROMPTS[0], max_new_tokens=COUNT).tokens
+    model = llm.endless("llama")
+    for name, value in {"do_sample": True, "temperature": 2.5, "top_k": 30, "max_new_tokens": 9}.items():
+        setattr(model.generation_config, name, value)
+    theirs = InferEngine(model, max_length=48, config=STATIC)
+    drawn = theirs.generate(PROMPTS[0], seed=4).tokens
+    assert len(drawn) == 9
+    assert drawn == ours.generate(PROMPTS[0], seed=4, temperature=2.5, top_k=30, max_new_tokens=9).tokens
+    assert theirs.generate(PROMPTS[0], temperature=0.0, max_new_tokens=COUNT).tokens == plain
+
+
+def test_a_prompt_is_answered_before_anything_is_recorded(monkeypatch):
+    """A length, a batch size or a kind of sampling that is new costs the first token no recording."""
+    ours = engine()
+    seen = []
+    monkeypatch.setattr(ours, "_progress", seen.append)
+    for session_options in (
+        {"prompts": PROMPTS[1]},
+        {"prompts": zoo.ids(30, seed=2)[0].tolist()},
+        {"prompts": PROMPTS[1], "temperature": 1.0},
+        {"prompts": PROMPTS[:2]},
+    ):
+        prompts = session_options.pop("prompts")
+        rows, _ = ours.prompts.rows(prompts)
+        request = ours.prompts.request(rows, max_new_tokens=6, **session_options)
+        from graph_capture.runtime.llm import Completion
+
+        answering = ours._answer(request, [Completion() for _ in rows])
+        seen.clear()
+        next(answering)
+        assert not [text for text in seen if "recording" in text]
+        list(answering)
+        for session in ours.sessions.values():
+            assert not session.wanted
+    assert {"prefill of 24 tokens", "prefill of 32 tokens", "prefill of 24 tokens, batch 2, padded"} <= set(
+        ours.stats()["captured"]
+    )
+    ours.forget_prompts()
+    before = dict(ours.stats()["captured"])
+    ours.generate(PROMPTS[1], max_new_tokens=3)
+    assert ours.stats()["captured"]["prefill of 24 tokens"] == before["prefill of 24 tokens"] + 1
+
+
+def test_short_answers_are_followed_by_recording_only_where_they_are_many():
+    ours = engine()
+    ours.generate(PROMPTS[0], max_new_tokens=6)
+    name = "prefill of 24 tokens"
+    for seed in range(4):
+        assert name not in ours.stats()["captured"]
+        ours.generate(zoo.ids(20, seed=seed)[0].tolist(), max_new_tokens=1)
+    assert name in ours.stats()["captured"]
+
+
+def test_a_batch_is_proved_before_it_comes(monkeypatch):
+    from graph_capture.runtime.llm import serving
+
+    proofs = []
+    prove = serving.prove
+    monkeypatch.setattr(
+        serving, "prove", lambda session, padded, total: proofs.append(session.batch) or prove(session, padded, total)
+    )
+    ours = engine()
+    ours.generate(PROMPTS[0], max_new_tokens=6)
+    assert proofs == [1, 2, 2]
+    ours.generate(PROMPTS, max_new_tokens=6)
+    ours.generate([PROMPTS[0]] * 2, max_new_tokens=6)
+    assert proofs == [1, 2, 2]
+
+
+def test_recording_after_an_answer_leaves_the_slots():
+    ours = engine()
+    first = ours.generate(PROMPTS[1], max_new_tokens=6)
+    kept = [held.clone() for layer in ours.session(1).cache.layers for held in (layer.keys, layer.values)]
+    longer = [*PROMPTS[1], *first.tokens, 4, 5, 6]
+    ours.session(1).wanted.clear()
+    again = ours.generate(longer, max_new_tokens=6)  # goes on, and records how it went on
+    filled = len(PROMPTS[1])
+    now = [held for layer in ours.session(1).cache.layers for held in (layer.keys, layer.values)]
+    for before, after in zip(kept, now, strict=True):
+        assert torch.equal(before[:, :, :filled], after[:, :, :filled])
+    assert again.tokens == engine().generate(longer, max_new_tokens=6).tokens
+    assert ours.session(1).filled == len(longer) + 5
+
+
 def test_one_recorded_step_serves_every_temperature():
     ours = engine()
     answers = [ours.generate(PROMPTS[0], max_new_tokens=20, seed=0, temperature=t).tokens for t in (1e-4, 1.0, 50.0)]
@@ -140,6 +274,13 @@ def test_a_chat_goes_through_the_template(saved):
     by_hand = ours.generate("user: hi\nassistant: ", max_new_tokens=8)
     assert ours.chat(messages, max_new_tokens=8).tokens == by_hand.tokens
     assert "".join(ours.stream(messages, max_new_tokens=8)) == by_hand.text
+
+
+def test_a_message_may_be_parts_or_nothing(saved):
+    ours = InferEngine(saved, device="cpu", config=STATIC)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, "i"]}, {"role": "assistant", "content": None}]
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+    assert ours.encode_messages(parts) == ours.encode_messages(plain)
 
 
 def test_an_end_token_ends_the_answer(saved):
@@ -281,6 +422,27 @@ def test_a_stream_that_is_left_does_not_block(saved):
         (lambda e: e.generate("caf\udce9"), "not valid text"),
         (lambda e: e.generate([1, 9999]), "token 9999 is not one"),
         (lambda e: e.stream(["a", "b"]), "one prompt"),
+        (lambda e: e.stream("a", n=2), "stream\\(\\) gives one answer"),
+        (lambda e: e.generate("a", n=0), "n must be at least 1"),
+        (lambda e: e.generate("a", max_new_tokens="5"), "max_new_tokens must be a whole number, got '5'"),
+        (lambda e: e.generate("a", temperature="hot"), "temperature must be a number"),
+        (lambda e: e.generate("a", colour="red"), "there is no option 'colour'"),
+        (lambda e: e.generate("a", stop=5), "stop must be a string or a list of strings"),
+        (lambda e: e.generate("a", seed="x"), "seed must be a whole number"),
+        (lambda e: e.generate("a", seed=2**70), "fit into 64 bits"),
+        (lambda e: e.generate("a", logprobs=-3), "logprobs must be from 0 to 64"),
+        (lambda e: e.generate("a", logprobs=1000), "logprobs must be from 0 to 64"),
+        (lambda e: e.generate("a", logit_bias={99999: 1.0}), "token 99999"),
+        (lambda e: e.generate(["a", "b"], temperature=[1.0]), "temperature has 1 entries for 2 prompts"),
+        (lambda e: e.generate(None), "a prompt is text, tokens or a list of messages"),
+        (lambda e: e.generate(5), "a prompt is text, tokens or a list of messages"),
+        (lambda e: e.generate([1, "a"]), "tokens are whole numbers"),
+        (lambda e: e.generate([None]), "a prompt of a batch is text, tokens or messages"),
+        (lambda e: e.generate(torch.zeros(1, 2, 3)), "tokens are whole numbers"),
+        (lambda e: e.generate(torch.zeros(3)), "tokens are whole numbers"),
+        (lambda e: e.chat([{"content": "x"}]), "a message has a role"),
+        (lambda e: e.chat([{"role": "user", "content": 5}]), "the content of a message is text"),
+        (lambda e: e.chat([{"role": "user", "content": [{"type": "image"}]}]), "no text \\(image\\)"),
     ],
 )
 def test_errors_say_what_is_wrong(saved, call, message):
