@@ -72,7 +72,6 @@ def ready_convolutions(
 def relaid(graph: SubGraph) -> SubGraph | None:
     """`graph` with the strides that its values have where packed convolutions give channels last, and everything behind
     them follows; results are put back as they were recorded. None where an op does not take it."""
-    memory = MemoryUse(graph)
     changed: dict[str, TensorMeta] = {}
     for node in graph.nodes:
         if is_ready(node):
@@ -90,8 +89,6 @@ def relaid(graph: SubGraph) -> SubGraph | None:
                 if tensor.stride() != graph.values[name].stride:
                     changed[name] = graph.values[name]._replace(stride=tensor.stride())
     returned = [name for name in dict.fromkeys(graph.output_names) if name in changed]
-    if any(graph.values[name].storage in memory.written for name in changed):
-        return None
     back = {name: f"{name}_as_recorded" for name in returned}
     copies = []
     for name in returned:

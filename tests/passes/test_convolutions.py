@@ -184,7 +184,9 @@ class Deep(nn.Module):
     def forward(self, x):
         x = nn.functional.max_pool2d(self.stem(x), 2)
         for block in self.blocks:
-            x = torch.relu(block(x) + x)
+            y = block(x)
+            y += x
+            x = torch.relu(y)
         return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)), x
 
 
