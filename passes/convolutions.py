@@ -1,4 +1,4 @@
-"""Convolutions with what their weights make ready once: the batch norm behind them folded in, and packed.
+"""Convolutions with what their weights make ready once: the batch norm behind them folded in, and another layout.
 
 A norm is folded in float32 only: a folded weight is rounded once more, the same way at every place, and over a
 deep model in half precision that adds up to several times eager's error. With `fold_weights` it is folded there too.
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 import torch
 
 from graph_capture.ir.binding import arguments, flatten_outputs, prepare
-from graph_capture.ir.convolutions import packs
+from graph_capture.ir.convolutions import lies_last
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.layouts import is_contiguous
@@ -70,13 +70,13 @@ def ready_convolutions(
 
 
 def relaid(graph: SubGraph) -> SubGraph | None:
-    """`graph` with the strides that its values have where packed convolutions give channels last, and everything behind
-    them follows; results are put back as they were recorded. None where an op does not take it."""
+    """`graph` with the strides that its values have where convolutions give channels last, and what is behind follows;
+    results are put back as they were recorded. None where an op does not take it."""
     changed: dict[str, TensorMeta] = {}
     for node in graph.nodes:
         if is_ready(node):
             meta = graph.values[node.outputs[0]]
-            if packs(meta.device, meta.dtype):
+            if lies_last(meta.device, meta.dtype):
                 changed[node.outputs[0]] = _last(meta)
         elif not changed.keys().isdisjoint(node.inputs):
             given = [changed.get(name, graph.values[name]) for name in node.inputs]
@@ -101,7 +101,7 @@ def relaid(graph: SubGraph) -> SubGraph | None:
 
 
 def _last(meta: TensorMeta) -> TensorMeta:
-    last = torch.empty(meta.shape, device="meta").to(memory_format=torch.channels_last)
+    last = torch.empty(meta.shape, device="meta", memory_format=torch.channels_last)
     return meta._replace(stride=last.stride())
 
 
@@ -153,7 +153,7 @@ def _reason(graph: SubGraph, nodes: list[int], weights: Collection[str], memory:
             return f"{name} is computed in the graph"
         if not memory.constant(name):
             return f"{name} is written in place"
-    if len(nodes) == 1 and not packs(x.device, weight.dtype):
+    if len(nodes) == 1 and not lies_last(x.device, weight.dtype):
         return "there is nothing to make ready for this device and dtype"
     if x.dtype is not weight.dtype or not weight.dtype.is_floating_point:
         return "its input and its weight differ in dtype"
@@ -201,7 +201,7 @@ def ready_convolution(graph: SubGraph, nodes: list[int]) -> OpNode:
     result = members[-1].outputs[0]
     values: dict[str, TensorMeta] = {name: graph.values[value] for value, name in made.items()}
     values["y"] = graph.values[result]
-    if packs(values["y"].device, values["y"].dtype):
+    if lies_last(values["y"].device, values["y"].dtype):
         values["y"] = _last(values["y"])
     body = SubGraph(tuple(inner), tuple(made.values()), ("y",), values)
     return OpNode(FUSED + RULE, tuple(made), (result,), {"body": body}, common_source(members), members)

@@ -1,6 +1,7 @@
-"""Rows of the op table for convolutions whose weights are made ready once: folded with a norm, and packed.
+"""Rows of the op table for convolutions whose weights are made ready once: folded with a norm, and laid out.
 
-Packed weights are oneDNN's: it would reorder them at each call. Its fused ReLU is not used: it turns NaN into 0.
+On a CPU they are packed for oneDNN, which would reorder them at each call; its fused ReLU is not used, for it turns NaN
+into 0. On a GPU, in half precision, channels come last, as its tensor cores read them. Results lie the same way.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ def packed_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """A weight [O, I, H, W] as the convolution of inputs of this `size` reads it best; on a GPU as it is."""
-    if not packs(weight.device, weight.dtype):
+    """A weight [O, I, H, W] as the convolution of inputs of this `size` reads it best."""
+    if not lies_last(weight.device, weight.dtype):
         return weight.clone()
+    if weight.device.type != "cpu":
+        return channels_last(weight)
     packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
         weight, list(padding), list(stride), list(dilation), groups, list(size)
     )
@@ -63,15 +66,27 @@ def packed_convolution(
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d` of [N, I, H, W] with a weight from `packed_weight`."""
     if not weight.is_mkldnn:
-        return F.conv2d(input, weight, bias, list(stride), list(padding), list(dilation), groups)
-    result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
-        input, weight, bias, list(padding), list(stride), list(dilation), groups, "none", [], ""
-    )
-    return result
+        result = F.conv2d(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+    else:
+        result = torch.ops.mkldnn._convolution_pointwise(
+            input, weight, bias, list(padding), list(stride), list(dilation), groups, "none", [], ""
+        )
+    return channels_last(result) if lies_last(input.device, input.dtype) else result
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes packed weights there."""
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the strides of a new tensor whose channels come last."""
+    shape = tensor.shape
+    empty = torch.empty(shape, dtype=tensor.dtype, device="meta", memory_format=torch.channels_last)
+    if tensor.stride() == empty.stride():
+        return tensor
+    return torch.empty_like(empty, device=tensor.device).copy_(tensor)
+
+
+def lies_last(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions are faster there with weights that are laid out for them, and give channels last."""
+    if device.type == "cuda":
+        return dtype in (torch.bfloat16, torch.float16)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):

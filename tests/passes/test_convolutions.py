@@ -1,5 +1,6 @@
 """Convolutions whose weights are made ready once: numbers, what is matched and what is not, changes of weights."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import nn
 
 from graph_capture import FusionConfig, capture, fuse, load
+from graph_capture.ir import convolutions
 from graph_capture.ir.numerics import distance
+from graph_capture.ir.ops import TABLE, op
 from graph_capture.passes.convolutions import RULE
 from tests.replaying import graph_of, noise
 
@@ -215,6 +218,45 @@ def test_values_lie_as_the_library_leaves_them(caplog):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert ours.stride() == theirs.stride()
     assert not caplog.records, caplog.text  # no kernel met other strides than it was made for
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 32, 32), (1, 4, 32, 32), (3, 4, 2, 2)], ids=str)
+def test_a_layout_without_packing(shape, monkeypatch, caplog):
+    """What is done on a GPU, on the CPU: weights whose channels come last, and torch's own convolution."""
+
+    def laid_out(weight, size, stride, padding, dilation, groups):
+        return convolutions.channels_last(weight)
+
+    monkeypatch.setitem(TABLE, "packed_weight", dataclasses.replace(TABLE["packed_weight"], function=laid_out))
+    op.cache_clear()
+    model, x = Deep(), noise(*shape)
+    fused = fused_of(model, x)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "graph_capture"):
+        for _ in range(4):
+            got, want = fused(x), model(x)
+    op.cache_clear()
+    assert not any(tensor.is_mkldnn for bound in fused._bound for tensor in bound())
+    assert len(ready(fused)) == 4
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert ours.stride() == theirs.stride()
+    assert not caplog.records, caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_device(dtype, caplog):
+    model, x = Deep(64).to("cuda", dtype), noise(2, 4, 64, 64).to("cuda", dtype)
+    forced, fast = fused_of(model, x), capture(model)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "graph_capture"):
+        for _ in range(5):
+            want = model(x)
+            for got in (forced(x), fast(x)):
+                for ours, theirs in zip(got, want, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+                    assert ours.stride() == theirs.stride()
+    assert ready(forced)
+    assert not caplog.records, caplog.text
 
 
 class Flat(nn.Module):
