@@ -12,6 +12,8 @@ from graph_capture.ir.graph import SubGraph
 from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
+from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
+from graph_capture.passes.convolutions import ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
@@ -131,6 +133,11 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(PARALLEL_LINEAR, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
+    if READY_CONVOLUTION not in passes.off:
+        result, receipt = ready_convolutions(graph, passes.weights, passes.fold_weights, matcher.dependencies)
+        graph = became(READY_CONVOLUTION, result)
+        matcher = matcher.on(graph)
+        receipts.append(receipt)
     plan = find_regions(
         graph,
         supports=passes.supports,
@@ -164,5 +171,14 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
     """Everything that `Passes.off` may name."""
     rules = (rule.pattern.name for rules in ROUNDS for rule in rules)
     return dict.fromkeys(
-        (*CLEAN_UP, CONSTANTS, *rules, PARALLEL_LINEAR, *DECODE, *(item.name for item in patterns), *GROWN)
+        (
+            *CLEAN_UP,
+            CONSTANTS,
+            *rules,
+            PARALLEL_LINEAR,
+            READY_CONVOLUTION,
+            *DECODE,
+            *(item.name for item in patterns),
+            *GROWN,
+        )
     )

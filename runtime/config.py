@@ -41,7 +41,7 @@ class FusionConfig:
         merge_linears: linears on one input become one. "views" lets the old weights live on as views of the merged one,
             so that memory does not grow; "copy" leaves them alone; "off" does not merge.
         fold_weights: compute what depends on weights only once, and again when one of them changes. Costs memory
-            (`FusedGraph.constant_bytes`).
+            (`FusedGraph.constant_bytes`). Batch norms are then folded into convolutions in half precision too.
         patterns: the fusions to look for; None is those registered for the process.
         cuda_graph: "auto" replays on a CUDA device as CUDA graphs, once calls come with large arguments at the same
             addresses; "off" launches kernel by kernel.

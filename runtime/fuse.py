@@ -23,6 +23,8 @@ from graph_capture.ir.ops import FUSED
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
 from graph_capture.passes import Passes, find_regions, load_templates, rewrite, store_templates
+from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
+from graph_capture.passes.convolutions import is_ready
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
@@ -96,6 +98,10 @@ class FusionScheduler:
         if cache is not None and not known:
             store_templates(cache)
         regions = _RegionDecider(self.heuristics, passes, rewritten.graph)
+        if not regions.convolutions_pay():
+            passes = replace(passes, off=passes.off | {READY_CONVOLUTION})
+            rewritten = rewrite(graph.subgraph, passes)
+            regions = _RegionDecider(self.heuristics, passes, rewritten.graph)
         used = sum(bool(region.decision) for region in regions.found)
         log.info(
             "%d recorded ops -> %d, %d of %d regions used",
@@ -154,6 +160,23 @@ class _RegionDecider:
         self._decided: dict[tuple[object, ...], Region] = {}
         self._add(graph)
 
+    def convolutions_pay(self) -> bool:
+        """Whether convolutions whose weights are made ready are faster, all of them together: what one of them gives
+        lies as the next one takes it. They are used then, each of them."""
+        ready = [number for number, region in enumerate(self.found) if is_ready(region.node)]
+        decisions = [self.found[number].decision for number in ready]
+        before, after = ([getattr(d, side) for d in decisions] for side in ("t_fallback", "t_fused"))
+        if None in before or None in after:
+            return all(decisions)
+        ratio = sum(after) / sum(before) if ready else 0.0
+        if ratio >= 1:
+            return False
+        for number, decision in zip(ready, decisions, strict=True):
+            if not decision:
+                reason = f"all of them together are {1 / ratio:.2f}x faster"
+                self.found[number] = replace(self.found[number], decision=replace(decision, use=True, reason=reason))
+        return True
+
     def _key(self, node: OpNode) -> tuple[object, ...]:
         """Equal for regions that are alike."""
         return (node.attr("body"), *(self.values[name]._replace(offset=0, storage=-1) for name in node.inputs))
@@ -211,6 +234,8 @@ class _RegionDecider:
             weights = body.input_names[1:]
             product = merged_kernel(self.heuristics, node, self.values) if self._multiplies(node) else None
             return [LibraryKernel(body, weights), *([LibraryKernel(body, weights, product)] if product else [])]
+        if is_ready(node):
+            return [LibraryKernel(body, body.input_names[1:])]
         if not any(map(is_library, node.origin)) or (len(node.origin) > 1 and self.passes.supports(body) is not None):
             return []
         return [LibraryKernel(body)]
@@ -224,7 +249,7 @@ class _RegionDecider:
         node = region.node
         if self._is_apart(node):
             return not region.decision or region.decision.t_fused is not None
-        if region.kind == PARALLEL_LINEAR:
+        if region.kind == PARALLEL_LINEAR or is_ready(node):
             return False
         if region.decision:  # the library's product and a kernel of the rest may be faster than one kernel of both
             return region.decision.t_fused is not None and _has_many_rows(region)

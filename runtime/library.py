@@ -100,7 +100,7 @@ class Constants:
     def __init__(self, graph: SubGraph, weights: Tensors, share: bool) -> None:
         self.graph, self.weights = graph, weights
         self._live: list[torch.Tensor] | None = None
-        if share:
+        if share and all(node.op_type == "aten.cat.default" for node in graph.nodes):
             given = dict(zip(graph.input_names, weights, strict=True))
             groups = [[given[name] for name in node.inputs] for node in graph.nodes]
             if not all(_adjacent(group) or all(map(_owns_its_memory, group)) for group in groups):

@@ -22,6 +22,7 @@ from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.graph_json import Decoder, as_dict, as_list, text
 from graph_capture.ir.ops import FUSED
 from graph_capture.ir.values import TensorMeta
+from graph_capture.passes.convolutions import is_ready, ready_convolution
 from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import merged_linears
 from graph_capture.passes.pipeline import Rewritten
@@ -153,6 +154,9 @@ def _check_origin(node: OpNode, values: Mapping[str, TensorMeta]) -> None:
     SubGraph(node.recorded, node.inputs, node.outputs)
     if is_merged(node):
         expected = merged_linears(members, range(len(members)))
+        same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
+    elif is_ready(node):
+        expected = ready_convolution(members, list(range(len(members))))
         same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
     else:
         flat = expand(members, is_merged)

@@ -38,7 +38,7 @@ class _GraphSegment:
         start: the number of the first one.
         replay: computes again what was captured.
         kept: slot -> where later segments, and the caller, find it.
-        held: memory that the captured graph uses.
+        held: whatever may own memory that the captured graph uses, but the caller's.
     """
 
     start: int
@@ -46,7 +46,7 @@ class _GraphSegment:
     captured: bool
     replay: Callable[[], None] | None = None
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    held: list[torch.Tensor] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
 
 
 class Graphs:
@@ -170,8 +170,7 @@ class Graphs:
                 copy_into(tensor, result)  # nothing has been computed in what was captured
             self._values[slot] = segment.kept[slot] = tensor
         callers = {tensor.untyped_storage()._cdata for tensor in dynamic if tensor.layout is torch.strided}
-        memories = {tensor.untyped_storage()._cdata: tensor for tensor in plan.held() if tensor.layout is torch.strided}
-        segment.held = [tensor for memory, tensor in memories.items() if memory not in callers]
+        segment.held = [value for value in plan.held() if _memory(value) not in callers]
         self.lent |= plan.lent | {tensor.untyped_storage()._cdata for tensor in found} - callers
         self.lent_bytes += plan.lent_bytes
 
@@ -307,6 +306,12 @@ class GraphReplay(Replay):
         self._left = 0
         kind = f"{type(why).__name__}: " if isinstance(why, Exception) else ""
         log.warning("no CUDA graph, replays launch kernel by kernel: %s%s", kind, why)
+
+
+def _memory(value: Any) -> int:
+    """The storage that something is over; 0 for none."""
+    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return value.untyped_storage()._cdata if strided else 0
 
 
 def _split(executor: Executor, first_run: FirstRun, device_type: str) -> list[_GraphSegment]:

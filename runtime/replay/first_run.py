@@ -34,7 +34,7 @@ class SeenValue:
     @property
     def nbytes(self) -> int:
         """Bytes from its first element to its last."""
-        if 0 in self.shape:
+        if 0 in self.shape or len(self.stride) != len(self.shape):  # the latter: it is not strided
             return 0
         extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return extent * self.dtype.itemsize

@@ -8,6 +8,7 @@ function, so that nothing of a call outlives it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -64,11 +65,12 @@ class Plan:
         self.function = self._builder.compiled(self.source)
         self._traced: Callable[..., list[torch.Tensor]] | None = None
 
-    def held(self) -> list[torch.Tensor]:
-        """The tensors that lie in memory of the plan, or that it was given; what its kernels have for themselves, too."""
+    def held(self) -> list[Any]:
+        """Everything that the function uses, and what its kernels have for themselves; not what its kernels are given,
+        which may be the caller's."""
         values = self._builder.namespace.values()
         scratch = [tensor for value in values if isinstance(value, Chain) for tensor in value.scratch]
-        return [*(value for value in values if isinstance(value, torch.Tensor)), *scratch]
+        return [*(value for value in values if not isinstance(value, Chain)), *scratch]
 
     @property
     def traced(self) -> Callable[..., list[torch.Tensor]]:

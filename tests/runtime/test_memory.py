@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from graph_capture import FusionConfig, capture, fuse, record
 from graph_capture.ir.graph import OpNode
 from graph_capture.ir.interpreter import Executor
-from graph_capture.runtime.replay import forms
+from graph_capture.runtime.replay import cuda_graph, forms
 from graph_capture.runtime.replay.arena import Arena, Lifetime, live_peak, place
 from graph_capture.runtime.replay.cuda_graph import GraphReplay
 from graph_capture.runtime.replay.first_run import FirstRun
@@ -342,3 +342,19 @@ def test_explain_states_what_each_signature_takes():
 def test_graph_memory_is_checked():
     with pytest.raises(ValueError, match="graph_memory"):
         FusionConfig(graph_memory=-1)
+
+
+def test_a_graph_keeps_what_it_uses_and_not_what_the_caller_brought(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "COPIED", 16)
+    graph = graph_of(lambda x, total: torch.tanh(total.add_(x)) * 2, noise(8), noise(8))
+    backend = StandIn()
+    replay = replaying(graph, backend)
+    x, total = noise(8), noise(8)
+    for _ in range(4):
+        graph.replay(graph.bind((x, total), {}), replay.run)
+    (segment,) = replay.graphs._segments
+    held = {v.untyped_storage()._cdata for v in segment.held if isinstance(v, torch.Tensor)}
+    assert held.isdisjoint(t.untyped_storage()._cdata for t in (x, total))
+    results = {t.untyped_storage()._cdata for t in segment.kept.values()}
+    assert results <= held
+    assert any(callable(value) for value in segment.held)  # and with it whatever it has for itself

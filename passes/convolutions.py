@@ -1,0 +1,207 @@
+"""Convolutions with what their weights make ready once: the batch norm behind them folded in, and another layout.
+
+A norm is folded in float32 only: a folded weight is rounded once more, the same way at every place, and over a
+deep model in half precision that adds up to several times eager's error. With `fold_weights` it is folded there too.
+
+Like merged linears, each is a region whose body begins with what depends on weights alone; the library runs the rest
+(see `graph_capture.runtime.library`), and does so where that measures faster than the recorded ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+
+from graph_capture.ir.binding import arguments, flatten_outputs, prepare
+from graph_capture.ir.convolutions import lies_last
+from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.interpreter import interpret
+from graph_capture.ir.layouts import is_contiguous
+from graph_capture.ir.ops import FUSED
+from graph_capture.ir.values import Arg, TensorMeta
+from graph_capture.passes.cleanup import MemoryUse
+from graph_capture.passes.flow import Dependencies
+from graph_capture.passes.receipts import Receipt, Tally
+from graph_capture.passes.rewrite import Contraction, common_source, contract
+
+RULE = "ready_convolution"
+CONVOLUTION, NORM = "aten.convolution.default", "aten.native_batch_norm.default"
+
+
+def ready_convolutions(
+    graph: SubGraph, weights: Collection[str], fold_halves: bool = False, dependencies: Dependencies | None = None
+) -> tuple[SubGraph, Receipt]:
+    """`graph` with each convolution as a region, together with the batch norm behind it.
+
+    Args:
+        weights: inputs that are the same in every replay; only with these is something made ready.
+        fold_halves: fold norms in half precision too.
+        dependencies: `graph`'s, if there are any.
+    """
+    tally = Tally(RULE)
+    if CONVOLUTION not in graph.by_op:
+        return graph, tally.receipt()
+    memory = MemoryUse(graph)
+    dependencies = dependencies or Dependencies(graph)
+    found: list[Contraction] = []
+    for index in graph.by_op[CONVOLUTION]:
+        tally.seen += 1
+        dtype = graph.values[graph.nodes[index].outputs[0]].dtype
+        folds = dtype is torch.float32 or (fold_halves and dtype in (torch.bfloat16, torch.float16))
+        nodes = [index, *(_norm_behind(graph, index, weights, memory) if folds else ())]
+        reason = _reason(graph, nodes, weights, memory) or dependencies.blocked(nodes)
+        if reason is not None:
+            tally.refuse(graph, nodes, reason)
+        else:
+            found.append(Contraction(tuple(nodes), ready_convolution(graph, nodes)))
+    if not found:
+        return graph, tally.receipt()
+    result, dropped = contract(graph, found, dependencies)
+    for item in dropped:
+        tally.refuse(graph, item.nodes, "would have created a cycle with other regions")
+    laid = relaid(result)
+    if laid is None:
+        for item in found:
+            tally.refuse(graph, item.nodes, "something behind it does not take channels that come last")
+        return graph, tally.receipt()
+    tally.matched = len(found) - len(dropped)
+    return laid, tally.receipt()
+
+
+def relaid(graph: SubGraph) -> SubGraph | None:
+    """`graph` with the strides that its values have where convolutions give channels last, and what is behind follows;
+    results are put back as they were recorded. None where an op does not take it."""
+    changed: dict[str, TensorMeta] = {}
+    for node in graph.nodes:
+        if is_ready(node):
+            meta = graph.values[node.outputs[0]]
+            if lies_last(meta.device, meta.dtype):
+                changed[node.outputs[0]] = _last(meta)
+        elif not changed.keys().isdisjoint(node.inputs):
+            given = [changed.get(name, graph.values[name]) for name in node.inputs]
+            body = node.attr("body") if node.op_type.startswith(FUSED) else None
+            try:
+                found = interpret(body, _like(given)) if body else flatten_outputs(prepare(node)(_like(given)))
+            except (RuntimeError, ValueError, NotImplementedError):  # a view, mostly
+                return None
+            for name, tensor in zip(node.outputs, found, strict=True):
+                if tensor.stride() != graph.values[name].stride:
+                    changed[name] = graph.values[name]._replace(stride=tensor.stride())
+    returned = [name for name in dict.fromkeys(graph.output_names) if name in changed]
+    back = {name: f"{name}_as_recorded" for name in returned}
+    copies = []
+    for name in returned:
+        if not is_contiguous(graph.values[name]) or len(_sharing(graph, name)) > 1:
+            return None
+        copies.append(OpNode("aten.clone.default", (name,), (back[name],), {"memory_format": torch.contiguous_format}))
+    values = {**graph.values, **changed} | {back[n]: graph.values[n]._replace(storage=-1) for n in returned}
+    outputs = tuple(back.get(name, name) for name in graph.output_names)
+    return SubGraph((*graph.nodes, *copies), graph.input_names, outputs, values)
+
+
+def _last(meta: TensorMeta) -> TensorMeta:
+    last = torch.empty(meta.shape, device="meta", memory_format=torch.channels_last)
+    return meta._replace(stride=last.stride())
+
+
+def _like(metas: Iterable[TensorMeta]) -> list[torch.Tensor]:
+    return [torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta") for meta in metas]
+
+
+def _sharing(graph: SubGraph, name: str) -> list[str]:
+    """The values that share a value's memory."""
+    storage = graph.values[name].storage
+    return [other for other, meta in graph.values.items() if meta.storage == storage] if storage >= 0 else [name]
+
+
+def is_ready(node: OpNode) -> bool:
+    """Whether the node is such a region."""
+    return node.op_type == FUSED + RULE
+
+
+def _norm_behind(graph: SubGraph, index: int, weights: Collection[str], memory: MemoryUse) -> list[int]:
+    """The batch norm that alone reads a convolution, in evaluation, with weights of its own."""
+    name = graph.nodes[index].outputs[0]
+    users = graph.users.get(name, ())
+    if len(users) != 1 or graph.nodes[users[0]].op_type != NORM or not memory.private(name):
+        return []
+    norm = graph.nodes[users[0]]
+    given = arguments(norm)
+    statistics = [given.get("running_mean"), given.get("running_var")]
+    if norm.attr("training") is not False or norm.inputs[0] != name or not all(isinstance(s, Arg) for s in statistics):
+        return []
+    if any(other not in weights or not memory.constant(other) for other in norm.inputs[1:]):
+        return []
+    if any(graph.users.get(extra) or extra in graph.output_names for extra in norm.outputs[1:]):
+        return []
+    if graph.values[norm.outputs[0]].dtype is not graph.values[name].dtype:
+        return []
+    return [users[0]]
+
+
+def _reason(graph: SubGraph, nodes: list[int], weights: Collection[str], memory: MemoryUse) -> str | None:
+    """Why a convolution is left as it is."""
+    node = graph.nodes[nodes[0]]
+    x, weight = (graph.values[name] for name in node.inputs[:2])
+    if node.attr("transposed") or any(node.attr("output_padding", ())):
+        return "it is transposed"
+    if len(x.shape) != 4 or 0 in x.shape:
+        return "it has not two dimensions"
+    for name in node.inputs[1:]:
+        if name not in weights:
+            return f"{name} is computed in the graph"
+        if not memory.constant(name):
+            return f"{name} is written in place"
+    if len(nodes) == 1 and not lies_last(x.device, weight.dtype):
+        return "there is nothing to make ready for this device and dtype"
+    if x.dtype is not weight.dtype or not weight.dtype.is_floating_point:
+        return "its input and its weight differ in dtype"
+    return None
+
+
+def ready_convolution(graph: SubGraph, nodes: list[int]) -> OpNode:
+    """The region of a convolution, and of the norm behind it if there are two."""
+    members = tuple(graph.nodes[index] for index in nodes)
+    convolution, *norms = members
+    given = arguments(convolution)
+    made: dict[str, str] = {}  # value of the graph -> input of the body
+    inner: list[OpNode] = []
+
+    def inside(node: OpNode, value: object, name: str) -> str | None:
+        if not isinstance(value, Arg):
+            return None
+        return made.setdefault(node.inputs[value.index], name)
+
+    x, weight = inside(convolution, given["input"], "x"), inside(convolution, given["weight"], "weight")
+    bias = inside(convolution, given.get("bias"), "bias")
+    assert x is not None
+    assert weight is not None
+    if norms:
+        of = arguments(norms[0])
+        parts = {"weight": weight, "bias": bias} | {
+            name: inside(norms[0], of.get(parameter), name)
+            for name, parameter in (
+                ("mean", "running_mean"),
+                ("var", "running_var"),
+                ("gamma", "weight"),
+                ("beta", "bias"),
+            )
+        }
+        operands = {name: value for name, value in parts.items() if value is not None}
+        attrs = {name: Arg(number) for number, name in enumerate(operands)} | {"eps": of["eps"]}
+        inner.append(OpNode("folded_norm", tuple(operands.values()), ("folded", "shift"), attrs))
+        weight, bias = "folded", "shift"
+    how = {name: tuple(given[name]) for name in ("stride", "padding", "dilation")} | {"groups": given["groups"]}
+    size = graph.values[convolution.inputs[0]].shape
+    inner.append(OpNode("packed_weight", (weight,), ("packed",), {**how, "size": tuple(size), "weight": Arg(0)}))
+    operands = {"input": x, "weight": "packed"} | ({} if bias is None else {"bias": bias})
+    attrs = {"bias": None} | {name: Arg(number) for number, name in enumerate(operands)} | how
+    inner.append(OpNode("packed_convolution", tuple(operands.values()), ("y",), attrs))
+    result = members[-1].outputs[0]
+    values: dict[str, TensorMeta] = {name: graph.values[value] for value, name in made.items()}
+    values["y"] = graph.values[result]
+    if lies_last(values["y"].device, values["y"].dtype):
+        values["y"] = _last(values["y"])
+    body = SubGraph(tuple(inner), tuple(made.values()), ("y",), values)
+    return OpNode(FUSED + RULE, tuple(made), (result,), {"body": body}, common_source(members), members)
