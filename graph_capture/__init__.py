@@ -15,7 +15,14 @@ from graph_capture.errors import (
 from graph_capture.ir.graph import OpNode, SubGraph, check_subgraph
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import configure
-from graph_capture.passes import create_add_rms_norm_pattern, create_geglu_pattern, create_swiglu_pattern, pattern
+from graph_capture.passes import (
+    create_add_rms_norm_pattern,
+    create_geglu_pattern,
+    create_swiglu_pattern,
+    pattern,
+    spelling,
+    unregister_spelling,
+)
 from graph_capture.record.convert import convert_recorded_graph_to_subgraph
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.recorder import record, start_graph_recording, stop_graph_recording
@@ -68,10 +75,12 @@ __all__ = [
     "register_architecture",
     "register_op",
     "register_target",
+    "spelling",
     "start_graph_recording",
     "stop_graph_recording",
     "unaccelerate",
     "unregister_architecture",
     "unregister_op",
+    "unregister_spelling",
     "unregister_target",
 ]

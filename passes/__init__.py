@@ -10,11 +10,12 @@ from graph_capture.passes.pipeline import Passes, Rewritten, pass_names, rewrite
 from graph_capture.passes.receipts import Receipt, Refusal
 from graph_capture.passes.regions import FusionPlan, find_regions
 from graph_capture.passes.registry import DEFAULT, PatternRegistry, pattern
-from graph_capture.passes.spellings import canonicalize
+from graph_capture.passes.spellings import Found, Unfit, canonicalize, spelling, unregister_spelling
 from graph_capture.passes.templates import load_templates, store_templates
 
 __all__ = [
     "DEFAULT",
+    "Found",
     "FusionPlan",
     "Passes",
     "Pattern",
@@ -22,6 +23,7 @@ __all__ = [
     "Receipt",
     "Refusal",
     "Rewritten",
+    "Unfit",
     "canonicalize",
     "clean_up",
     "create_add_rms_norm_pattern",
@@ -32,5 +34,7 @@ __all__ = [
     "pass_names",
     "pattern",
     "rewrite",
+    "spelling",
     "store_templates",
+    "unregister_spelling",
 ]

@@ -76,7 +76,7 @@ def apply_rules(
     replaced: list[Contraction] = []
     taken: set[int] = set()
     for rule in rules:
-        tally = tallies.setdefault(rule.pattern.name, Tally(rule.pattern.name))
+        tally = tallies.setdefault(rule.pattern.name, Tally(rule.pattern.name, spelling=True))
         for match in matcher.occurrences(rule.pattern, tally, taken):
             if not taken.isdisjoint(match.nodes):
                 continue

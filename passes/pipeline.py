@@ -152,10 +152,10 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
 
 
 def merged(receipts: Iterable[Receipt], others: Iterable[Receipt]) -> list[Receipt]:
-    """Both, with the receipts of one rule added up."""
-    found = {receipt.rule: receipt for receipt in receipts}
+    """Both, with the receipts of one rule added up; a spelling and a fusion of one name are two rules."""
+    found = {(receipt.rule, receipt.spelling): receipt for receipt in receipts}
     for receipt in others:
-        known = found.get(receipt.rule)
+        known = found.get((receipt.rule, receipt.spelling))
         if known is not None:
             receipt = replace(
                 receipt,
@@ -163,7 +163,7 @@ def merged(receipts: Iterable[Receipt], others: Iterable[Receipt]) -> list[Recei
                 matches=known.matches + receipt.matches,
                 refused=known.refused + receipt.refused,
             )
-        found[receipt.rule] = receipt
+        found[receipt.rule, receipt.spelling] = receipt
     return list(found.values())
 
 

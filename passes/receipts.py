@@ -34,6 +34,7 @@ class Receipt:
         matches: places where it applied.
         refused: the others.
         ops: recorded ops that it removed (clean-up passes).
+        spelling: whether it makes spellings one op, rather than ops one region; a fusion may have the same name.
     """
 
     rule: str
@@ -41,6 +42,7 @@ class Receipt:
     matches: int = 0
     refused: tuple[Refusal, ...] = ()
     ops: int = 0
+    spelling: bool = False
 
     @property
     def refusals(self) -> tuple[tuple[str, int], ...]:
@@ -56,6 +58,7 @@ class Tally:
     seen: int = 0
     matched: int = 0
     refused: list[Refusal] = field(default_factory=list)
+    spelling: bool = False
 
     def refuse(self, graph: SubGraph, nodes: Iterable[int], reason: str) -> None:
         """Note that `nodes` (indices) were not taken."""
@@ -64,7 +67,7 @@ class Tally:
 
     def receipt(self) -> Receipt:
         """The tally, closed."""
-        return Receipt(self.rule, self.seen, self.matched, tuple(self.refused))
+        return Receipt(self.rule, self.seen, self.matched, tuple(self.refused), spelling=self.spelling)
 
 
 def module_of(node: OpNode) -> str:

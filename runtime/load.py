@@ -128,9 +128,10 @@ def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tenso
 
 
 def _receipt(value: Any) -> Receipt:
-    rule, candidates, matches, ops = as_list(value, 4)
+    rule, candidates, matches, ops, spelling = as_list(value, 5)
     _check(all(type(count) is int for count in (candidates, matches, ops)), "a receipt is damaged")
-    return Receipt(text(rule), candidates, matches, ops=ops)
+    _check(type(spelling) is bool, "a receipt is damaged")
+    return Receipt(text(rule), candidates, matches, ops=ops, spelling=spelling)
 
 
 def _check(condition: bool, what: str) -> None:

@@ -19,8 +19,10 @@ from graph_capture import (
     register_architecture,
     register_op,
     register_target,
+    spelling,
     unregister_architecture,
     unregister_op,
+    unregister_spelling,
     unregister_target,
 )
 from graph_capture.codegen.spec.kernel import Operand
@@ -114,6 +116,52 @@ def test_ops_that_are_refused(arguments, options, message):
 def test_an_op_twice(bump_op):
     with pytest.raises(CaptureError, match="in the table already"):
         register_op("bump", BUMP, "slope / (1 + x * x)")
+
+
+# --- a spelling
+
+
+@pytest.fixture
+def soft_step():
+    def soft_step(x, scale=1.0):
+        return 0.5 * (1 + torch.tanh(x * scale))
+
+    register_op("soft_step", soft_step, "0.5 * (1 + tanh(x * scale))")
+
+    @spelling("soft_step")
+    def by_sigmoid(x, scale=1.0):
+        return (torch.tanh(x * scale) + 1) * 0.5
+
+    @spelling("soft_step")
+    def by_division(x, scale=1.0):
+        return (torch.tanh(x * scale) + 1) / 2
+
+    yield soft_step
+    unregister_spelling(by_sigmoid)
+    unregister_spelling(by_division)
+    unregister_op("soft_step")
+
+
+@pytest.mark.parametrize("code", [lambda x: (torch.tanh(x * 3) + 1) * 0.5, lambda x: (1 + torch.tanh(x * 3)) / 2])
+def test_a_spelling_becomes_the_op(soft_step, code):
+    fused = fuse(graph_of(code, noise(16, 8)), ALWAYS)
+    (region,) = fused.regions
+    (node,) = region.body.nodes
+    assert (node.op_type, node.attr("scale")) == ("soft_step", 3)
+    x = noise(16, 8, seed=1)
+    torch.testing.assert_close(fused(x), code(x))
+
+
+def test_something_else_does_not(soft_step):
+    fused = fuse(graph_of(lambda x: (torch.tanh(x * 3) + 1) * 0.25, noise(16, 8)), ALWAYS)
+    assert all(node.op_type != "soft_step" for region in fused.regions for node in region.body.nodes)
+
+
+def test_spellings_that_are_refused():
+    with pytest.raises(CaptureError, match="no op named 'nowhere'"):
+        spelling("nowhere")(lambda x: x + 1)
+    with pytest.raises(CaptureError, match="is not a spelling"):
+        unregister_spelling(lambda x: x)
 
 
 # --- a pattern

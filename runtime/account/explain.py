@@ -31,8 +31,9 @@ class Explanation:
             (seconds, or None), ``cached`` (measured by an earlier process), ``used``, ``reason``, ``spread`` (how many
             times longer than the shortest sample the next one was), ``doubtful`` (the machine was too busy to tell; it
             is measured again later), ``parts`` (regions inside, where there is no kernel).
-        rules: one dict for each rule: ``rule``, ``candidates``, ``matches``, ``refusals`` (reason -> count), ``places``
-            (reason -> module path), ``removed`` (recorded ops that a clean-up pass removed).
+        rules: one dict for each rule: ``rule``, ``spelling`` (not a fusion: it makes spellings one op), ``candidates``,
+            ``matches``, ``refusals`` (reason -> count), ``places`` (reason -> module path), ``removed`` (recorded ops
+            that a clean-up pass removed).
         constant_bytes: memory of what is computed once.
         whole: ``t_fallback``, ``t_fused``, ``cached``, ``used``, ``reason`` of the whole graph; None: not measured.
         memory: bytes; ``planned`` and ``eager``: device -> what intermediate values take at most, in the plan's arena
@@ -102,11 +103,9 @@ class Explanation:
                 console.print(f"{rule['rule']}: {rule['removed']} ops fewer{kept}", highlight=False, markup=False)
             if not rule["candidates"]:
                 continue
-            console.print(
-                f"{rule['rule']}: {rule['matches']} of {rule['candidates']} candidates matched",
-                highlight=False,
-                markup=False,
-            )
+            name = f"{rule['rule']} (spelling)" if rule["spelling"] else rule["rule"]
+            text = f"{name}: {rule['matches']} of {rule['candidates']} candidates matched"
+            console.print(text, highlight=False, markup=False)
             for reason, count in rule["refusals"].items():
                 place = rule["places"][reason]
                 console.print(f"    {count} x {reason} ({place})", highlight=False, markup=False)
@@ -192,6 +191,7 @@ def _rule(receipt: Receipt) -> dict[str, Any]:
         places.setdefault(refusal.reason, []).append(refusal.where)
     return {
         "rule": receipt.rule,
+        "spelling": receipt.spelling,
         "candidates": receipt.candidates,
         "matches": receipt.matches,
         "refusals": dict(receipt.refusals),

@@ -44,7 +44,7 @@ def save(program: Program, path: str | os.PathLike[str], weights: bool = True) -
         "captured": captured,
         "regions": [_encode_region(region, encoder) for region in program.regions],
         "whole": None if program.whole is None else _encode_decision(program.whole),
-        "receipts": [[r.rule, r.candidates, r.matches, r.ops] for r in program.receipts],
+        "receipts": [[r.rule, r.candidates, r.matches, r.ops, r.spelling] for r in program.receipts],
         "nodes": encoder.nodes,
     }
     content = json.dumps(table, allow_nan=False)
