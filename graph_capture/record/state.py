@@ -223,10 +223,9 @@ class State:
         own = own if type(own) is dict else None
         self.entries.append(Instance(value, own, path))
         parts = self._table(own, path) if own is not None else []
-        for slot in slots_of(kind):
-            read = functools.partial(getattr, value, slot, MISSING)
-            self.probe(read, join(path, slot))
-            parts.append((read(), join(path, slot)))
+        if slots := slots_of(kind):
+            self.probe(functools.partial(_slotted, value, slots), f"the slots of {path}")
+            parts += [(part, join(path, slot)) for slot, part in zip(slots, _slotted(value, slots), strict=True)]
         return parts
 
     def _wrapped(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:
@@ -285,13 +284,17 @@ class State:
                 part = table[key]
                 if isinstance(part, types.FunctionType):
                     self.seen[id(part)] = part
-                elif own and not isinstance(part, (property, staticmethod, classmethod)):
+                elif own and not key.startswith("__") and not isinstance(part, (property, staticmethod, classmethod)):
                     parts.append((part, f"{base.__qualname__}.{key}"))
         return parts
 
 
 _OF_CLASSES = frozenset({"__slotnames__", "__annotations__", "__annotate__", "__doc__", "__weakref__", "__dict__"})
 _OF_CLASSES |= {"__abstractmethods__", "_abc_impl", "__annotations_cache__", "__static_attributes__"}
+
+
+def _slotted(value: Any, slots: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple([getattr(value, slot, MISSING) for slot in slots])
 
 
 def join(path: str, name: Any) -> str:
