@@ -1,9 +1,9 @@
 """What code can read outside a call's arguments, as it was when it was first seen.
 
-A `State` goes over everything that hangs together with a value: what modules, objects, containers, closures and classes
-hold, of any kind, absent names included. Each thing that can change is an `Entry`, which knows what it was and finds what
-it is now. Functions count by identity until they run (see `graph_capture.record.reads`), and so do tensors, whose data is
-read anew at each replay.
+A `State` goes over everything that hangs together with a value: what modules, objects, containers, closures and
+classes hold, of any kind, absent names included. Each thing that can change is an `Entry`, which knows what it was and
+finds what it is now. Functions count by identity until they run (see `graph_capture.record.reads`), and so do tensors,
+whose data is read anew at each replay.
 """
 
 from __future__ import annotations
@@ -342,7 +342,8 @@ def drawn_from(value: Any) -> Callable[[], Any] | None:
 def scripted(module: Any) -> tuple[Any, ...]:
     """What a TorchScript module holds: plain values, and where tensors lie."""
     found: list[Any] = []
-    for name, value in torch._C._jit_debug_module_iterators(module._c).get("named_attributes_r", ()):
+    core: Any = torch._C
+    for name, value in core._jit_debug_module_iterators(module._c).get("named_attributes_r", ()):
         if isinstance(value, torch.Tensor):
             found += [name, value.data_ptr() if value.layout == torch.strided else 0]
         elif isinstance(value, (*VALUES, tuple, list)):

@@ -389,7 +389,7 @@ CHANGES = {
 @pytest.mark.parametrize("forward", CHANGES.values(), ids=CHANGES)
 def test_other_state_that_the_code_changes_is_refused_by_name(forward):
     fast = capture(module(forward, n=0, table={}, items=[]), UNFUSED)
-    with pytest.raises(CaptureError, match="the code changes .* at each call, which a replay would not"):
+    with pytest.raises(CaptureError, match=r"the code changes .* at each call, which a replay would not"):
         for _ in range(3):
             fast(X)
 
@@ -465,7 +465,7 @@ def test_a_captured_module_stands_for_the_module():
     assert not model.training
     same(fast(X), model(X))
     assert fast.state_dict().keys() == model.state_dict().keys()
-    assert list(fast.parameters())[0] is model[0].weight
+    assert next(fast.parameters()) is model[0].weight
     fast.note = 3
     assert model.note == 3
     fast.to(torch.float64)
@@ -475,7 +475,7 @@ def test_a_captured_module_stands_for_the_module():
         same(twin(X.double()), model(X.double()))
         assert twin[0].weight is not model[0].weight if hasattr(twin, "__getitem__") else True
     with pytest.raises(AttributeError, match="nothing"):
-        fast.nothing  # noqa: B018
+        fast.nothing
 
 
 def test_lazy_modules_and_nested_tensors_run_as_they_are_first():

@@ -206,9 +206,7 @@ def test_classes_and_globals(monkeypatch):
 def test_a_patched_function_and_a_patched_forward(monkeypatch):
     follows(nn.Sequential(nn.ReLU()), lambda: monkeypatch.setattr(nn.ReLU, "forward", lambda s, x: x * 7), X)
     follows(lambda x: torch.relu(x), lambda: monkeypatch.setattr(torch, "relu", torch.tanh), X)
-    follows(
-        lambda x: nn.functional.silu(x), lambda: monkeypatch.setattr(nn.functional, "silu", nn.functional.gelu), X
-    )
+    follows(lambda x: nn.functional.silu(x), lambda: monkeypatch.setattr(nn.functional, "silu", nn.functional.gelu), X)
     follows(lambda x: x * max(1.0, 2.0), lambda: monkeypatch.setattr(HERE, "max", min, raising=False), X)
 
 
