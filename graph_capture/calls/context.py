@@ -1,4 +1,4 @@
-"""What is switched on around a call and decides what its ops do: part of a recording's key, or a reason to record nothing."""
+"""What is switched on around a call and decides what its ops do: a part of a recording's key, or a reason for none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Context = tuple[Any, ...]
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia")
-_LABELS = ("autocast", "the default dtype", "the default device", "the precision of float32 products")
+_LABELS: tuple[str, ...] = ("autocast", "the default dtype", "the default device", "the precision of float32 products")
 _LABELS += ("deterministic algorithms", "the backends' flags", "gradients enabled", "inference mode")
 _flags: list[Any] = []
 
@@ -20,7 +20,13 @@ _flags: list[Any] = []
 def _backend_flags() -> list[Any]:
     """What reads the flags of torch's backends, as far as this build has them."""
     if not _flags:
-        names = ("cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "cudnn_allow_tf32", "mkldnn_enabled")
+        names: tuple[str, ...] = (
+            "cudnn_enabled",
+            "cudnn_benchmark",
+            "cudnn_deterministic",
+            "cudnn_allow_tf32",
+            "mkldnn_enabled",
+        )
         names += ("cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction")
         names += ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
         # Not the order of attention's backends: torch changes it itself, at the first attention on a GPU.

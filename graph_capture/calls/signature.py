@@ -1,7 +1,8 @@
 """What a call looks like: the structure of its arguments, each tensor's layout, which of them share memory.
 
-Tensors count by shape, stride, dtype, device, aliasing, class, attributes, and the bits of conjugate and negative views; Python values by equality and type; containers and objects by what they hold; modules and functions by identity
-(see `graph_capture.calls.structure`).
+Tensors count by shape, stride, dtype, device, aliasing, class, attributes, and bits (of conjugate and negative views);
+Python values by equality and type; containers and objects by what they hold; modules and functions by identity (see
+`graph_capture.calls.structure`).
 """
 
 from __future__ import annotations

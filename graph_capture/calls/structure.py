@@ -121,8 +121,8 @@ class Walk:
                 self.tensors.append(value)
                 self.paths.append(path)
                 if value.__dict__ and (own := attributes_of(value)):
-                    names, held = tuple(own), tuple(own.values())
-                    self.attributes[number] = (names, self._children(held, names, path))
+                    keys = tuple(own)
+                    self.attributes[number] = (keys, self._children(tuple(own.values()), keys, path))
             return ("tensor", number)
         if kind is float or kind is complex:
             return ("value", kind, repr(value))
@@ -223,7 +223,7 @@ class Walk:
 
 
 def signed(walk: Walk) -> set[Any]:
-    """What of the objects that a walk has met is part of its specs: their ids, and names in globals with their dicts'."""
+    """What of the objects that a walk has met is part of its specs: ids; names in globals with their dicts' ids."""
     found: set[Any] = {id(value) for value in walk.objects}
     return found | {(id(value.table), value.name) for value in walk.objects if type(value) is GlobalName}
 

@@ -32,7 +32,8 @@ class OpNode:
     ``(parameter, value)`` (a mapping is accepted). Parameters that `attrs` names are skipped when `inputs` are bound,
     and an attribute may refer to an input inside a list as ``Arg(i)``.
 
-    Attributes are equal if they are of one type: 2, 2.0 and True are three, and so are 0.0 and -0.0. `source` and `origin` do not take part in equality. `origin` holds the nodes that this node replaced, which may have
+    Attributes are equal if they are of one type: 2, 2.0 and True are three, 0.0 and -0.0 two. `source` and `origin` do
+    not take part in equality. `origin` holds the nodes that this node replaced, which may have
     replaced others (empty for a recorded node): running `recorded` instead is always right, bit for bit.
     """
 

@@ -174,8 +174,8 @@ class GraphBuilder(Names):
             self._state.probe(functools.partial(read, tensor), f"{what} of {self.name_of(tensor)!r}")
         elif what in ("requires_grad", "grad_fn", "is_leaf") and self._graded and self.name_of(tensor) in self._graded:
             raise CaptureError(
-                f"the code asks for {what} of a tensor that it made ({self.modules.source()}): gradients are enabled, and "
-                "a recording computes none. Call it under torch.no_grad()"
+                f"the code asks for {what} of a tensor that it made ({self.modules.source()}): gradients are enabled, "
+                "and a recording computes none. Call it under torch.no_grad()"
             )
 
     def reads(self, target: Op, args: Any, kwargs: Any, run: Callable[[], Any], what: str | None = None) -> Any:
@@ -287,7 +287,7 @@ class GraphBuilder(Names):
                 yield f"the attributes of {name}", known, tuple(attributes_of(tensor))
 
     def _held_elsewhere(self) -> Iterator[Property]:
-        """For arguments that the code also reaches by itself, or that share memory with what it reaches: which they are."""
+        """For arguments that the code also reaches by itself, or that share memory with such: which they are."""
         held = {id(tensor): tensor for tensor, _ in self._state.tensors.values()}
         held |= {id(tensor): tensor for tensor in self.captured.values()}
         strided = [tensor for tensor in held.values() if tensor.layout == torch.strided and not tensor.is_meta]
@@ -299,7 +299,7 @@ class GraphBuilder(Names):
                 yield Property(number, "memory", place, place(tensor))
 
     def _assigned(self, output: Any) -> tuple[Sequence[Rebinding], ResultTemplate, Walk]:
-        """What a replay assigns outside its arguments; the template of that and of the output, and the walk over both."""
+        """What a replay assigns outside its arguments; the template of that and the output, and the walk over both."""
         before = self._arguments.walk
         found = list(zip(*rebindings(self._state.entries, self.reads_of_code.codes), strict=True))
         for chosen in (found, [pair for pair in found if pair[0].by is not None]):
@@ -352,6 +352,6 @@ class GraphBuilder(Names):
         drawn = next((found[0] for entry in self._state.generators if (found := entry.difference())), None)
         if drawn is not None:
             raise CaptureError(
-                f"the code draws from {drawn}: a replay would keep the first ones. Draw with torch (torch.rand), or pass "
-                "the numbers in"
+                f"the code draws from {drawn}: a replay would keep the first ones. Draw with torch (torch.rand), or "
+                "pass the numbers in"
             )

@@ -1,4 +1,4 @@
-"""Gradients: what would require one, had the recording not switched them off; and results that refuse a backward pass."""
+"""What would require a gradient, had the recording not switched them off; and results that refuse a backward pass."""
 
 from __future__ import annotations
 

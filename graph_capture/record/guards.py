@@ -201,7 +201,8 @@ def _check_of(tensors: Sequence[torch.Tensor]) -> Any:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
         return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (ImportError, TypeError, RuntimeError):  # no public interface: it may be another one
         return lambda *given: False

@@ -86,8 +86,8 @@ class Names:
         """Give `tensor` this name; returns its alias set."""
         if tensor.is_nested:
             raise CaptureError(
-                f"{name!r} is a nested tensor ({self.modules.source()}), which is not recorded. Pad it, or leave this part "
-                "uncaptured"
+                f"{name!r} is a nested tensor ({self.modules.source()}), which is not recorded. Pad it, or leave this "
+                "part uncaptured"
             )
         storage = self._storage(tensor)
         self._names[id(tensor)] = (weakref.ref(tensor), name)

@@ -144,7 +144,7 @@ class Reads:
         sys.setprofile(before if callable(before) else None)
 
     def finish(self) -> None:
-        """Note what functions hold that were met running and were not reached from anywhere, and that are still there."""
+        """Note what functions hold that ran, were not reached from anywhere, and are still there."""
         for reference in self._unreached:
             function = reference()
             if function is not None:
@@ -188,15 +188,15 @@ class Reads:
         plain = not code.co_freevars
         if code.co_flags & inspect.CO_GENERATOR and id(frame) in self.state.frames:
             raise CaptureError(
-                f"the code goes on with a generator that was there before ({caller()}), which a replay would not. Pass a "
-                "list, or what it gives next"
+                f"the code goes on with a generator that was there before ({caller()}), which a replay would not. Pass "
+                "a list, or what it gives next"
             )
         if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
             self._skip(code)
             if is_higher_order(code):
                 raise CaptureError(
-                    f"{frame.f_globals.get('__name__')}.{code.co_name} was called at {caller()}: higher-order operators are "
-                    "not recorded. Write the choice with torch.where, or leave this part uncaptured"
+                    f"{frame.f_globals.get('__name__')}.{code.co_name} was called at {caller()}: higher-order "
+                    "operators are not recorded. Write the choice with torch.where, or leave this part uncaptured"
                 )
             return
         function = _function_of(frame)
@@ -275,16 +275,16 @@ class Reads:
         if name in _MODES:
             if self._grad and function in (torch.is_grad_enabled, torch._C.is_grad_enabled):
                 raise CaptureError(
-                    f"the code asks whether gradients are enabled ({caller()}): they are, and a recording computes none. "
-                    "Call it under torch.no_grad()"
+                    f"the code asks whether gradients are enabled ({caller()}): they are, and a recording computes "
+                    "none. Call it under torch.no_grad()"
                 )
             return
         owner = getattr(function, "__self__", None)
         origin = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(owner, "__module__", "")
         if origin in _CLOCK_OWNERS:
             raise CaptureError(
-                f"the code reads {origin}.{name}() ({caller()}), which is another value at each call: a replay would keep "
-                "the first one. Pass it in"
+                f"the code reads {origin}.{name}() ({caller()}), which is another value at each call: a replay would "
+                "keep the first one. Pass it in"
             )
 
 

@@ -53,7 +53,7 @@ class Rebinding:
 
 
 def rebindings(entries: Sequence[Entry], codes: Sequence[types.CodeType]) -> tuple[list[Rebinding], list[Any]]:
-    """What the run assigned that a replay can assign too, and the values that were assigned (None for numbers that count).
+    """What the run assigned that a replay can assign too, and the values that it assigned (None for a count).
 
     Args:
         entries: what was seen before, as far as it changed.

@@ -46,8 +46,8 @@ class RecordedGraph:
         verification: what checking the recording cost; None where it was recorded with ``verify=False``.
         context: what was switched on around the recording; None where that does not count (a loaded graph).
         fit: what a call must be beyond its signature.
-        rebindings: names outside the arguments that a replay assigns. If there are any, the template makes a pair of the
-            result and the values for them.
+        rebindings: names outside the arguments that a replay assigns. If there are any, the template makes a pair of
+            the result and the values for them.
     """
 
     def __init__(

@@ -287,11 +287,8 @@ class _FunctionMode(TorchFunctionMode):
             writer.replaces_memory(args[0])
         for tensor in [] if writer.suspended else read_by(func, args, kwargs):
             writer.reads(op("values"), (tensor,), {}, _nothing, what=f"{getattr(func, '__name__', func)} reads")
-        if (
-            func in STORAGES
-            and not writer.suspended
-            and is_user_file(sys._getframe(1).f_code.co_filename, unnamed=True)
-        ):
+        asks = func in STORAGES and not writer.suspended
+        if asks and is_user_file(sys._getframe(1).f_code.co_filename, unnamed=True):
             writer.asked(_storage_size, "size of the storage", args[0])
             writer.reads(op("values"), args[:1], {}, _nothing, what="the storage")
         if func in PROPERTIES and not writer.suspended:

@@ -55,9 +55,8 @@ def caller() -> Source:
 
 def _hooks_in(table: dict[int, Any]) -> tuple[Any, ...]:
     """The hooks in one of torch's tables but for those of recordings."""
-    return tuple(
-        [hook for hook in tuple(table.values()) if not isinstance(getattr(hook, "__self__", None), ModulePaths)]
-    )
+    owners = ((hook, getattr(hook, "__self__", None)) for hook in tuple(table.values()))
+    return tuple([hook for hook, owner in owners if not isinstance(owner, ModulePaths)])
 
 
 class Owner(NamedTuple):

@@ -1,9 +1,9 @@
 """What code can read outside a call's arguments, as it was when it was first seen.
 
-A `State` goes over everything that hangs together with a value: what modules, objects, containers, closures and classes
-hold, of any kind, absent names included. Each thing that can change is an `Entry`, which knows what it was and finds what
-it is now. Functions count by identity until they run (see `graph_capture.record.reads`), and so do tensors, whose data is
-read anew at each replay.
+A `State` goes over everything that hangs together with a value: what modules, objects, containers, closures and
+classes hold, of any kind, absent names included. Each thing that can change is an `Entry`, which knows what it was and
+finds what it is now. Functions count by identity until they run (see `graph_capture.record.reads`), and so do tensors,
+whose data is read anew at each replay.
 """
 
 from __future__ import annotations
@@ -223,10 +223,9 @@ class State:
         own = own if type(own) is dict else None
         self.entries.append(Instance(value, own, path))
         parts = self._table(own, path) if own is not None else []
-        for slot in slots_of(kind):
-            read = functools.partial(getattr, value, slot, MISSING)
-            self.probe(read, join(path, slot))
-            parts.append((read(), join(path, slot)))
+        if slots := slots_of(kind):
+            self.probe(functools.partial(_slotted, value, slots), f"the slots of {path}")
+            parts += [(part, join(path, slot)) for slot, part in zip(slots, _slotted(value, slots), strict=True)]
         return parts
 
     def _wrapped(self, function: types.FunctionType, path: str) -> list[tuple[Any, str]]:
@@ -285,13 +284,17 @@ class State:
                 part = table[key]
                 if isinstance(part, types.FunctionType):
                     self.seen[id(part)] = part
-                elif own and not isinstance(part, (property, staticmethod, classmethod)):
+                elif own and not key.startswith("__") and not isinstance(part, (property, staticmethod, classmethod)):
                     parts.append((part, f"{base.__qualname__}.{key}"))
         return parts
 
 
 _OF_CLASSES = frozenset({"__slotnames__", "__annotations__", "__annotate__", "__doc__", "__weakref__", "__dict__"})
 _OF_CLASSES |= {"__abstractmethods__", "_abc_impl", "__annotations_cache__", "__static_attributes__"}
+
+
+def _slotted(value: Any, slots: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple([getattr(value, slot, MISSING) for slot in slots])
 
 
 def join(path: str, name: Any) -> str:
@@ -339,7 +342,8 @@ def drawn_from(value: Any) -> Callable[[], Any] | None:
 def scripted(module: Any) -> tuple[Any, ...]:
     """What a TorchScript module holds: plain values, and where tensors lie."""
     found: list[Any] = []
-    for name, value in torch._C._jit_debug_module_iterators(module._c).get("named_attributes_r", ()):
+    core: Any = torch._C
+    for name, value in core._jit_debug_module_iterators(module._c).get("named_attributes_r", ()):
         if isinstance(value, torch.Tensor):
             found += [name, value.data_ptr() if value.layout == torch.strided else 0]
         elif isinstance(value, (*VALUES, tuple, list)):

@@ -36,7 +36,7 @@ PROPERTIES = {
         "is_leaf",
     )
     for asked in (getattr(torch.Tensor, name),)
-} | {torch.Tensor.grad_fn.__get__: "grad_fn"}  # type: ignore[attr-defined]
+} | {torch.Tensor.grad_fn.__get__: "grad_fn"}  # type: ignore[union-attr]
 
 
 class Treatment(enum.Enum):

@@ -126,7 +126,7 @@ class Words:
         """The process's memory from the lowest of the addresses on, and where in it the words are."""
         base = min(self._addresses)
         count = (max(self._addresses) - base) // _WORD + 1
-        memory = numpy.frombuffer((ctypes.c_uint64 * count).from_address(base), dtype=numpy.uint64)
+        memory: Any = numpy.frombuffer((ctypes.c_uint64 * count).from_address(base), dtype=numpy.uint64)  # type: ignore[call-overload]
         return memory, numpy.array([(address - base) // _WORD for address in self._addresses], dtype=numpy.int64)
 
     def settle(self) -> None:

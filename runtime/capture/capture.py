@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from graph_capture.calls.context import Context, context, transformed
 from graph_capture.calls.context import difference as context_difference
@@ -36,8 +36,9 @@ class Captured(StandIn):
     """A callable that records at the first call of each signature and replays the fused graph afterwards.
 
     A signature is the structure of the arguments, the layout and the kind of each tensor, the value of everything else,
-    what a function uses from around it (its closure, its globals, its ``self``), and what is switched on around the call
-    (autocast, default dtype and device, flags). At most `max_signatures` are kept; the one used longest ago goes first.
+    what a function uses from around it (its closure, its globals, its ``self``), and what is switched on around the
+    call (autocast, default dtype and device, flags). At most `max_signatures` are kept; the one used longest ago goes
+    first.
     Everything else that a recording read is guarded; see `guards`. Attributes and methods of a captured module are
     reached through it; a copy records anew.
 
@@ -142,10 +143,11 @@ class Captured(StandIn):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         around = context()
+        bound: Bound
         with self._lock:
             found = self._at_once(around, args, kwargs)
             if found is None:
-                call = Call(args, kwargs, self._surroundings)
+                bound = call = Call(args, kwargs, self._surroundings)
                 key = (around, call.key)
                 reason = self._not_recorded(key, call)
                 if reason is not None:
@@ -154,12 +156,12 @@ class Captured(StandIn):
                 if not candidates:
                     return self._record(key, call, args, kwargs, why or self._why(around, call))
             else:
-                call, candidates = found
+                bound, candidates = found
             self._in_a_row = 0
         changed: DataDependentError | None = None
         for fused in candidates:
             try:
-                return self._replay(fused, call, around)
+                return self._replay(fused, bound, around)
             except DataDependentError as error:
                 changed = error
         with self._lock:
@@ -219,7 +221,7 @@ class Captured(StandIn):
             return f"an argument is a {type(other).__name__}"
         module = self._function
         if isinstance(module, torch.nn.Module) and any(
-            isinstance(p, UninitializedTensorMixin) for p in module.parameters()
+            isinstance(p, (UninitializedParameter, UninitializedBuffer)) for p in module.parameters()
         ):
             return "a lazy module gets its weights"
         return None
@@ -281,8 +283,8 @@ class Captured(StandIn):
         repeated = changed & before
         if repeated:
             raise CaptureError(
-                f"the code changes {', '.join(sorted(repeated)[:5])} at each call, which a replay would not. Keep it in a "
-                "tensor that is written in place, or in an object that is passed in"
+                f"the code changes {', '.join(sorted(repeated)[:5])} at each call, which a replay would not. Keep it "
+                "in a tensor that is written in place, or in an object that is passed in"
             )
         if changed:
             self._changing[key] = changed
@@ -336,8 +338,8 @@ def capture(
 
     A call whose guards no longer hold (a weight was replaced, a flag of a module changed) is recorded again. A call
     that is traced or transformed (`torch.compile`, `torch.func`, `make_fx`, `torch.jit.trace`, a mode of torch's), or an
-    argument of which requires a gradient, runs as it is, with one warning. Results of replays where gradients are enabled
-    raise in a backward pass.
+    argument of which requires a gradient, runs as it is, with one warning. Results of replays where gradients are
+    enabled raise in a backward pass.
 
     Args:
         function: a module, function, method or callable.
@@ -346,8 +348,8 @@ def capture(
         check: other inputs (one argument, a tuple of positional or a dict of keyword arguments). At the first call they
             are recorded too, and every scalar and op that differs is reported: what the code computed in Python. What
             that recording writes is undone.
-        data_dependent: a value that Python reads is checked at each replay, and recorded again where it changed, up to 8
-            values; after that, calls of the signature run as they are. With "error" it is refused.
+        data_dependent: a value that Python reads is checked at each replay, and recorded again where it changed, up to
+            8 values; after that, calls of the signature run as they are. With "error" it is refused.
         verify: check each recording by one replay; see `record`.
         verify_every: see `FusionConfig.verify_every`; None leaves what `config` says.
         buckets: dimensions that may be padded, by a name of yours, so that one recording serves all lengths up to a

@@ -42,11 +42,13 @@ class StandIn:
         else:
             setattr(self._function, name, value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
-        return type(self)(copy.deepcopy(self._function, memo), *self._made_with)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        kind: Any = type(self)
+        return kind(copy.deepcopy(self._function, memo), *self._made_with)
 
-    def __copy__(self) -> StandIn:
-        return type(self)(self._function, *self._made_with)
+    def __copy__(self) -> Any:
+        kind: Any = type(self)
+        return kind(self._function, *self._made_with)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._function, *self._made_with)

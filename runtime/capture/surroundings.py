@@ -23,7 +23,7 @@ _GUARDED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleTyp
 
 
 def surroundings(function: Any) -> dict[str, Any]:
-    """What `function` uses besides its arguments, by name: variables of its closure, names in its globals, its owner."""
+    """What `function` uses besides its arguments, by name: its closure's variables, names in its globals, its owner."""
     if isinstance(function, torch.nn.Module) or is_module(function):
         return {}
     if isinstance(function, functools.partial):
