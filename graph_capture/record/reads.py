@@ -45,6 +45,9 @@ _PROBED = {"getrecursionlimit", "getcwd", "getpid", "get_num_threads", "get_num_
 _FINDERS = {"globals", "eval", "exec"}  # what finds globals by their names at run time
 
 
+_ENVIRONMENT = frozenset(getattr(os._Environ, name).__code__ for name in ("__getitem__", "__iter__", "__len__"))
+
+
 class NameChain(NamedTuple):
     """A name in some code, and the attributes that are asked of it.
 
@@ -174,7 +177,9 @@ class Reads:
         if self._suspended:
             pass
         elif event == "call":
-            if id(frame.f_code) not in self._done:
+            if frame.f_code in _ENVIRONMENT:
+                self._environment(frame)
+            elif id(frame.f_code) not in self._done:
                 self._met(frame)
         elif event == "c_call":
             name = getattr(arg, "__name__", None)
@@ -216,6 +221,20 @@ class Reads:
         else:  # made inside, or reached in a way that is not followed
             self._unreached.append(weakref.ref(function))
             self._names(code, frame.f_globals, None)
+
+    def _environment(self, frame: types.FrameType) -> None:
+        """The code reads the environment: one variable of it, or all."""
+        asking: types.FrameType | None = frame
+        while asking is not None and asking.f_globals.get("__name__") in ("os", "collections.abc"):
+            asking = asking.f_back
+        if asking is None or not _is_looked_at(asking.f_code.co_filename, str(asking.f_globals.get("__name__"))):
+            return
+        environment, key = frame.f_locals["self"], frame.f_locals.get("key")
+        if key is None:
+            self.state.see(environment._data, "os.environ")
+        else:
+            with contextlib.suppress(TypeError):  # which the code is about to get, too
+                self.state.name(environment._data, environment.encodekey(key), "os.environ")
 
     def _skip(self, code: types.CodeType) -> None:
         self._done.add(id(code))

@@ -15,6 +15,7 @@ import enum
 import functools
 import gc
 import io
+import os
 import operator
 import random
 import sys
@@ -150,6 +151,8 @@ class State:
     def _parts(self, value: Any, path: str) -> Iterable[tuple[Any, str]]:
         """Note what of `value` itself can change; gives what it holds."""
         kind: Any = type(value)
+        if isinstance(value, os._Environ):  # the variables that are read are noted where they are
+            return ()
         if isinstance(value, torch.Tensor):
             self.tensors[id(value)] = (value, path)
             return self._table(vars(value), path) if vars(value) else ()
