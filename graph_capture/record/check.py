@@ -27,7 +27,7 @@ from graph_capture.ir.choices import Choices, Forced, chooses
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Call, Executor
-from graph_capture.ir.memory import WrittenPart, RandomState, Written, storage_bytes
+from graph_capture.ir.memory import RandomState, Written, WrittenPart, storage_bytes
 from graph_capture.ir.numerics import RUNS, STEADY, Spread, alike
 
 _HINT = (
