@@ -10,6 +10,7 @@ Like merged linears, each is a region whose body begins with what depends on wei
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 
@@ -94,10 +95,16 @@ def relaid(graph: SubGraph) -> SubGraph | None:
     for name in returned:
         if not is_contiguous(graph.values[name]) or len(_sharing(graph, name)) > 1:
             return None
-        copies.append(OpNode("aten.clone.default", (name,), (back[name],), {"memory_format": torch.contiguous_format}))
+        copies.append(
+            OpNode("aten.clone.default", (name,), (back[name],), _pairs(memory_format=torch.contiguous_format))
+        )
     values = {**graph.values, **changed} | {back[n]: graph.values[n]._replace(storage=-1) for n in returned}
     outputs = tuple(back.get(name, name) for name in graph.output_names)
     return SubGraph((*graph.nodes, *copies), graph.input_names, outputs, values)
+
+
+def _pairs(**attrs: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(attrs.items()))
 
 
 def _last(meta: TensorMeta) -> TensorMeta:
@@ -189,14 +196,16 @@ def ready_convolution(graph: SubGraph, nodes: list[int]) -> OpNode:
             )
         }
         operands = {name: value for name, value in parts.items() if value is not None}
-        attrs = {name: Arg(number) for number, name in enumerate(operands)} | {"eps": of["eps"]}
+        attrs = _pairs(**{name: Arg(number) for number, name in enumerate(operands)}, eps=of["eps"])
         inner.append(OpNode("folded_norm", tuple(operands.values()), ("folded", "shift"), attrs))
         weight, bias = "folded", "shift"
-    how = {name: tuple(given[name]) for name in ("stride", "padding", "dilation")} | {"groups": given["groups"]}
+    how: dict[str, Any] = {name: tuple(given[name]) for name in ("stride", "padding", "dilation")} | {
+        "groups": given["groups"]
+    }
     size = graph.values[convolution.inputs[0]].shape
-    inner.append(OpNode("packed_weight", (weight,), ("packed",), {**how, "size": tuple(size), "weight": Arg(0)}))
+    inner.append(OpNode("packed_weight", (weight,), ("packed",), _pairs(**how, size=tuple(size), weight=Arg(0))))
     operands = {"input": x, "weight": "packed"} | ({} if bias is None else {"bias": bias})
-    attrs = {"bias": None} | {name: Arg(number) for number, name in enumerate(operands)} | how
+    attrs = _pairs(**{"bias": None, **{name: Arg(number) for number, name in enumerate(operands)}, **how})
     inner.append(OpNode("packed_convolution", tuple(operands.values()), ("y",), attrs))
     result = members[-1].outputs[0]
     values: dict[str, TensorMeta] = {name: graph.values[value] for value, name in made.items()}
@@ -204,4 +213,4 @@ def ready_convolution(graph: SubGraph, nodes: list[int]) -> OpNode:
     if lies_last(values["y"].device, values["y"].dtype):
         values["y"] = _last(values["y"])
     body = SubGraph(tuple(inner), tuple(made.values()), ("y",), values)
-    return OpNode(FUSED + RULE, tuple(made), (result,), {"body": body}, common_source(members), members)
+    return OpNode(FUSED + RULE, tuple(made), (result,), _pairs(body=body), common_source(members), members)

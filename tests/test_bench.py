@@ -82,6 +82,7 @@ def test_errors(arguments, message):
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SWEEP_DEVICE", "cpu")
     monkeypatch.setattr(bench_sweep, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_sweep, "_in_a_process", bench_sweep.run_cells)
     file = tmp_path / "sweep.jsonl"
     command = ["sweep", "--file", str(file), "--models", "llama-tiny", "--ways", "eager", "--contexts", "8"]
 

@@ -39,7 +39,7 @@ def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenPart:
     """A part of a storage that an op writes: a view, or the places along one of its dimensions that an index says."""
 
     view: torch.Tensor
@@ -47,7 +47,7 @@ class Part:
     index: torch.Tensor | None = None
 
     @classmethod
-    def written(cls, node: OpNode, tensors: Sequence[torch.Tensor], position: int) -> Part:
+    def written(cls, node: OpNode, tensors: Sequence[torch.Tensor], position: int) -> WrittenPart:
         """What a node writes of its input at `position`, at most."""
         view = tensors[position]
         if node.op_type in _BY_INDEX and position == 0:
@@ -75,13 +75,13 @@ class Part:
         else:
             self.view.index_copy_(self.dim, self.index, values)
 
-    def on(self, memory: torch.Tensor) -> Part:
+    def on(self, memory: torch.Tensor) -> WrittenPart:
         """The same part of another storage."""
         moved = torch.empty(0, dtype=self.view.dtype, device=self.view.device)
         moved.set_(memory.untyped_storage(), self.view.storage_offset(), self.view.shape, self.view.stride())
-        return Part(moved, self.dim, self.index)
+        return WrittenPart(moved, self.dim, self.index)
 
-    def covers(self, other: Part) -> bool:
+    def covers(self, other: WrittenPart) -> bool:
         """Whether it is a view, and `other` the same one."""
         mine, theirs = ((p.view.data_ptr(), p.view.shape, p.view.stride(), p.view.dtype) for p in (self, other))
         return self.index is None and mine == theirs
@@ -103,7 +103,7 @@ class Written:
     def __init__(self, memory: torch.Tensor, dtype: torch.dtype) -> None:
         self.whole = False
         self._memory, self._dtype = memory, dtype
-        self._parts: list[Part] = []
+        self._parts: list[WrittenPart] = []
         self._before: list[torch.Tensor] = []
 
     @property
@@ -111,7 +111,7 @@ class Written:
         """Bytes that are kept."""
         return sum(values.nbytes for values in self._before)
 
-    def before(self, part: Part) -> None:
+    def before(self, part: WrittenPart) -> None:
         """An op is about to write `part`."""
         if self.whole or any(known.covers(part) for known in self._parts):
             return
@@ -122,7 +122,7 @@ class Written:
         image = self._memory.clone()
         for known, values in zip(reversed(self._parts), reversed(self._before), strict=True):
             known.on(image).write(values)
-        self.whole, self._parts, self._before = True, [Part(self._memory)], [image]
+        self.whole, self._parts, self._before = True, [WrittenPart(self._memory)], [image]
 
     def restore(self) -> None:
         """Put it back as it was."""

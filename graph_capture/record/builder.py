@@ -96,7 +96,12 @@ class GraphBuilder(Names):
                 self._check.draws(value)
         if target.may_write:
             node, tensors = OpNode(target.name, inputs, (), attrs), list[torch.Tensor]()
-            pack(target, args, kwargs, lambda tensor: tensors.append(tensor) or "")
+
+            def noted(tensor: torch.Tensor) -> str:
+                tensors.append(tensor)
+                return ""
+
+            pack(target, args, kwargs, noted)
             with self.suspend():
                 for position in written_inputs(node):
                     self._check.before_write(self.values[inputs[position]].storage, node, tensors, position)

@@ -27,7 +27,7 @@ from graph_capture.ir.choices import Choices, Forced, chooses
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Call, Executor
-from graph_capture.ir.memory import Part, RandomState, Written, storage_bytes
+from graph_capture.ir.memory import RandomState, Written, WrittenPart, storage_bytes
 from graph_capture.ir.numerics import RUNS, STEADY, Spread, alike
 
 _HINT = (
@@ -82,7 +82,7 @@ class RecordingCheck:
             self._expect(name, checksum)
             self._written[storage] = (name, Written(data, tensors[position].dtype), checksum)
         if storage in self._written:
-            self._written[storage][1].before(Part.written(node, tensors, position))
+            self._written[storage][1].before(WrittenPart.written(node, tensors, position))
 
     def gave(self, node: OpNode, reads: Sequence[torch.dtype], outputs: Sequence[torch.Tensor]) -> None:
         """A recorded op has made `outputs` from tensors of these dtypes; called while recording."""

@@ -80,7 +80,13 @@ def _check(
     region: Region, inputs: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor], executor: Executor
 ) -> dict[str, Any]:
     assert region.kernel is not None
-    row = {"region": region.name, "where": region.where, "error_recorded": 0.0, "error_fused": 0.0, "ok": True}
+    row: dict[str, Any] = {
+        "region": region.name,
+        "where": region.where,
+        "error_recorded": 0.0,
+        "error_fused": 0.0,
+        "ok": True,
+    }
     try:
         outputs = region.kernel(*apart(region.body, inputs))
     except Exception as error:  # a replay runs the recorded ops in its place
