@@ -337,8 +337,8 @@ def capture(
     """Wrap a module or function for inference: recorded at the first call of each new signature, replayed afterwards.
 
     A call whose guards no longer hold (a weight was replaced, a flag of a module changed) is recorded again. A call
-    that is traced or transformed (`torch.compile`, `torch.func`, `make_fx`, `torch.jit.trace`, a mode of torch's), or an
-    argument of which requires a gradient, runs as it is, with one warning. Results of replays where gradients are
+    that is traced or transformed (`torch.compile`, `torch.func`, `make_fx`, `torch.jit.trace`, a mode of torch's), or
+    an argument of which requires a gradient, runs as it is, with one warning. Results of replays where gradients are
     enabled raise in a backward pass.
 
     Args:
