@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graph_capture.calls.structure import NAMES, Part, Spec, is_bound, slots_of, state_of
+from graph_capture.calls.structure import NAMES, Extra, Spec, is_bound, slots_of, state_of
 from graph_capture.ir.values import TensorMeta
 
 Matcher = Callable[[tuple[Any, ...], Mapping[str, Any], Mapping[str, Any]], "FastCall | None"]
@@ -146,7 +146,7 @@ class _Matcher:
         if kind in NAMES:
             self._refuse_unless(f"is_bound({name})" if keys else f"not is_bound({name})")
             return self._check(children[0], f"{name}.cell_contents") if keys else None
-        if any(type(key) is Part for key in keys):
+        if any(type(key) is Extra for key in keys):
             raise _TooUnusual
         if issubclass(kind, list):
             self._refuse_unless(f"len({name}) == {len(children)}")

@@ -45,7 +45,7 @@ Spec = tuple[Any, ...]
 Path = tuple[Any, ...] | None  # (the parent's path, the step from it)
 
 
-class Part(str):
+class Extra(str):
     """The name of something that a container holds besides its entries: a factory, a bound, an attribute."""
 
     __slots__ = ()
@@ -248,18 +248,18 @@ _DICTS = (dict, collections.OrderedDict)
 _SIMPLE = frozenset({list, dict, set, collections.OrderedDict, *NAMES})
 
 
-def parts_of(value: Any) -> dict[Part, Any]:
+def parts_of(value: Any) -> dict[Extra, Any]:
     """What a container holds besides its entries."""
-    found: dict[Part, Any] = {}
+    found: dict[Extra, Any] = {}
     if isinstance(value, CONTAINERS):
         if isinstance(value, collections.defaultdict):
-            found[Part("default_factory")] = value.default_factory
+            found[Extra("default_factory")] = value.default_factory
         if isinstance(value, collections.deque):
-            found[Part("maxlen")] = value.maxlen
+            found[Extra("maxlen")] = value.maxlen
         if isinstance(value, dict) and not all(type(key) in _KEYS for key in value):  # 1, True and 1.0 are one key
             kinds = [(type(key), repr(key) if isinstance(key, float) else "") for key in value]
-            found[Part("kinds of keys")] = tuple([f"{kind.__qualname__} {shown}" for kind, shown in kinds])
-        found |= {Part(f"attribute {name}"): held for name, held in state_of(value).items()}
+            found[Extra("kinds of keys")] = tuple([f"{kind.__qualname__} {shown}" for kind, shown in kinds])
+        found |= {Extra(f"attribute {name}"): held for name, held in state_of(value).items()}
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graph_capture.calls.foreign import Form
-from graph_capture.calls.structure import CONTAINERS, NAMES, Context, Part, Spec, Walk, state_of
+from graph_capture.calls.structure import CONTAINERS, NAMES, Context, Extra, Spec, Walk, state_of
 from graph_capture.errors import CaptureError
 
 
@@ -88,7 +88,7 @@ class ResultTemplate:
             set.update(target, keys)
             return
         if isinstance(target, CONTAINERS):
-            count = next((place for place, key in enumerate(keys) if type(key) is Part), len(keys))
+            count = next((place for place, key in enumerate(keys) if type(key) is Extra), len(keys))
             parts = dict(zip(keys[count:], values[count:], strict=True))
             keys, values = keys[:count], values[:count]
             if isinstance(target, dict):
@@ -102,9 +102,9 @@ class ResultTemplate:
                 kind.clear(target)
                 kind.extend(target, values)
             if isinstance(target, collections.defaultdict):
-                target.default_factory = parts.pop(Part("default_factory"))
-            parts.pop(Part("maxlen"), None)
-            parts.pop(Part("kinds of keys"), None)
+                target.default_factory = parts.pop(Extra("default_factory"))
+            parts.pop(Extra("maxlen"), None)
+            parts.pop(Extra("kinds of keys"), None)
             keys = tuple(key.removeprefix("attribute ") for key in parts)
             values = [*parts.values()]
         for name in set(state_of(target)) - set(keys):
@@ -139,7 +139,7 @@ class ResultTemplate:
 def _empty(kind: Any, content: Spec) -> Any:
     """A new object, to be filled."""
     if issubclass(kind, collections.deque):
-        bound = dict(zip(content[1], content[2], strict=True))[Part("maxlen")][2]
+        bound = dict(zip(content[1], content[2], strict=True))[Extra("maxlen")][2]
         made = kind.__new__(kind)
         collections.deque.__init__(made, (), bound)
         return made

@@ -30,11 +30,10 @@ from graph_capture.record.fit import Property, itself, place
 from graph_capture.record.gradients import tied
 from graph_capture.record.guards import Guards
 from graph_capture.record.names import Names
-from graph_capture.record.reads import Reads
+from graph_capture.record.reads import Reads, is_looked_at
 from graph_capture.record.rebinding import Rebinding, rebindings
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.shapes import shaped, short_name, storage_of
-from graph_capture.record.source import is_user_file
 
 _STATELESS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.nn.Module)
 
@@ -170,7 +169,7 @@ class GraphBuilder(Names):
             CaptureError: the answer depends on gradients, which a recording does not follow.
         """
         frame = sys._getframe(2)  # whoever asks the function mode
-        if not is_user_file(frame.f_code.co_filename, unnamed=True):
+        if not is_looked_at(frame):
             return
         numbers = {id(given): number for number, given in enumerate(self._arguments.tensors)}
         if id(tensor) in numbers:

@@ -196,7 +196,7 @@ class Reads:
                 f"the code goes on with a generator that was there before ({caller()}), which a replay would not. Pass "
                 "a list, or what it gives next"
             )
-        if not _is_looked_at(code.co_filename, str(frame.f_globals.get("__name__"))):
+        if not is_looked_at(frame):
             self._skip(code)
             if is_higher_order(code):
                 raise CaptureError(
@@ -331,9 +331,13 @@ def _module(chain: NameChain, table: dict[str, Any]) -> Any:
     return sys.modules.get(name, MISSING)
 
 
+def is_looked_at(frame: types.FrameType) -> bool:
+    """Whether what a frame's code reads is noted: it is neither torch's nor a library's of kernels."""
+    return _is_noted(frame.f_code.co_filename, str(frame.f_globals.get("__name__")))
+
+
 @functools.cache
-def _is_looked_at(file: str, module: str) -> bool:
-    """Whether what the functions of a file read is noted."""
+def _is_noted(file: str, module: str) -> bool:
     if module == "os":
         return True  # it reads the environment for the code
     if not is_user_file(file, unnamed=True) or module.partition(".")[0] in _PASSED_OVER:

@@ -23,8 +23,8 @@ from graph_capture.calls.signature import Surroundings
 from graph_capture.errors import CaptureError
 from graph_capture.ir.ops import op, op_of
 from graph_capture.record.builder import GraphBuilder
+from graph_capture.record.reads import is_looked_at
 from graph_capture.record.recorded import RecordedGraph
-from graph_capture.record.source import is_user_file
 from graph_capture.record.treatments import (
     PROPERTIES,
     READS_DATA,
@@ -288,7 +288,7 @@ class _FunctionMode(TorchFunctionMode):
         for tensor in [] if writer.suspended else read_by(func, args, kwargs):
             writer.reads(op("values"), (tensor,), {}, _nothing, what=f"{getattr(func, '__name__', func)} reads")
         asks = func in STORAGES and not writer.suspended
-        if asks and is_user_file(sys._getframe(1).f_code.co_filename, unnamed=True):
+        if asks and is_looked_at(sys._getframe(1)):
             writer.asked(_storage_size, "size of the storage", args[0])
             writer.reads(op("values"), args[:1], {}, _nothing, what="the storage")
         if func in PROPERTIES and not writer.suspended:
