@@ -227,7 +227,7 @@ class Reads:
         asking: types.FrameType | None = frame
         while asking is not None and asking.f_globals.get("__name__") in ("os", "collections.abc"):
             asking = asking.f_back
-        if asking is None or not _is_looked_at(asking.f_code.co_filename, str(asking.f_globals.get("__name__"))):
+        if asking is None or not is_looked_at(asking):
             return
         environment, key = frame.f_locals["self"], frame.f_locals.get("key")
         if key is None:

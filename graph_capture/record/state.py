@@ -15,8 +15,8 @@ import enum
 import functools
 import gc
 import io
-import os
 import operator
+import os
 import random
 import sys
 import types
