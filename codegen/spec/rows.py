@@ -208,7 +208,9 @@ class _Builder:
         if self.dtypes[value] is dtype:
             return value
         if dtype is torch.bool:
-            return self.emit("!=", (value, 0.0 if self.dtypes[value].is_floating_point else 0), torch.bool)
+            if not self.dtypes[value].is_floating_point:
+                return self.emit("!=", (value, 0), torch.bool)
+            return self.emit("!=", (self.cast(value, self.float), 0.0), torch.bool)
         return self.emit("cast", (value,), dtype)
 
     def rounded(self, value: Any, dtype: torch.dtype) -> Any:
