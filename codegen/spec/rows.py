@@ -181,7 +181,7 @@ class _Builder:
         scalars = [value for _, value in node.attrs if isinstance(value, (bool, int, float))]
         operands = [*probes, *scalars]
         if len(operands) == 2:
-            return torch.result_type(*operands)
+            return torch.result_type(probes[0], operands[1])
         dtype = probes[0].dtype
         for operand in operands[1:]:
             dtype = torch.promote_types(dtype, torch.result_type(probes[0], operand))
