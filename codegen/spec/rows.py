@@ -181,7 +181,7 @@ class _Builder:
         scalars = [value for _, value in node.attrs if isinstance(value, (bool, int, float))]
         operands = [*probes, *scalars]
         if len(operands) == 2:
-            return torch.result_type(*operands)
+            return torch.result_type(probes[0], operands[1])
         dtype = probes[0].dtype
         for operand in operands[1:]:
             dtype = torch.promote_types(dtype, torch.result_type(probes[0], operand))
@@ -208,7 +208,9 @@ class _Builder:
         if self.dtypes[value] is dtype:
             return value
         if dtype is torch.bool:
-            return self.emit("!=", (value, 0.0 if self.dtypes[value].is_floating_point else 0), torch.bool)
+            if not self.dtypes[value].is_floating_point:
+                return self.emit("!=", (value, 0), torch.bool)
+            return self.emit("!=", (self.cast(value, self.float), 0.0), torch.bool)
         return self.emit("cast", (value,), dtype)
 
     def rounded(self, value: Any, dtype: torch.dtype) -> Any:

@@ -55,9 +55,8 @@ class Memory:
         self.budget = budget
         self._users: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._graphs: OrderedDict[weakref.ref[Holder], int] = OrderedDict()  # bytes; those used longest ago first
-        self._lock = threading.Lock()
-        self._turn: object | None = None  # a local variable of the replay that has the arenas
-        self._holder = 0  # the thread whose replay that is
+        self._turns: dict[str, tuple[object, int]] = {}  # who has the arenas: a variable of a replay, and its thread
+        self._lock = threading.Lock()  # of who takes them from one that is gone
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # where the latest replay ran
         _memories.add(self)
 
@@ -113,25 +112,36 @@ class Memory:
             torch.cuda.empty_cache()
 
     def enter(self, turn: object = None) -> bool:
-        """Take the arenas for a replay that keeps `turn` in a variable of that name; False where another has them."""
-        with self._lock:
-            if self._turn is not None and self._is_held():
-                return False
-            self._turn, self._holder = turn or self, threading.get_ident()
-        return True
+        """Take the arenas for a replay that keeps `turn` in a variable of that name; False where another has them.
+
+        One call of C takes them, so that there is nothing between having them and knowing it.
+        """
+        mine = (turn or self, threading.get_ident())
+        held = self._turns.setdefault("arenas", mine)
+        if held is mine:
+            return True
+        if self._is_held(*held) or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._turns.get("arenas") is held:
+                self._turns["arenas"] = mine
+            return self._turns.setdefault("arenas", mine) is mine
+        finally:
+            self._lock.release()
 
     def leave(self, turn: object = None) -> None:
         """Give them back, if they were taken."""
-        if self._turn is (turn or self):
-            self._turn = None
+        held = self._turns.get("arenas")
+        if held is not None and held[0] is (turn or self):
+            self._turns.pop("arenas", None)
 
-    def _is_held(self) -> bool:
+    def _is_held(self, turn: object, thread: int) -> bool:
         """Whether who has taken the arenas still runs: an interrupt between two lines may have ended it."""
-        frame = sys._current_frames().get(self._holder)
-        if self._turn is self:
+        frame = sys._current_frames().get(thread)
+        if turn is self:
             return frame is not None
         while frame is not None:
-            if frame.f_code in HOLDERS and frame.f_locals.get("turn") is self._turn:
+            if frame.f_code in HOLDERS and frame.f_locals.get("turn") is turn:
                 return True
             frame = frame.f_back
         return False
@@ -151,8 +161,8 @@ class Memory:
     def after_fork(self) -> None:
         """In a child process: the parent's other threads, and their replays, are gone."""
         self._lock = threading.Lock()
-        if self._holder != threading.get_ident():
-            self._turn = None
+        if self._turns.get("arenas", (None, 0))[1] != threading.get_ident():
+            self._turns.clear()
 
 
 _memories: weakref.WeakSet[Memory] = weakref.WeakSet()

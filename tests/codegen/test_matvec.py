@@ -242,7 +242,7 @@ def test_machine_code_at_llama_sizes(architecture, tmp_path):
         assert set(binary.loads) == {128}
     file = tmp_path / "reference.py"
     file.write_text(REFERENCE.replace("tensor_", "ninetoothed_tensor_"), encoding="utf-8")
-    program = host.Program("", (1, 2, 1), (bf16,) * 3, (True,) * 3, warps=8)
+    program = host.GeneratedProgram("", (1, 2, 1), (bf16,) * 3, (True,) * 3, warps=8)
     built = host.Built(program, print, str(file), "reference")
     (by_hand,) = aot.compile_ahead([built], architecture)
     assert by_hand.loads == binaries[0].loads == {128: 6}  # two steps along K, unrolled: two of each weight, one of x

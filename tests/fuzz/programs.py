@@ -1,9 +1,9 @@
 """Random programs over what kernels, spellings and passes know, for each target against the code as it is.
 
-A program is a list of steps over a pool of tensors, the same for the same seed. Tensors know whether their values are the
-same in every right way of computing them (`exact`): only of such ones are steps made that turn a rounding into something
-else (comparisons, floors, integers). Results are compared with the error that eager itself has against float64 in mind;
-strides, NaN and infinities as they are.
+A program is a list of steps over a pool of tensors, the same for the same seed. Tensors know whether their values are
+the same in every right way of computing them (`exact`): only of such ones are steps made that turn a rounding into
+something else (comparisons, floors, integers). Results are compared with the error in mind that eager itself has
+against float64; strides, NaN and infinities as they are.
 """
 
 from __future__ import annotations
@@ -159,9 +159,12 @@ def pointwise(program: Program) -> None:
     rounded: dict[str, Callable[..., Any]] = {
         "silu": F.silu, "gelu": lambda x: F.gelu(x.clamp(-1e4, 1e4)), "sigmoid": torch.sigmoid, "tanh": torch.tanh,
         "gelu_tanh": lambda x: F.gelu(x.clamp(-1e4, 1e4), approximate="tanh"), "sqrt": lambda x: x.abs().sqrt(),
-        "exp": lambda x: x.clamp(-20, 20).exp(), "log": lambda x: (x.abs() + 0.5).log(), "sin": lambda x: x.clamp(-9, 9).sin(),
-        "rsqrt": lambda x: (x.abs() + 0.1).rsqrt(), "erf": torch.erf, "softplus": F.softplus, "log1p": lambda x: x.abs().log1p(),
-        "pow": lambda x: x.abs().clamp(max=50).pow(1.5), "pow5": lambda x: x.clamp(-9, 9).pow(5), "pow-3": lambda x: x.pow(-3),
+        "exp": lambda x: x.clamp(-20, 20).exp(), "log": lambda x: (x.abs() + 0.5).log(),
+        "sin": lambda x: x.clamp(-9, 9).sin(),
+        "rsqrt": lambda x: (x.abs() + 0.1).rsqrt(), "erf": torch.erf, "softplus": F.softplus,
+        "log1p": lambda x: x.abs().log1p(),
+        "pow": lambda x: x.abs().clamp(max=50).pow(1.5), "pow5": lambda x: x.clamp(-9, 9).pow(5),
+        "pow-3": lambda x: x.pow(-3),
         "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "relu2": lambda x: torch.relu(x.clamp(max=90)).square(),
         "softcap": lambda x: torch.tanh(x / 30.0) * 30.0,
     }  # fmt: skip
@@ -185,7 +188,8 @@ def scalar(program: Program) -> None:
             ("maximum", lambda x: torch.where(x > 0, x, number)),
         ]
     )
-    program.add(f"{name} {number}", [value], function, name != "maximum" or value.exact)
+    if name != "maximum" or value.exact:  # a choice
+        program.add(f"{name} {number}", [value], function, True)
 
 
 def binary(program: Program) -> None:
@@ -200,12 +204,14 @@ def binary(program: Program) -> None:
         program.add("pairwise", [first, second], against, True)
         return
     choices: list[tuple[str, Callable[..., Any]]] = [
-        ("add", torch.add), ("sub", torch.sub), ("mul", torch.mul), ("maximum", torch.maximum), ("minimum", torch.minimum),
+        ("add", torch.add), ("sub", torch.sub), ("mul", torch.mul), ("maximum", torch.maximum),
+        ("minimum", torch.minimum),
         ("and", torch.bitwise_and), ("or", torch.bitwise_or), ("xor", torch.bitwise_xor),
         ("logical_and", torch.logical_and), ("axpy", lambda x, y: torch.add(x, y, alpha=3)),
     ]  # fmt: skip
     name, function = program.random.choice(choices)
-    program.add(name, [first, second], function, name != "axpy")
+    if not name.startswith("logical") or (first.exact and second.exact):
+        program.add(name, [first, second], function, name != "axpy")
 
 
 def compare(program: Program) -> None:
@@ -263,8 +269,10 @@ def view(program: Program) -> None:
     if value is None:
         return
     choices: dict[str, Callable[..., Any]] = {
-        "t": lambda x: x.transpose(-1, -2), "swap": lambda x: x.transpose(0, -1), "unsqueeze": lambda x: x.unsqueeze(-2),
-        "flatten": lambda x: x.reshape(-1), "half": lambda x: x[..., : x.shape[-1] // 2 + 1], "step": lambda x: x[..., ::2],
+        "t": lambda x: x.transpose(-1, -2), "swap": lambda x: x.transpose(0, -1),
+        "unsqueeze": lambda x: x.unsqueeze(-2),
+        "flatten": lambda x: x.reshape(-1), "half": lambda x: x[..., : x.shape[-1] // 2 + 1],
+        "step": lambda x: x[..., ::2],
         "first": lambda x: x[0], "wide": lambda x: x.unsqueeze(0).expand(3, *x.shape), "flip": lambda x: x.flip(0),
         "contiguous": lambda x: x.contiguous(), "permute": lambda x: x.permute(*reversed(range(x.dim()))),
         "cat": lambda x: torch.cat((x, x), -1), "chunk": lambda x: x.chunk(2, -1)[-1], "squeeze": lambda x: x.squeeze(),

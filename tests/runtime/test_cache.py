@@ -132,6 +132,19 @@ def compiler(folder, body):
     return path
 
 
+def ended(process):
+    """Whether a process is gone within some seconds, or waits for nothing but to be counted."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """No toolchain is known, and none is kept."""
@@ -169,19 +182,13 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypat
     with pytest.raises(FusionError, match=r"did not answer within 0\.5 seconds"):
         host.toolchain()
     assert time.monotonic() - started < 20
-    child = int(marker.read_text())
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("what the compiler started still runs")
+    assert ended(int(marker.read_text()))
 
 
 @pytest.mark.parametrize(("variable", "value"), [("CC", "gcc '-O2"), (host.CFLAGS, '-DNAME="x'), ("CC", 'cc "')])
 def test_quotes_without_a_partner_are_named(variable, value, monkeypatch, alone):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(FusionError, match=rf"{variable}=.*cannot be taken apart: No closing quotation"):
+    with pytest.raises(FusionError, match=rf"{variable}.*cannot be taken apart: No closing quotation"):
         host.toolchain()
 
 
@@ -199,8 +206,7 @@ def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
             compiler_process.run([str(hanging), "-"], "int x;")
     finally:
         signal.signal(signal.SIGALRM, before)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(int(marker.read_text()), 0)
+    assert ended(int(marker.read_text()))
 
 
 # --- temporary folders
