@@ -400,8 +400,14 @@ def run(
     progress = Progress(notes)
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        length = "most" if max_length is None else max_length
-        engine = InferEngine(model or FOLDER, device, fusion, dtype, max_length=length, progress=progress)
+        engine = InferEngine(
+            model or FOLDER,
+            device,
+            fusion,
+            dtype,
+            max_length="most" if max_length is None else max_length,
+            progress=progress,
+        )
         if engine.enable_fusion:
             engine.warm_up(**options)
     finally:
