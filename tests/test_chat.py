@@ -464,7 +464,7 @@ def test_what_is_pasted_is_one_message(shared_terminal):
     shared_terminal.send("\n")
     shared_terminal.expect("first token after")
     shared_terminal.expect("> ")
-    shared_terminal.send("/save {}/pasted.json\n".format(shared_terminal.folder))
+    shared_terminal.send(f"/save {shared_terminal.folder}/pasted.json\n")
     shared_terminal.expect("2 messages are in")
     kept = json.loads((shared_terminal.folder / "pasted.json").read_text())
     assert kept["messages"][0] == {"role": "user", "content": "one\n/quit\nthree"}
@@ -474,7 +474,7 @@ def test_an_overlong_paste_leaves_the_conversation(shared_terminal):
     shared_terminal.send("x" * 230 + "\n")
     shared_terminal.expect("the message has .* tokens, and the cache 200 slots")
     shared_terminal.expect("> ")
-    shared_terminal.send("/save {}/after.json\n".format(shared_terminal.folder))
+    shared_terminal.send(f"/save {shared_terminal.folder}/after.json\n")
     shared_terminal.expect("2 messages are in")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +18,11 @@ from rich.text import Text
 from graph_capture import InferEngine
 from graph_capture.cli.console import show_error
 from graph_capture.cli.conversation import Conversation, plain_text, read_value
+from graph_capture.cli.lines import Lines
 from graph_capture.errors import CaptureError
 from graph_capture.runtime.llm import Completion
 from graph_capture.tiny import FOLDER
 
-PROMPT = "> "
-_PASTE, _PASTED = "\x1b[200~", "\x1b[201~"  # what terminals put around it
 # What a model writes must not steer the terminal.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
 
@@ -59,52 +57,6 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-class Lines:
-    """What comes from the standard input, a message at a time: a line, or what a terminal says was pasted.
-
-    Raises:
-        UnicodeError: on reading a line that is not UTF-8; the next can be read.
-        EOFError: there are no more.
-    """
-
-    def __init__(self) -> None:
-        self.terminal = sys.stdin.isatty()
-        self._marks = False  # whether marks around a paste come with the text: readline takes them itself
-        if self.terminal:
-            try:
-                import readline  # gives input() a history and the keys to edit a line
-
-                self._marks = "GNU" not in (readline.__doc__ or "")  # another library under that name knows no paste
-                readline.parse_and_bind("set enable-bracketed-paste on")
-            except ImportError:
-                self._marks = True
-
-    @contextmanager
-    def open(self) -> Iterator[Lines]:
-        """Have the terminal mark what is pasted."""
-        try:
-            if self._marks:
-                print("\x1b[?2004h", end="", flush=True)
-            yield self
-        finally:
-            if self._marks:
-                print("\x1b[?2004l", end="", flush=True)
-
-    def read(self) -> str:
-        """The next message, without its end."""
-        if self.terminal:
-            line = input(PROMPT)
-            while line.count(_PASTE) > line.count(_PASTED):
-                line += f"\n{input()}"
-            line = line.replace(_PASTE, "").replace(_PASTED, "")
-            line.encode()  # in a C locale, strange bytes come as surrogates
-            return line
-        raw = sys.stdin.buffer.readline()
-        if not raw:
-            raise EOFError
-        return raw.decode().rstrip("\r\n")
 
 
 class Chat:
@@ -400,8 +352,14 @@ def run(
     progress = Progress(notes)
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        length = "most" if max_length is None else max_length
-        engine = InferEngine(model or FOLDER, device, fusion, dtype, max_length=length, progress=progress)
+        engine = InferEngine(
+            model or FOLDER,
+            device,
+            fusion,
+            dtype,
+            max_length="most" if max_length is None else max_length,
+            progress=progress,
+        )
         if engine.enable_fusion:
             engine.warm_up(**options)
     finally:

@@ -102,24 +102,22 @@ class Accelerated:
         if self.declined is None:
             streamer = kwargs.get("streamer")
             handed = kwargs if streamer is None else {**kwargs, "streamer": _Streamer(streamer)}
-            cache = None
+            cache: SessionCache | None = None
             try:
                 with self.engine.alone():
                     reason = self.engine.hindrance()
                     if reason is not None:
                         raise NotServed(reason)
-                    total = self._total(inputs, generation_config, kwargs)
-                    cache = SessionCache(
-                        self.engine, total, bool(self._asked("return_dict_in_generate", generation_config, kwargs))
-                    )
-                    own = {self.engine.calling.cache_name: cache}
+                    returned = bool(self._asked("return_dict_in_generate", generation_config, kwargs))
+                    handle = cache = SessionCache(self.engine, self._total(inputs, generation_config, kwargs), returned)
+                    own: dict[str, Any] = {self.engine.calling.cache_name: handle}
                     try:
                         result = generate(inputs, generation_config, **{**handed, **own})
-                        if getattr(result, "past_key_values", None) is cache:
-                            result.past_key_values = cache.released()
+                        if getattr(result, "past_key_values", None) is handle:
+                            result.past_key_values = handle.released()
                     finally:
-                        cache.close()
-                    self.engine.settle(cache.served)
+                        handle.close()
+                    self.engine.settle(handle.served)
                     return result
             except Exception as error:
                 # Before the first token nothing has happened that a second call would repeat: if the call itself is at

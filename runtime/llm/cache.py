@@ -84,6 +84,9 @@ class StateLayer(_STATES):
     They are made at the first step, and written in place from then on.
     """
 
+    dtype: Any
+    device: Any
+
     def lazy_initialization(
         self,
         conv_states: torch.Tensor | None = None,

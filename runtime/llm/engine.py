@@ -16,9 +16,10 @@ from graph_capture.runtime.llm.calling import generating, slots_for, vocabulary_
 from graph_capture.runtime.llm.completion import Completion, TokenLogprobs
 from graph_capture.runtime.llm.models import load_model, load_tokenizer
 from graph_capture.runtime.llm.own import OwnSession
+from graph_capture.runtime.llm.phases import Pending
 from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request, defaults_of
 from graph_capture.runtime.llm.serving import Serving
-from graph_capture.runtime.llm.session import Pending, Progress, Session, bucket
+from graph_capture.runtime.llm.session import Progress, Session, bucket
 from graph_capture.runtime.llm.text import Detokenizer
 
 

@@ -78,9 +78,10 @@ class Prompts:
         if checked("logprobs", told, whole=True) < 0 or told > MOST + 1:
             raise CaptureError(f"logprobs must be from 0 to {MOST}, got {logprobs}")
         each = [self._of_row(index, len(rows), options) for index in range(len(rows))]
-        limits, samplings, stops = ([found[part] for found in each for _ in range(n)] for part in range(3))
+        seeds = _seeds(options.get("seed"), len(each), n)
+        each = [found for found in each for _ in range(n)]
         rows = [row for row in rows for _ in range(n)]
-        return Request(rows, limits, samplings, stops, _seeds(options.get("seed"), len(each), n), told, n)
+        return Request(rows, [e[0] for e in each], [e[1] for e in each], [e[2] for e in each], seeds, told, n)
 
     def _of_row(self, index: int, count: int, options: Mapping[str, Any]) -> tuple[int, Sampling, tuple[str, ...]]:
         said = {name: _entry(name, value, index, count) for name, value in options.items() if name != "seed"}

@@ -114,8 +114,8 @@ class SamplingKind:
         """Of rows, each with its own."""
         kinds = [row.kind for row in rows]
         ks = {kind.top_k for kind in kinds if not kind.greedy}
-        flags = [any(getattr(kind, name) for kind in kinds) for name in _FLAGS]
-        return cls(not ks, ks.pop() if len(ks) == 1 else -bool(ks), *flags, told)
+        flags = {name: any(getattr(kind, name) for kind in kinds) for name in _FLAGS}
+        return cls(not ks, ks.pop() if len(ks) == 1 else -bool(ks), told=told, **flags)
 
     def __str__(self) -> str:
         parts = ["greedy"] if self.greedy else ["sampled"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,8 +13,8 @@ from graph_capture.errors import CaptureError, DataDependentError, SignatureMism
 from graph_capture.log import log
 from graph_capture.record.recorder import Recording, record
 from graph_capture.runtime.fuse import FusionScheduler
-from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm.calling import Calling
+from graph_capture.runtime.llm.phases import Key, Phase, Wanted
 from graph_capture.runtime.llm.sampling import Sampler, Sampling, SamplingKind, check_rows, rectangle
 
 Progress = Callable[[str], None]
@@ -34,58 +33,8 @@ def bucket(length: int) -> int:
     return between if length <= between and size > SHORTEST else size
 
 
-class Pending:
-    """A small tensor on its way to the host: what is launched after it is not waited for."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor.clone()
-        self._copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
-
-    def tolist(self) -> list[Any]:
-        """Its values."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host.tolist()
-
-
-class Key(NamedTuple):
-    """What one recording serves."""
-
-    what: str
-    size: int
-    kind: SamplingKind | None
-    padded: bool
-
-
-@dataclass
-class Phase:
-    """One captured step.
-
-    Attributes:
-        name: what it is.
-        fused: its replay; None where it cannot be captured.
-        reason: why it cannot.
-        replays: how often it was replayed.
-    """
-
-    name: str
-    fused: FusedGraph | None
-    reason: str = ""
-    replays: int = 0
-
-
 class OutOfSlots(CaptureError):
     """There is no memory for the cache."""
-
-
-class Wanted(NamedTuple):
-    """A step that has run as it is, and is to be recorded when nobody waits: the step, its inputs, how many slots were
-    filled before it, and how often it was wanted."""
-
-    step: Callable[..., torch.Tensor]
-    inputs: tuple[torch.Tensor, ...]
-    filled: int
-    uses: int = 1
 
 
 def _plainly(method: _F) -> _F:

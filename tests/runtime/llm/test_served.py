@@ -165,7 +165,7 @@ def test_a_returned_cache_is_a_filled_one(rows):
 
 
 def test_a_returned_cache_outlives_the_next_call():
-    ours, plain = models()
+    ours, _plain = models()
     kept = ours.generate(ONE, return_dict_in_generate=True, **OPTIONS)
     keys = kept.past_key_values.layers[0].keys.clone()
     ours.generate(zoo.ids(9, seed=8), **OPTIONS)
