@@ -10,7 +10,7 @@ import torch
 from graph_capture import FusionConfig, InferEngine
 from graph_capture.runtime.llm import Sampling
 from graph_capture.runtime.llm.models import load_model
-from graph_capture.runtime.llm.session import Pending
+from graph_capture.runtime.llm.phases import Pending
 
 EAGER, COMPILED, UNFUSED, FUSED = WAYS = ("eager", "torch.compile", "unfused", "fused")
 GREEDY = Sampling().kind
