@@ -176,7 +176,7 @@ class SmallOp(_Library):
             kinds[1] = NUMBER
         tensors = (left, right, out)
         over = arrange(out.shape, [t.shape for t in tensors], [t.stride() for t in tensors], flat=True, rows=False)
-        bits = ctypes.c_int64.from_buffer(ctypes.c_double(self.number or 0.0)).value
+        bits = ctypes.c_int64.from_buffer(ctypes.c_double(0.0 if self.number is None else self.number)).value
         strides = [step for operand in over.strides for step in operand]
         numbers = (self.op, *kinds, bits, len(over.sizes), *over.sizes, *strides)
         units = over.elements // over.sizes[-1]

@@ -32,12 +32,12 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits, NaN for NaN."""
-    if left.shape == right.shape and _equal(left, right):
-        return True
-    if left.shape != right.shape or not (left.is_floating_point() or left.is_complex()):
+    """Whether two tensors of one dtype hold the same bits, signs of zeros included, NaN for NaN."""
+    if left.shape != right.shape:
         return False
-    return torch.equal(_as_bytes(left), _as_bytes(right))
+    if left.is_floating_point() or left.is_complex():
+        return torch.equal(_as_bytes(left), _as_bytes(right))
+    return _equal(left, right)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

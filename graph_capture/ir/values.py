@@ -49,11 +49,14 @@ def typed(value: Any) -> Any:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Equal in value *and* type: ``1``, ``1.0`` and ``True`` are three values; NaN equals itself."""
+    """Equal in value, type and sign: ``1``, ``1.0`` and ``True`` are three values, as 0.0 and -0.0 are two; NaN equals
+    itself."""
     if type(left) is not type(right):
         return False
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(same_value, left, right))
+    if isinstance(left, (float, complex)):
+        return repr(left) == repr(right)
     return bool(left == right) or (left != left and right != right)
 
 

@@ -286,3 +286,12 @@ def test_the_numbers_of_c_and_python_agree():
     text = (c_host.FOLDER / "library.c").read_text()
     order = [name.strip() for name in text.split("enum { COPY")[1].split("}")[0].strip(", ").split(",")]
     assert [getattr(c_library, name) for name in order] == list(range(1, 1 + len(order)))
+
+
+@pytest.mark.parametrize("number", [0.0, -0.0])
+@pytest.mark.parametrize("code", [lambda x, n: x + n, lambda x, n: x - n, lambda x, n: x * n])
+def test_a_zero_keeps_its_sign(code, number):
+    x = torch.tensor([-0.0, 0.0, 1.0, -1.0])
+    fused = fuse(graph_of(lambda x: torch.neg(code(x, number)), x), UNFUSED)
+    for _ in range(3):
+        assert same_bits(fused(x), torch.neg(code(x, number)))

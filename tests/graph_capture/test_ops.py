@@ -79,5 +79,7 @@ def test_each_overload_has_one_row():
 
 def test_same_value_keeps_types_apart():
     assert same_value(float("nan"), float("nan"))
+    assert not same_value(0.0, -0.0)
+    assert not same_value(complex(0.0, 1.0), complex(-0.0, 1.0))
     assert not same_value(1, True)
     assert not same_value((1, 2.0), (1, 2))
