@@ -21,6 +21,15 @@ def cache_folder(tmp_path_factory, monkeypatch):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def modes_are_left_alone():
+    """No test leaves gradients off, or a mode on, for those that follow."""
+    yield
+    left = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+    torch.set_grad_enabled(True)
+    assert left == (True, False, False)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

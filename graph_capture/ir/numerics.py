@@ -226,6 +226,8 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dtype is torch.complex32:  # which torch cannot compare
+        left, right = left.to(torch.complex64), right.to(torch.complex64)
     return all(torch.equal(*pair) for pair in _pieces(left, right))
 
 

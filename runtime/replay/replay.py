@@ -99,10 +99,13 @@ class Replay:
             with plain_mode():
                 return function(*dynamic)
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
-            return function(*dynamic)
-        finally:
+            try:
+                torch._C._set_grad_enabled(False)
+                return function(*dynamic)
+            finally:
+                torch._C._set_grad_enabled(grad)
+        finally:  # an interrupt may come in the line above
             torch._C._set_grad_enabled(grad)
 
     def _not_lent(self, plan: Plan, dynamic: Tensors) -> Tensors:

@@ -30,12 +30,14 @@ def ops(graph):
     return [node.op_type for node in graph]
 
 
-def check(function, args, expected, attrs=None):
+def check(function, args, expected, attrs=None, strict=False):
     """`function` becomes the one op `expected`, which computes the same, at least as well as eager does."""
     graph, results = canonical(function, *args)
     assert ops(graph) == [expected]
     if attrs is not None:
-        assert dict(graph.nodes[0].attrs) == pytest.approx(attrs)
+        found = dict(graph.nodes[0].attrs)
+        assert found.pop("strict", False) == strict
+        assert found == pytest.approx(attrs)
     eager = function(*args)
     exact = function(*(arg.double() if arg.is_floating_point() else arg for arg in args))
     rounding = 2 * torch.finfo(eager.dtype).eps
@@ -342,7 +344,7 @@ def test_attention(score, transpose, masked):
         )
 
     scale = {"times": 0.35, "over": 1 / math.sqrt(8), "query times": 0.35, "plain": 1.0}[score]
-    check(attention, (Q, KEY, VALUE, MASK), "scaled_dot_product_attention", {"scale": scale})
+    check(attention, (Q, KEY, VALUE, MASK), "scaled_dot_product_attention", {"scale": scale}, masked)
 
 
 @pytest.mark.parametrize(("scale", "masked"), [(0.35, True), (0.35, False), (1.0, True)])
@@ -369,7 +371,7 @@ def test_attention_in_bfloat16_and_grouped():
     for heads in (4, 2):
         args = [x.bfloat16() for x in (Q, KEY[:, :heads], VALUE[:, :heads], MASK.clamp(min=-1e4))]
         grouped = {"scale": 0.5, "enable_gqa": True} if heads == 2 else {"scale": 0.5}
-        check(eager, args, "scaled_dot_product_attention", grouped)
+        check(eager, args, "scaled_dot_product_attention", grouped, strict=True)
 
 
 def test_repeated_heads():
@@ -477,7 +479,7 @@ def test_attention_by_baddbmm(options):
         return torch.bmm(F.softmax(scores, dim=-1), value)
 
     bias = torch.randn(8, 1, 6)
-    check(attention, (query, key, value, bias), "scaled_dot_product_attention", {"scale": 0.3})
+    check(attention, (query, key, value, bias), "scaled_dot_product_attention", {"scale": 0.3}, strict=True)
 
     def halved(query, key, value, bias):
         return torch.bmm(F.softmax(torch.baddbmm(bias, query, key.mT, beta=0.5), dim=-1), value)

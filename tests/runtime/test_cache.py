@@ -298,6 +298,7 @@ def test_arenas_are_free_after_an_interrupt_at_any_line():
     assert lines[0] > 10
     for number in range(1, lines[0] + 1):
         assert interrupted_at(number)
+        assert torch.is_grad_enabled()
         memory = fused._replay._memory
         assert memory.enter(), f"after an interrupt at line {number} nobody gets the arenas"
         memory.leave()
