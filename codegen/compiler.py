@@ -213,8 +213,9 @@ class KernelCompiler:
     """
 
     def __init__(self, target: str = "auto", cache: DiskCache | None = None, op_library: str = "builtin") -> None:
-        cuda = torch.cuda.is_available()
-        self._home = torch.device("cuda" if cuda and target in ("auto", "ninetoothed") else "cpu")
+        cuda, cpu = torch.device("cuda"), torch.device("cpu")
+        on_cuda = torch.cuda.is_available() and chosen_target(target, cuda).serves(cuda)
+        self._home = cuda if on_cuda else cpu
         expected = chosen_target(target, self._home)
         self.target, self.cache = target, cache
         self.define = expression if op_library == "builtin" else OpLibrary(op_library).define

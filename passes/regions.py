@@ -27,7 +27,7 @@ from graph_capture.passes.rewrite import (
     body_of,
     common_source,
     contract,
-    expand,
+    inline,
     live_outputs,
     unviewable,
     values_of,
@@ -81,7 +81,7 @@ def find_regions(
     named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
-    graph = expand(graph, is_composed)
+    graph = inline(graph, is_composed)
     rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
     rest.grow(off)
     graph, others = rest.finish()
@@ -205,7 +205,7 @@ class _Finder:
         members = tuple(graph.nodes[index] for index in nodes)
         made = {name for node in members for name in node.outputs}
         inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
-        flat = expand(SubGraph(members, inputs, tuple(outputs), values_of(members, graph.values)), is_merged)
+        flat = inline(SubGraph(members, inputs, tuple(outputs), values_of(members, graph.values)), is_merged)
         return body_of(flat, range(len(flat)), outputs)
 
     # --- growing

@@ -48,7 +48,7 @@ def contract(
     return replace(graph, nodes=tuple(made.get(index, graph.nodes[index]) for index in order)), dropped
 
 
-def expand(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:
+def inline(graph: SubGraph, wanted: Callable[[OpNode], bool]) -> SubGraph:
     """`graph` with the nodes that are `wanted` taken apart into those that they replaced, and so on."""
 
     def apart(node: OpNode) -> Iterator[OpNode]:

@@ -31,7 +31,7 @@ from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import product_of
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.regions import is_composed, is_library
-from graph_capture.passes.rewrite import expand, values_of
+from graph_capture.passes.rewrite import inline, values_of
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.account.dump import VARIABLE as DUMP
 from graph_capture.runtime.config import FusionConfig
@@ -265,7 +265,7 @@ class _RegionDecider:
     def _parts(self, node: OpNode, tried: frozenset[str]) -> SubGraph | None:
         """What a region that is not used is made of, with regions of its own; None where it has none."""
         origin = SubGraph(node.origin, node.inputs, node.outputs, values_of(node.origin, self.values))
-        graph = expand(origin, is_composed)
+        graph = inline(origin, is_composed)
         plan = find_regions(
             graph,
             supports=self.passes.supports,

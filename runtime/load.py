@@ -27,7 +27,7 @@ from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import merged_linears
 from graph_capture.passes.pipeline import Rewritten
 from graph_capture.passes.receipts import Receipt
-from graph_capture.passes.rewrite import body_of, expand, values_of
+from graph_capture.passes.rewrite import body_of, inline, values_of
 from graph_capture.record.guards import Guards
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
@@ -160,7 +160,7 @@ def _check_origin(node: OpNode, values: Mapping[str, TensorMeta]) -> None:
         expected = ready_convolution(members, list(range(len(members))))
         same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
     else:
-        flat = expand(members, is_merged)
+        flat = inline(members, is_merged)
         same = body_of(flat, range(len(flat)), node.outputs) == (node.attr("body"), node.inputs)
     _check(same, f"{node.op_type} is not made of the ops that it stands for")
 

@@ -1,6 +1,7 @@
 """Recording: data flow, names, sources, and what bad input gets."""
 
 import gc
+import importlib
 import threading
 import weakref
 
@@ -12,6 +13,7 @@ from torch import nn
 from graph_capture.errors import CaptureError, DataDependentError, SignatureMismatchError
 from graph_capture.ir.effects import order_edges
 from graph_capture.record.recorder import record, start_graph_recording, stop_graph_recording
+from graph_capture.record.source import is_user_file
 
 
 def ops(graph):
@@ -354,3 +356,12 @@ def test_two_threads_record_at_once():
     for graph, x, expected in graphs.values():
         assert len(graph.subgraph) == 7
         assert torch.equal(graph.run(x), expected)
+
+
+@pytest.mark.parametrize(
+    "package", ["graph_capture", "graph_capture.passes", "graph_capture.codegen", "graph_capture.runtime"]
+)
+def test_frames_of_this_package_are_not_the_users(package):
+    """In a checkout three of the packages lie beside the first."""
+    assert not is_user_file(importlib.import_module(package).__file__)
+    assert is_user_file(__file__)
