@@ -151,7 +151,7 @@ class Pattern:
             for p in parameters
             if p.name not in holes
         }
-        with _no_autocast(), Recording((), tensors, keep_whole=self.keep_whole, verify=False) as recording:
+        with _no_autocast(), _recording(tensors, self.keep_whole) as recording:
             recording.output(function(**tensors, **numbers))
         graph = recording.graph.subgraph
         if recording.graph.captured:
@@ -175,6 +175,10 @@ class Pattern:
         values = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
         graph = self.templates[0].graph
         return replace(graph, nodes=tuple(_filled(node, values | numbers) for node in graph.nodes))
+
+
+def _recording(tensors: Mapping[str, torch.Tensor], keep_whole: bool) -> Recording:
+    return Recording((), tensors, keep_whole=keep_whole, verify=False, follow=False)
 
 
 @contextlib.contextmanager

@@ -128,12 +128,12 @@ class Reads:
         self._unreached: list[weakref.ref[types.FunctionType]] = []
         self._before: Any = None
         self._thread = threading.get_ident()
-        state.generators += [
+
+    def __enter__(self) -> Reads:
+        self.state.generators += [
             Probe(random.getstate, "the random numbers of Python's `random`"),
             Probe(lambda: repr(numpy.random.get_state()), "the random numbers of `numpy.random`"),
         ]
-
-    def __enter__(self) -> Reads:
         self._before = sys.getprofile()
         gc.callbacks.insert(0, self._collecting)
         gc.callbacks.append(self._collected)

@@ -61,11 +61,12 @@ class Recording:
         surroundings: Surroundings | None = None,
         rollback: bool = False,
         roots: Sequence[Any] = (),
+        follow: bool = True,
     ) -> None:
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._surroundings = surroundings
         self._rollback = rollback
-        self._roots = roots
+        self._roots, self._follow = roots, follow
         self._keep_whole = keep_whole
         self._data_dependent = data_dependent
         self._verify = verify
@@ -130,7 +131,8 @@ class Recording:
             stack.enter_context(_DispatchMode(writer))
             if self._keep_whole:
                 stack.enter_context(_FunctionMode(writer))
-            stack.enter_context(writer.reads_of_code)
+            if self._follow:  # a pattern is never replayed: what it reads is nobody's concern
+                stack.enter_context(writer.reads_of_code)
             self._stack = stack.pop_all()
         self._writer = writer
         _active.recording = self

@@ -277,12 +277,10 @@ class State:
             table = gc.get_referents(base.__dict__)[0]
             if type(table) is not dict:
                 continue
-            keys = tuple(key for key in table if key not in _OF_CLASSES)
-            self.entries.append(
-                Table(
-                    table, base.__qualname__, keys, tuple(table[key] for key in keys), whole=True, ignored=_OF_CLASSES
-                )
-            )
+            ignored = _OF_CLASSES if own else _OF_CLASSES | _PATCHED
+            keys = tuple(key for key in table if key not in ignored)
+            values = tuple(table[key] for key in keys)
+            self.entries.append(Table(table, base.__qualname__, keys, values, whole=True, ignored=ignored))
             for key in keys:
                 part = table[key]
                 if isinstance(part, types.FunctionType):
@@ -293,6 +291,9 @@ class State:
 
 
 _OF_CLASSES = frozenset({"__slotnames__", "__annotations__", "__annotate__", "__doc__", "__weakref__", "__dict__"})
+_PATCHED = frozenset(
+    {"__init__", "__setstate__"}
+)  # of torch's modules: torch.compile does it, and no forward calls them
 _OF_CLASSES |= {"__abstractmethods__", "_abc_impl", "__annotations_cache__", "__static_attributes__"}
 
 

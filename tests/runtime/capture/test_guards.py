@@ -331,3 +331,15 @@ def test_a_guard_that_was_touched_and_holds_costs_no_recording():
         made.gain = 3.0
         made.gain = 2.0
     assert len(fast.misses) == 1
+
+
+def test_torch_compile_in_the_same_process_breaks_nothing():
+    """It patches how torch's modules are made, at its first use."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).eval()
+    fast, x = capture(model, UNFUSED), torch.ones(2, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+        torch.compile(torch.nn.Linear(4, 4), backend="eager")(x)
+        assert torch.equal(fast(x), model(x))
+    assert len(fast.misses) == 1
