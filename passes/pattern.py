@@ -178,7 +178,7 @@ class Pattern:
 
 
 def _recording(tensors: Mapping[str, torch.Tensor], keep_whole: bool) -> Recording:
-    return Recording((), tensors, keep_whole=keep_whole, verify=False, follow=False)
+    return Recording((), dict(tensors), keep_whole=keep_whole, verify=False, follow=False)
 
 
 @contextlib.contextmanager

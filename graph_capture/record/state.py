@@ -291,9 +291,8 @@ class State:
 
 
 _OF_CLASSES = frozenset({"__slotnames__", "__annotations__", "__annotate__", "__doc__", "__weakref__", "__dict__"})
-_PATCHED = frozenset(
-    {"__init__", "__setstate__"}
-)  # of torch's modules: torch.compile does it, and no forward calls them
+# What torch.compile changes of torch's modules; no forward looks at it.
+_PATCHED = frozenset({"__init__", "__setstate__", "___needs_generation_tag_patch"})
 _OF_CLASSES |= {"__abstractmethods__", "_abc_impl", "__annotations_cache__", "__static_attributes__"}
 
 
