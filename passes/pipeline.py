@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.memory import uncollected
 from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
@@ -80,19 +79,8 @@ def unchanged(graph: SubGraph) -> Rewritten:
 def rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
     """Run all passes. No garbage is collected meanwhile: graphs are many small objects, and a collection visits all of
     the process's each time."""
-    with _no_collection():
+    with uncollected():
         return _rewrite(graph, passes)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,3 +153,21 @@ def _plain(view: torch.Tensor) -> torch.Tensor:
     """The same memory, whatever its bits mean."""
     empty = torch.empty(0, dtype=view.dtype, device=view.device)
     return empty.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+
+
+_collecting = threading.Lock()
+_uncollected: list[bool] = []  # for each that is inside: whether garbage was collected before the first
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected in the process until all that are inside, in whatever threads, have left."""
+    with _collecting:
+        _uncollected.append(_uncollected[0] if _uncollected else gc.isenabled())
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _collecting:
+            if _uncollected.pop() and not _uncollected:
+                gc.enable()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -66,19 +64,3 @@ class Cuda:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
-
-
-_capturing = threading.RLock()
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection inside: the end of a CUDA graph, or of a Triton kernel, invalidates what is captured."""
-    with _capturing:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()

@@ -16,10 +16,10 @@ from graph_capture.codegen.launches import Tensors
 from graph_capture.ir.binding import flatten_outputs
 from graph_capture.ir.interpreter import Executor, Step, plain_mode
 from graph_capture.ir.layouts import copy_into, like
-from graph_capture.ir.memory import storage_bytes
+from graph_capture.ir.memory import storage_bytes, uncollected
 from graph_capture.ir.ops import EXTERNAL, GUARD, op
 from graph_capture.log import log
-from graph_capture.runtime.replay.capturing import Backend, Cuda, uncollected
+from graph_capture.runtime.replay.capturing import Backend, Cuda
 from graph_capture.runtime.replay.first_run import FirstRun, SeenValue
 from graph_capture.runtime.replay.memory import Memory
 from graph_capture.runtime.replay.plan import Plan
@@ -161,7 +161,7 @@ class Graphs:
         with self._backend.beside():
             results = plan.function()
         try:
-            with uncollected():
+            with uncollected():  # the end of a CUDA graph, or of a Triton kernel, invalidates a capture
                 found, segment.replay = self._backend.capture(plan.function)
         except Exception as error:  # out of memory, or an op that cannot be captured
             self.failure, found = error, results
