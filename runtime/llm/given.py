@@ -106,7 +106,7 @@ class ModelCall:
         leaves, spec = pytree.tree_flatten(more)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         rest = tuple(torch.Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        form = (str(spec), rest, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+        form = (tuple(sorted(more)), str(spec), rest, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
         try:
             hash(form)
         except TypeError as error:

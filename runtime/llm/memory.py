@@ -98,7 +98,7 @@ class SlotMemory:
         self._pad([longest - len(row) for row in rows])
         self.truncate(0)
         if pieces:
-            logits = self._piecewise(rows, 0, longest, pieces, functools.partial(self._extend, kind=None))
+            logits = self._piecewise(rows, 0, longest, pieces, lambda step, ids, last: step(ids, last, kind=None))
         else:
             size = longest if self.cache.stateful else self._size(0, longest)
             logits = self._begin(*self._inputs(rows, 0, longest, size), kind=None)
@@ -144,15 +144,15 @@ class SlotMemory:
         kept: int,
         new: int,
         pieces: Sequence[int],
-        extend: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        run: Callable[[Callable[..., torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """The logits after prompts that are read in steps of these lengths."""
+        """The logits after prompts that are read in steps of these lengths, which `run` runs."""
         ids, _ = self._inputs(rows, kept, new, sum(pieces))
         at = 0
         logits = ids
         for size in pieces:
             last = torch.tensor([min(size, new - at) - 1], device=self._device)
-            logits = extend(ids[:, at : at + size].contiguous(), last)
+            logits = run(self._extend if kept + at else self._begin, ids[:, at : at + size].contiguous(), last)
             at += size
         return logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from graph_capture.runtime.llm.sampling import SamplingKind
 
 Progress = Callable[[str], None]
 Step = Callable[..., torch.Tensor]
+AGAIN = 2  # times that a step is recorded anew because Python took another way
 OFTEN = 4  # uses after which a step is recorded, though the answer was short
 
 
@@ -37,7 +39,7 @@ class Pending:
 
 
 class Key(NamedTuple):
-    """What one recording serves; `form` is what else a call has that the steps hand on."""
+    """What one recording serves; `form` is what else a call has that the steps hand on: its names first."""
 
     what: str
     size: int
@@ -50,7 +52,7 @@ class Key(NamedTuple):
         name = self.what if self.what == "decode" else f"{self.what} of {self.size} tokens"
         name += f", batch {batch}" if batch > 1 else ""
         name += f", {self.kind}" if self.kind is not None else ""
-        return name + (", padded" if self.padded else "") + (", as given" if self.form else "")
+        return name + (", padded" if self.padded else "") + (f", with {', '.join(self.form[0])}" if self.form else "")
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Steps:
         self.phases: dict[Key, Phase] = {}
         self.wanted: dict[Key, Wanted] = {}
         self.fusing = True
+        self._asked_again: Counter[Key] = Counter()
         self._scheduler, self._batch = scheduler, batch
         self._progress, self._recording = progress, recording
 
@@ -129,6 +132,11 @@ class Steps:
                 result = phase.fused(*inputs)
             except (SignatureMismatchError, DataDependentError) as changed:  # a weight was replaced; nothing has run
                 log.info("recording %s again: %s", phase.name, changed)
+                if isinstance(changed, DataDependentError):
+                    self._asked_again[key] += 1
+                    if self._asked_again[key] > AGAIN:
+                        self._give_up(key, changed)
+                        return step(*inputs, kind=key.kind)
             else:
                 phase.replays += 1
                 return result
@@ -155,17 +163,23 @@ class Steps:
                 result = step(*inputs, kind=key.kind)
         return result
 
-    def record_apart(self, key: Key, wanted: Wanted) -> bool:
-        """Record a step and prepare its replay, and undo what both write; False where it stopped half-way."""
+    def record_apart(self, key: Key, wanted: Wanted, place: Callable[[int], object]) -> bool:
+        """Record a step and prepare its replay, and undo what both write; False where it stopped half-way.
+
+        Args:
+            place: says how many slots are filled. A step that asks, in Python, where it is replays nowhere else.
+        """
         name, inputs = key.named(self._batch), wanted.inputs
         self._progress(f"recording {name}")
         try:
+            place(wanted.filled)
             with Recording(inputs, {}, data_dependent=_asked(key), verify=True, rollback=True) as recording:  # type: ignore[arg-type]
                 recording.output(wanted.step(*inputs, kind=key.kind))
             self._progress(f"finding, compiling and timing the fusions of {name}")
             with self._recording():
                 phase = Phase(name, self._scheduler.analyze(recording.graph))
-            for _ in range(2):  # watched, then planned or captured
+            for filled in (wanted.filled, wanted.filled + 1):  # watched, then planned or captured
+                place(filled)
                 phase.seconds = _timed(phase, inputs)
             self.phases[key] = phase
         except CaptureError as error:

@@ -24,7 +24,7 @@ from graph_capture.runtime.llm.own import OwnSession
 from graph_capture.runtime.llm.phases import Progress
 from graph_capture.runtime.llm.proof import goes_further, prove, prove_form, shortly
 from graph_capture.runtime.llm.session import SHORT, Session
-from graph_capture.runtime.llm.state import ModelState, Observer
+from graph_capture.runtime.llm.state import AROUND, ModelState, Observer
 
 SESSIONS = 2  # batch sizes whose caches are kept
 ENGINE = FusionConfig(fusion_ratio=0.95)  # a step that is replayed for every token is worth it
@@ -205,8 +205,11 @@ class Serving:
                 _, reason = self.proven(*key[:2], total)  # type: ignore[arg-type]
         if reason is not None or not reached:
             return None, reason, key
-        self._current = self._session_of(call)
-        return self._current, None, key
+        self._current = session = self._session_of(call)
+        lost = next((step.reason for name, step in session.phases.items() if name.form and step.fused is None), None)
+        if lost is not None and self.enable_fusion:
+            return None, f"its step cannot be captured: {lost}", key
+        return session, None, key
 
     def learn(self, witness: Witness) -> None:
         """See whether captured steps give what the model gave in a call, so that they serve the next of its form."""
@@ -227,7 +230,15 @@ class Serving:
         length = call.encoded()
         if length and self.calling.pads:  # one place more than there is to hold: a mask always hides something
             length = bucket(length + 1)
-        return self.session(call.ids.shape[0], length)
+        session = self.session(call.ids.shape[0], length)
+        for path, name in self._observer.restless:  # a tensor that the model replaces at each call stays one memory
+            held = vars(self.model.get_submodule(path)).get(name) if path != AROUND else None
+            if isinstance(held, torch.Tensor):
+                memory = session.kept.setdefault((path, name), held)
+                if memory is not held and memory.shape == held.shape and memory.dtype == held.dtype:
+                    memory.copy_(held)
+                    setattr(self.model.get_submodule(path), name, memory)
+        return session
 
     def settle(self, tokens: int) -> None:
         """After an answer of so many tokens: record what it ran as it is, and see whether batches may be served, so

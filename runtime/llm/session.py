@@ -17,7 +17,7 @@ from graph_capture.runtime.llm.calling import Calling
 from graph_capture.runtime.llm.given import ModelCall
 from graph_capture.runtime.llm.lookup import PAYS, WIDTH, Lookup
 from graph_capture.runtime.llm.memory import SlotMemory, plainly
-from graph_capture.runtime.llm.phases import OFTEN, Key, Phase, Progress, Steps
+from graph_capture.runtime.llm.phases import OFTEN, Key, Phase, Progress, Step, Steps
 from graph_capture.runtime.llm.sampling import Sampling, SamplingKind, check_rows, rectangle
 
 PIECES = (256, 64, 16)  # tokens of the steps that a prompt of any length is put together from
@@ -45,6 +45,7 @@ class Session(SlotMemory):
         eager_first: whether a prefill runs as it is before it is recorded.
         in_pieces: whether a prompt may be read piece by piece: the proof says so.
         lookup: guesses of the next tokens, and whether they pay.
+        kept: memory of tensors that the model replaces at each call, by module and name.
 
     Raises:
         CaptureError: see `SlotMemory`.
@@ -64,7 +65,9 @@ class Session(SlotMemory):
         self.eager_first, self.in_pieces = True, False
         self.steps = Steps(scheduler, batch, progress or (lambda _: None), recording)
         self.lookup = Lookup()
+        self.kept: dict[tuple[str, str], torch.Tensor] = {}
         self._met: Counter[Key] = Counter()  # lengths of prompts
+        self._met_pieces: Counter[Key] = Counter()
         self._own_seconds: dict[int, float] = {}  # of prompts that ran as they are, by length
         self._encoding: dict[str, Any] = {}  # what an encoder gave, as later steps are passed it
 
@@ -170,7 +173,7 @@ class Session(SlotMemory):
         """
         self._check_room()
         form: tuple[Any, ...] = ()
-        step: Callable[..., torch.Tensor] = self._next
+        step: Step = self._next
         inputs: list[torch.Tensor] = []
         if call.usual:
             self.tokens.copy_(call.ids)
@@ -201,8 +204,8 @@ class Session(SlotMemory):
             if not self.steps.fusing or key in self.phases:
                 continue
             filled, held = self.filled, self.held
-            self.slots.position.fill_(what.filled)
-            if not self.steps.record_apart(key, what):
+            most = self.capacity - key.size
+            if not self.steps.record_apart(key, what, lambda at: self.slots.position.fill_(min(at, most))):  # noqa: B023
                 filled, held = 0, []
             self.truncate(filled, held)
 
@@ -250,18 +253,11 @@ class Session(SlotMemory):
         self._met[key] += 1
         pieces = self._pieces(kept, new)
         if self._met[key] < OFTEN and len(self._met) > 1 and pieces:  # lengths vary: pieces serve them all
-            for piece in pieces:
-                self._want_piece(piece, rows, kept, new)
+            self._each(pieces, rows, kept, new, self._want_piece)
         else:
             self.steps.want(key, step, inputs, kept, self._met[key])
         if pieces and self._is_faster(pieces, new):
-            return self._piecewise(
-                rows,
-                kept,
-                new,
-                pieces,
-                lambda ids, last: self.steps.run(self._piece(ids.shape[1]), self._extend, ids, last),
-            )
+            return self._each(pieces, rows, kept, new, self.steps.run)
         start = time.perf_counter()
         logits = step(*self._inputs(rows, kept, new, new), kind=None)
         if logits.is_cuda:
@@ -270,31 +266,39 @@ class Session(SlotMemory):
         self._own_seconds[new] = min(seconds, self._own_seconds.get(new, seconds))
         return logits
 
-    def _piece(self, size: int) -> Key:
-        return Key("continue", size, None, self._padded)
+    def _pieces(self, kept: int, new: int) -> list[Key]:
+        """Steps that read `new` tokens together, the last one padded; none where they do not fit."""
+        pieces: list[Key] = []
+        at = 0
+        while at < new:
+            size = next((size for size in PIECES if 3 * size <= 4 * (new - at)), PIECES[-1])
+            pieces.append(Key("continue" if kept + at else "prefill", size, None, self._padded))
+            at += size
+        return pieces if self.in_pieces and kept + at <= self.capacity else []
 
-    def _pieces(self, kept: int, new: int) -> list[int]:
-        """The lengths of steps that read `new` tokens together, the last one padded; none where they do not fit."""
-        pieces: list[int] = []
-        while (left := new - sum(pieces)) > 0:
-            pieces.append(next((size for size in PIECES if 3 * size <= 4 * left), PIECES[-1]))
-        return pieces if self.in_pieces and kept + sum(pieces) <= self.capacity else []
+    def _each(
+        self,
+        pieces: Sequence[Key],
+        rows: Sequence[Sequence[int]],
+        kept: int,
+        new: int,
+        run: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        keys = iter(pieces)
+        sizes = [key.size for key in pieces]
+        return self._piecewise(rows, kept, new, sizes, lambda step, *inputs: run(next(keys), step, *inputs))
 
-    def _want_piece(self, size: int, rows: Sequence[Sequence[int]], kept: int, new: int) -> None:
-        key = self._piece(size)
-        if key not in self.phases and key not in self.steps.wanted:
-            self._met[key] += 1
-            ids, _ = self._inputs(rows, kept, new, max(size, new))
-            last = torch.tensor([size - 1], device=self._device)
-            self.steps.want(key, self._extend, (ids[:, :size].contiguous(), last), kept, self._met[key])
+    def _want_piece(self, key: Key, step: Step, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        if key not in self.phases:
+            self._met_pieces[key] += 1
+            self.steps.want(key, step, (ids, last), PIECES[-1], self._met_pieces[key])
+        return ids
 
-    def _is_faster(self, pieces: Sequence[int], new: int) -> bool:
+    def _is_faster(self, pieces: Sequence[Key], new: int) -> bool:
         """Whether captured pieces read `new` tokens sooner than the model does as it is, by what was measured."""
-        phases = [self.steps.captured(self._piece(size)) for size in pieces]
-        if not all(phases):
-            return False
+        phases = [self.steps.captured(key) for key in pieces]
         own = [seconds * max(1.0, new / length) for length, seconds in self._own_seconds.items()]
-        return not own or sum(phase.seconds for phase in phases if phase) <= min(own)
+        return all(phases) and (not own or sum(phase.seconds for phase in phases if phase) <= min(own))
 
 
 def _shared(held: Sequence[int], row: Sequence[int]) -> int:

@@ -31,6 +31,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+AROUND = "torch"  # the path of what lies around all modules
 # What `accelerate` puts on a model; the methods where they are ours.
 _OWN = frozenset({"accelerated", "generate", "forward", "_prepare_cache_for_generation"})
 # Where transformers collects hidden states, and leaves hooks behind that do nothing until it does so again.
@@ -141,7 +142,7 @@ class Observer:
         hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         if any(hooks):
             state.hooked = state.hooked or "all modules"
-        add = _Adder(state, [], set(), "torch")
+        add = _Adder(state, [], set(), AROUND)
         add("default dtype", torch.get_default_dtype())
         add("default device", torch.get_default_device())
 
