@@ -44,9 +44,14 @@ class Lookup:
         self._tokens.append(token)
 
     def guess(self) -> list[int]:
-        """What followed the last tokens before, `WIDTH` - 1 tokens at most."""
+        """What followed the last tokens before, `WIDTH` - 1 tokens; what repeats itself goes on so."""
         place = self._places.get(tuple(self._tokens[-GRAM:]))
-        return [] if place is None else self._tokens[place : place + WIDTH - 1]
+        if place is None:
+            return []
+        guess = self._tokens[place : place + WIDTH - 1]
+        while len(guess) < WIDTH - 1:
+            guess += guess[: WIDTH - 1 - len(guess)]
+        return guess
 
     def timed(self, decode: float, check: float) -> None:
         """A decode step takes so many seconds, and one that checks `WIDTH` tokens so many."""
