@@ -65,6 +65,7 @@ def find_regions(
     min_nodes: int = 2,
     off: Collection[str] = (),
     matcher: Matcher | None = None,
+    told: Collection[str] = (),
 ) -> FusionPlan:
     """Find the regions of `graph` and contract each into one node.
 
@@ -77,14 +78,16 @@ def find_regions(
         max_nodes, min_nodes: bounds on the recorded ops of a region.
         off: rules to leave out.
         matcher: `graph`'s, if there is one.
+        told: results of which somebody else can tell how often they were rounded.
     """
-    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
+    told = shown(graph, told)
+    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
     named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
     graph = inline(graph, is_composed)
-    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
+    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
     rest.grow(off)
     graph, others = rest.finish()
     return FusionPlan(graph, (*receipts, *others))
@@ -93,7 +96,7 @@ def find_regions(
 class _Finder:
     """Collects disjoint regions, and the reasons against the others."""
 
-    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int]) -> None:
+    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int], shown: Collection[str]) -> None:
         graph = matcher.graph
         self.graph, self._supports, self.bounds = graph, supports, bounds
         self.dependencies = matcher.dependencies
@@ -101,7 +104,7 @@ class _Finder:
         self.owner: dict[int, str] = {}  # node -> the rule that took it
         self.found: list[tuple[str, Contraction]] = []
         self.tallies: dict[str, Tally] = {}
-        self.shown = shown(graph)
+        self.shown = shown
         self._known: dict[tuple[object, ...], str | None] = {}
         self._offered: dict[tuple[int, ...], _Candidate] = {}
 
@@ -336,6 +339,17 @@ def region_body(
     rounded = [name for name in outputs if name in shown]
     rounded = rounded if sum(rounds(region, node) for node in region.nodes) > 1 else []
     return body_of(region, range(len(region)), outputs, rounded)
+
+
+def rounded_outputs(region: OpNode) -> tuple[str, ...]:
+    """The results of a region that its body casts to the dtype that they have; see `region_body`."""
+    body: SubGraph = region.attr("body")
+    pairs = zip(region.outputs, (body.nodes[body.producers[name]] for name in body.output_names), strict=True)
+    return tuple(
+        name
+        for name, node in pairs
+        if node.op_type == "cast" and node.attr("dtype") is body.values[node.inputs[0]].dtype
+    )
 
 
 def is_composed(node: OpNode) -> bool:

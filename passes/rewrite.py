@@ -124,7 +124,7 @@ def body_of(
 ) -> tuple[SubGraph, tuple[str, ...]]:
     """`nodes` as a graph over canonical names (x0, v0, ...), equal for equal regions; and the values of its inputs.
 
-    Those of `outputs` that are `rounded` go through a cast to their own dtype, which makes a kernel round as `nodes` do.
+    Those of `outputs` that are `rounded` go through a cast to their own dtype: a kernel then rounds as `nodes` do.
     """
     indices = sorted(nodes)
     made = {name for index in indices for name in graph.nodes[index].outputs}

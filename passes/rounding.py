@@ -1,7 +1,7 @@
 """Whose roundings the code can tell: values in half precision of which something wider, or of another kind, is made.
 
-One op in the place of several, and one kernel, round less often than the code does. Where its result is widened, compared
-or turned into integers, that shows: then a spelling stays as it was written, and a kernel rounds as the ops do.
+One op in the place of several, and one kernel, round less often than the code does. Where the result is widened,
+compared or turned into integers, that shows: a spelling then stays as it was written, and a kernel rounds as ops do.
 Products (linears, attention) end this, but for what attention weighs by: what a sum has mixed is not followed further.
 """
 
@@ -27,21 +27,21 @@ _GROWS = frozenset({"pow", "sum", "mean", "aten.var.correction", *_PRODUCTS})  #
 _JUMPS = frozenset({"floor", "ceil", "trunc", "aten.round.default"})
 
 
-def shown(graph: SubGraph) -> frozenset[str]:
-    """The values in half precision of which the code can tell how often they were rounded."""
+def shown(graph: SubGraph, told: Collection[str] = ()) -> frozenset[str]:
+    """The values in half precision of which the code can tell how often they were rounded; `told` are known ones."""
     halves = {name for name, meta in graph.values.items() if meta.dtype in HALVES}
     if not halves:
         return frozenset()
-    seen: set[str] = set()
-    memories: set[object] = set()  # alias sets of what is seen
+    seen = halves.intersection(told)
+    memories = {alias_set(graph, name) for name in seen}
     for node in reversed(graph.nodes):
         if node.op_type in _PRODUCTS and not _weighs(graph, node):
             continue
-        told = not seen.isdisjoint(node.outputs) or node.op_type in _JUMPS or node.op_type.startswith(GUARD)
-        told = told or any(alias_set(graph, node.inputs[at]) in memories for at in written_inputs(node))
+        shows = not seen.isdisjoint(node.outputs) or node.op_type in _JUMPS or node.op_type.startswith(GUARD)
+        shows = shows or any(alias_set(graph, node.inputs[at]) in memories for at in written_inputs(node))
         dtypes = {graph.values[name].dtype for name in node.outputs if name in graph.values}
         for name in halves.intersection(node.inputs):
-            if told or dtypes - {graph.values[name].dtype}:
+            if shows or dtypes - {graph.values[name].dtype}:
                 seen.add(name)
                 memories.add(alias_set(graph, name))
     return frozenset(seen)
