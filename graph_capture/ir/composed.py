@@ -71,7 +71,7 @@ def _filled_attention(
         if not bool(result.isnan().any()):
             return result
     if enable_gqa:
-        key, value = (repeat_kv(heads, query.shape[-3] // key.shape[-3]) for heads in (key, value))
+        key, value = (x.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     return torch.softmax(scores.masked_fill(left_out, fill), -1) @ value
 
