@@ -22,6 +22,8 @@ from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt
 from graph_capture.passes.regions import GROWN, Supports, find_regions
 from graph_capture.passes.registry import DEFAULT
+from graph_capture.passes.rounding import RULE as ROUNDINGS
+from graph_capture.passes.rounding import as_written
 from graph_capture.passes.spellings import ROUNDS
 
 CONSTANTS = "constants"
@@ -116,6 +118,11 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(f"spellings {number + 1}", result)
         matcher = matcher.on(graph)
         receipts = merged(receipts, made)
+    if ROUNDINGS not in passes.off:
+        result, receipt = as_written(graph)
+        graph = became(ROUNDINGS, result)
+        matcher = matcher.on(graph)
+        receipts.append(receipt)
     if PARALLEL_LINEAR not in passes.off:
         result, receipt = merge_linears(graph, passes.weights, matcher.dependencies)
         graph = became(PARALLEL_LINEAR, result)
@@ -163,6 +170,7 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
             *CLEAN_UP,
             CONSTANTS,
             *rules,
+            ROUNDINGS,
             PARALLEL_LINEAR,
             READY_CONVOLUTION,
             *DECODE,

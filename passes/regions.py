@@ -6,7 +6,7 @@ taken; equal ones in the order of the patterns, then of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ from graph_capture.ir.effects import is_random, written_inputs
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.ops import FUSED, Kind, op
+from graph_capture.ir.values import TensorMeta
 from graph_capture.passes.decode import SMALL, decode_regions, is_merged, small_ops
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.match import Matcher
@@ -32,6 +33,7 @@ from graph_capture.passes.rewrite import (
     unviewable,
     values_of,
 )
+from graph_capture.passes.rounding import rounds, shown
 
 Supports = Callable[[SubGraph], "str | None"]
 WINDOW = 256  # nodes that a grown region may span, so that its convexity is a local question
@@ -63,6 +65,7 @@ def find_regions(
     min_nodes: int = 2,
     off: Collection[str] = (),
     matcher: Matcher | None = None,
+    told: Collection[str] = (),
 ) -> FusionPlan:
     """Find the regions of `graph` and contract each into one node.
 
@@ -75,14 +78,16 @@ def find_regions(
         max_nodes, min_nodes: bounds on the recorded ops of a region.
         off: rules to leave out.
         matcher: `graph`'s, if there is one.
+        told: results of which somebody else can tell how often they were rounded.
     """
-    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
+    told = shown(graph, told)
+    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
     named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
     graph = inline(graph, is_composed)
-    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
+    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
     rest.grow(off)
     graph, others = rest.finish()
     return FusionPlan(graph, (*receipts, *others))
@@ -91,7 +96,7 @@ def find_regions(
 class _Finder:
     """Collects disjoint regions, and the reasons against the others."""
 
-    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int]) -> None:
+    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int], shown: Collection[str]) -> None:
         graph = matcher.graph
         self.graph, self._supports, self.bounds = graph, supports, bounds
         self.dependencies = matcher.dependencies
@@ -99,6 +104,7 @@ class _Finder:
         self.owner: dict[int, str] = {}  # node -> the rule that took it
         self.found: list[tuple[str, Contraction]] = []
         self.tallies: dict[str, Tally] = {}
+        self.shown = shown
         self._known: dict[tuple[object, ...], str | None] = {}
         self._offered: dict[tuple[int, ...], _Candidate] = {}
 
@@ -198,15 +204,9 @@ class _Finder:
         return self._known[key]
 
     def _body(self, nodes: Sequence[int], outputs: Sequence[str]) -> tuple[SubGraph, tuple[str, ...]]:
-        """See `body_of`; linears that were merged are apart again, for a kernel multiplies several weights in place."""
-        graph = self.graph
-        if not any(is_merged(graph.nodes[index]) for index in nodes):
-            return body_of(graph, nodes, outputs)
-        members = tuple(graph.nodes[index] for index in nodes)
-        made = {name for node in members for name in node.outputs}
-        inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
-        flat = inline(SubGraph(members, inputs, tuple(outputs), values_of(members, graph.values)), is_merged)
-        return body_of(flat, range(len(flat)), outputs)
+        """See `region_body`."""
+        members = tuple(self.graph.nodes[index] for index in nodes)
+        return region_body(members, outputs, self.graph.values, self.shown)
 
     # --- growing
 
@@ -320,6 +320,36 @@ class _Finder:
                 else:
                     self.tally(rule).matched += 1
         return graph, tuple(tally.receipt() for tally in self.tallies.values())
+
+
+def region_body(
+    members: Sequence[OpNode], outputs: Sequence[str], values: Mapping[str, TensorMeta], shown: Collection[str]
+) -> tuple[SubGraph, tuple[str, ...]]:
+    """See `body_of`; linears that were merged are apart again, for a kernel multiplies several weights in place.
+
+    Args:
+        members: the nodes of a region, in order.
+        outputs: what it makes for others.
+        values: the layouts of what they read and make.
+        shown: values of which the code can tell how often they were rounded.
+    """
+    made = {name for node in members for name in node.outputs}
+    inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
+    region = inline(SubGraph(tuple(members), inputs, tuple(outputs), values_of(members, values)), is_merged)
+    rounded = [name for name in outputs if name in shown]
+    rounded = rounded if sum(rounds(region, node) for node in region.nodes) > 1 else []
+    return body_of(region, range(len(region)), outputs, rounded)
+
+
+def rounded_outputs(region: OpNode) -> tuple[str, ...]:
+    """The results of a region that its body casts to the dtype that they have; see `region_body`."""
+    body: SubGraph = region.attr("body")
+    pairs = zip(region.outputs, (body.nodes[body.producers[name]] for name in body.output_names), strict=True)
+    return tuple(
+        name
+        for name, node in pairs
+        if node.op_type == "cast" and node.attr("dtype") is body.values[node.inputs[0]].dtype
+    )
 
 
 def is_composed(node: OpNode) -> bool:
