@@ -14,6 +14,8 @@ from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
 from graph_capture.passes.convolutions import ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.dimension_order import RULE as DIMENSION_ORDER
+from graph_capture.passes.dimension_order import follow_memory
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
@@ -133,6 +135,9 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
+    if DIMENSION_ORDER not in passes.off:
+        graph = became(DIMENSION_ORDER, follow_memory(graph))
+        matcher = matcher.on(graph)
     plan = find_regions(
         graph,
         supports=passes.supports,
@@ -173,6 +178,7 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
             ROUNDINGS,
             PARALLEL_LINEAR,
             READY_CONVOLUTION,
+            DIMENSION_ORDER,
             *DECODE,
             *(item.name for item in patterns),
             *GROWN,

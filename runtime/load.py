@@ -27,7 +27,7 @@ from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import merged_linears
 from graph_capture.passes.pipeline import Rewritten
 from graph_capture.passes.receipts import Receipt
-from graph_capture.passes.regions import region_body, rounded_outputs
+from graph_capture.passes.region_bodies import region_body, rounded_outputs
 from graph_capture.passes.rewrite import body_of, values_of
 from graph_capture.passes.spellings import respelled
 from graph_capture.record.guards import Guards
