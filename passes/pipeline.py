@@ -12,7 +12,7 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
-from graph_capture.passes.convolutions import ready_convolutions
+from graph_capture.passes.convolutions import pointwise_norms, ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
@@ -27,6 +27,7 @@ from graph_capture.passes.rounding import as_written
 from graph_capture.passes.spellings import ROUNDS
 
 CONSTANTS = "constants"
+BATCH_NORM = "batch_norm"
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,13 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         matcher = matcher.on(graph)
         receipts.append(receipt)
     if READY_CONVOLUTION not in passes.off:
-        result, receipt = ready_convolutions(graph, passes.weights, passes.fold_weights, matcher.dependencies)
+        result, receipt = ready_convolutions(graph, passes.weights, matcher.dependencies)
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
+    if BATCH_NORM not in passes.off:
+        graph = became(BATCH_NORM, pointwise_norms(graph))
+        matcher = matcher.on(graph)
     plan = find_regions(
         graph,
         supports=passes.supports,
@@ -173,6 +177,7 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
             ROUNDINGS,
             PARALLEL_LINEAR,
             READY_CONVOLUTION,
+            BATCH_NORM,
             *DECODE,
             *(item.name for item in patterns),
             *GROWN,

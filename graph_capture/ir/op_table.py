@@ -169,6 +169,28 @@ _pointwise("quick_gelu", quick_gelu, "input / (1 + exp(-(1.702 * input)))", comp
 _pointwise("relu_squared", relu_squared, "maximum(input, 0) * maximum(input, 0)", composed=True)
 _pointwise("softcap", softcap, "cap * tanh(input / cap)", composed=True)
 
+
+def batch_norm(
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.batch_norm` in evaluation, of [N, C, ...]; the others are [C, 1, ...], as they broadcast."""
+    flat = [None if x is None else x.flatten() for x in (mean, var, weight, bias)]
+    return F.batch_norm(input, *flat, training=False, eps=eps)  # type: ignore[arg-type]
+
+
+def _batch_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    text = f"(input - mean) * rsqrt(var + {_number(given.get('eps', 1e-5))})"
+    text += "" if given.get("weight") is None else " * weight"
+    return text if given.get("bias") is None else f"{text} + bias"
+
+
+_pointwise("batch_norm", batch_norm, _batch_norm)
+
 # --- pointwise: comparisons, selection, casts
 
 for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
