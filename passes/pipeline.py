@@ -12,7 +12,7 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
-from graph_capture.passes.convolutions import ready_convolutions
+from graph_capture.passes.convolutions import pointwise_norms, ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.dimension_order import RULE as DIMENSION_ORDER
 from graph_capture.passes.dimension_order import follow_memory
@@ -29,6 +29,7 @@ from graph_capture.passes.rounding import as_written
 from graph_capture.passes.spellings import ROUNDS
 
 CONSTANTS = "constants"
+BATCH_NORM = "batch_norm"
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,13 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         matcher = matcher.on(graph)
         receipts.append(receipt)
     if READY_CONVOLUTION not in passes.off:
-        result, receipt = ready_convolutions(graph, passes.weights, passes.fold_weights, matcher.dependencies)
+        result, receipt = ready_convolutions(graph, passes.weights, matcher.dependencies)
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
+    if BATCH_NORM not in passes.off:
+        graph = became(BATCH_NORM, pointwise_norms(graph))
+        matcher = matcher.on(graph)
     if DIMENSION_ORDER not in passes.off:
         graph = became(DIMENSION_ORDER, follow_memory(graph))
         matcher = matcher.on(graph)
@@ -178,6 +182,7 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
             ROUNDINGS,
             PARALLEL_LINEAR,
             READY_CONVOLUTION,
+            BATCH_NORM,
             DIMENSION_ORDER,
             *DECODE,
             *(item.name for item in patterns),

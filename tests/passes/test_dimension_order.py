@@ -84,6 +84,38 @@ def test_other_ops_stay_as_they_are(program):
     assert [node.op_type for node in after.nodes].count("aten.permute.default") == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4)])
+def test_a_batch_norm_with_channels_anywhere(shape, dtype):
+    norm = torch.nn.BatchNorm1d(shape[1]) if len(shape) < 4 else torch.nn.BatchNorm2d(shape[1])
+    norm = norm.eval().requires_grad_(False).to(dtype)
+    for index, statistic in enumerate(norm.state_dict().values()):
+        if statistic.is_floating_point():
+            statistic.copy_(laid((shape[1],), (0,), index).abs() + 0.5)
+
+    def program(x, y):
+        return F.relu(norm(x) + y)
+
+    for order in orders(shape) if len(shape) > 2 else [(1, 0), (0, 1)]:
+        x, y = laid(shape, order).to(dtype), laid(shape, order, 1).to(dtype)
+        graph, _ = recorded(program, x, y)
+        want = program(x, y)
+        fused, unfused = fuse(graph, FusionConfig(profile="always")), fuse(graph, FusionConfig(enable_fusion=False))
+        assert torch.equal(unfused(x, y), want)
+        if min(shape) > 1:  # the strides of single elements differ from op to op
+            assert [region.kind for region in fused.regions] == ["pointwise"]
+        got, exact = fused(x, y), F.relu(F.batch_norm(x.double(), *_doubles(norm), eps=norm.eps) + y.double())
+        assert got.stride() == want.stride()
+        eps = torch.finfo(dtype).eps
+        assert (
+            ((got - exact).abs() <= (want - exact).abs().amax() + eps * (1 + exact.abs())).all() if x.numel() else True
+        )
+
+
+def _doubles(norm):
+    return [getattr(norm, name).double() for name in ("running_mean", "running_var", "weight", "bias")]
+
+
 @pytest.mark.parametrize(
     ("off", "regions"),
     [
