@@ -31,7 +31,11 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OWN = frozenset({"accelerated", "generate", "forward"})  # what `accelerate` puts on a model; the last two if ours
+AROUND = "torch"  # the path of what lies around all modules
+# What `accelerate` puts on a model; the methods where they are ours.
+_OWN = frozenset({"accelerated", "generate", "forward", "_prepare_cache_for_generation"})
+# Where transformers collects hidden states, and leaves hooks behind that do nothing until it does so again.
+_COLLECTING = "transformers.utils.output_capturing"
 _SEEN_APART = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
 _SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})  # most of what there is
 
@@ -111,7 +115,7 @@ class Observer:
             for name, tensor in table.items():
                 add(name, tensor)
         for name in _HOOKS:
-            hooks = held.get(name)
+            hooks = [hook for hook in (held.get(name) or {}).values() if getattr(hook, "__module__", "") != _COLLECTING]
             if hooks:
                 add.inside(name, hooks)
                 add.state.hooked = add.state.hooked or add.path or type(module).__name__
@@ -136,7 +140,7 @@ class Observer:
         hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         if any(hooks):
             state.hooked = state.hooked or "all modules"
-        add = _Adder(state, [], set(), "torch")
+        add = _Adder(state, [], set(), AROUND)
         add("default dtype", torch.get_default_dtype())
         add("default device", torch.get_default_device())
 
