@@ -24,6 +24,7 @@ from graph_capture.runtime.account.bisect import Bisection, bisect
 from graph_capture.runtime.account.dump import dump
 from graph_capture.runtime.account.explain import Explanation, Why, explain, why
 from graph_capture.runtime.account.sample import check_sample
+from graph_capture.runtime.account.trace import trace
 from graph_capture.runtime.account.verify import Verification, verify
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import BoundLibrary, Constants, LibraryKernel
@@ -301,6 +302,28 @@ class FusedGraph:
             CaptureError: the folder holds something else, or cannot be written.
         """
         return dump(self.program, folder, self.plan, self.cuda_graphs)
+
+    def trace(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Replay once on these arguments, and write what ran when as JSON for Perfetto or ``chrome://tracing``.
+
+        Each region and each other step is an event by name, with module, line, shapes and bytes; inside lie torch's
+        ops and, on CUDA, the kernels (launched one by one: a CUDA graph hides what they belong to). The bytes of the
+        arena that are in use are a counter.
+
+        Returns:
+            What the call returns. Writes of the graph happen once, as in any replay.
+
+        Raises:
+            SignatureMismatchError, DataDependentError: as `__call__`.
+            CaptureError: the file cannot be written.
+        """
+        self._settle()
+        call = self.recorded.bind(args, kwargs)
+        if self.plan is None:  # a plan is made of what a first run shows
+            with self.recorded.undone([*call.tensors, *self.recorded.captured.values()]):
+                self.recorded.replay(call, self._execute)
+        plan, steps = self.plan, self._replay.executor.steps
+        return trace(self.program, path, lambda: self.recorded.replay(call, self._execute), plan, steps)
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.

@@ -15,9 +15,9 @@ from graph_capture.ir.interpreter import Executor, Step
 from graph_capture.ir.layouts import copy_into
 from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
-from graph_capture.runtime.replay.arena import Arena, Lifetime, live_peak
+from graph_capture.runtime.replay.arena import Arena, Lifetime, live_bytes
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
-from graph_capture.runtime.replay.script import Ref, Script
+from graph_capture.runtime.replay.script import Place, Ref, Script
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
 CONSTANT = 2**20  # bytes of what depends on nothing and is kept
@@ -56,6 +56,7 @@ class Builder(Script):
             for index, step in enumerate(executor.steps)
             for slot in (*step.reads, *step.fills)
         } | dict.fromkeys(returned, len(executor.steps))
+        self.live_bytes: dict[torch.device, Sequence[int]] = {}
         self.peak_bytes: dict[torch.device, int] = {}
         self.eager_bytes: dict[torch.device, int] = {}
         self.arenas: dict[torch.device, Arena] = {}
@@ -70,7 +71,7 @@ class Builder(Script):
         self._buffers = self._place()
         self._copy_arguments()
         for index, (step, form) in enumerate(zip(executor.steps, first_run.forms, strict=True)):
-            self.label, self.doing = step.label, _described(step)
+            self.place = Place(index, _described(step), step.label)
             self._step(index, step, form)
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
         self.results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]
@@ -111,7 +112,8 @@ class Builder(Script):
             ]
             arena = self._arena(device)
             placed = arena.place(lives, ALIGNMENT[device.type])
-            self.peak_bytes[device], self.eager_bytes[device] = placed.peak, live_peak(lives)
+            self.live_bytes[device] = live_bytes(lives)
+            self.peak_bytes[device], self.eager_bytes[device] = placed.peak, max(self.live_bytes[device])
             self.arenas[device] = arena
             for number, group, offset in zip(numbers, groups, placed.offsets, strict=True):
                 buffers[number] = strided(self._value(group.root), *arena.at(offset))
