@@ -20,7 +20,7 @@ from graph_capture.ir.convolutions import lies_last
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.layouts import is_contiguous
-from graph_capture.ir.ops import FUSED
+from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import MemoryUse
 from graph_capture.passes.flow import Dependencies
@@ -69,6 +69,52 @@ def ready_convolutions(
     return laid, tally.receipt()
 
 
+def biases_apart(graph: SubGraph) -> SubGraph:
+    """`graph` with a convolution's bias as an op behind it where a kernel may add it on the way.
+
+    On a GPU in half precision, that is, where the library adds it in a pass of its own too, after rounding.
+    """
+    nodes: list[OpNode] = []
+    values = dict(graph.values)
+    for node in graph.nodes:
+        bias = arguments(node).get("bias") if node.op_type == CONVOLUTION else None
+        meta = values[node.outputs[0]] if isinstance(bias, Arg) else None
+        if meta is None or meta.device.type != "cuda" or meta.dtype.itemsize != 2 or not _grown(graph, node.outputs[0]):
+            nodes.append(node)
+            continue
+        assert isinstance(bias, Arg)
+        made = f"{node.outputs[0]}_unbiased"
+        values[made] = meta._replace(storage=-1)
+        rest = tuple(name for position, name in enumerate(node.inputs) if position != bias.index)
+        view = _channels(node.inputs[bias.index], len(meta.shape) - 2, nodes, values)
+        attrs = {name: value for name, value in node.attrs if name != "bias"}
+        nodes.append(OpNode(CONVOLUTION, rest, (made,), _pairs(**attrs, bias=None), node.source))
+        nodes.append(OpNode("add", (made, view), node.outputs, (), node.source))
+    changed = len(values) > len(graph.values)
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values) if changed else graph
+
+
+def _grown(graph: SubGraph, name: str) -> bool:
+    """Whether a pointwise or row op reads the value, or a view of it."""
+    users = [graph.nodes[user] for user in graph.users.get(name, ())]
+    kinds = {id(user): op(user.op_type).kind for user in users}
+    return any(
+        kinds[id(user)] in (Kind.POINTWISE, Kind.ROW)
+        or (kinds[id(user)] is Kind.VIEW and any(_grown(graph, view) for view in user.outputs))
+        for user in users
+    )
+
+
+def _channels(name: str, behind: int, nodes: list[OpNode], values: dict[str, TensorMeta]) -> str:
+    """A vector over channels as a view [C, 1, ...] with so many dimensions behind them."""
+    view = f"{name}_channels{behind}"
+    if view not in values:
+        meta, ones = values[name], (1,) * behind
+        values[view] = meta._replace(shape=meta.shape + ones, stride=meta.stride + ones)
+        nodes.append(OpNode("aten.view.default", (name,), (view,), (("size", meta.shape + ones),)))
+    return view
+
+
 def pointwise_norms(graph: SubGraph) -> SubGraph:
     """`graph` with batch norms in evaluation as the pointwise op, over statistics that are views [C, 1, ...]."""
     nodes: list[OpNode] = []
@@ -77,17 +123,12 @@ def pointwise_norms(graph: SubGraph) -> SubGraph:
         if node.op_type != NORM or not _evaluates(graph, node):
             nodes.append(node)
             continue
-        given, behind = arguments(node), (1,) * (len(values[node.inputs[0]].shape) - 2)
+        given, behind = arguments(node), len(values[node.inputs[0]].shape) - 2
         operands = {"input": node.inputs[0]}
         for name, parameter in _STATISTICS.items():
-            if isinstance(given.get(parameter), Arg):
-                whole = node.inputs[given[parameter].index]
-                operands[name] = view = f"{whole}_channels{len(behind)}"
-                if view not in values:
-                    meta = values[whole]
-                    values[view] = meta._replace(shape=meta.shape + behind, stride=meta.stride + (1,) * len(behind))
-                    size = (("size", meta.shape + behind),)
-                    nodes.append(OpNode("aten.view.default", (whole,), (view,), size, node.source))
+            place = given.get(parameter)
+            if isinstance(place, Arg):
+                operands[name] = _channels(node.inputs[place.index], behind, nodes, values)
         missing = {name: None for name in ("weight", "bias") if name not in operands}
         attrs = _pairs(**missing, eps=given["eps"])
         nodes.append(OpNode("batch_norm", tuple(operands.values()), node.outputs[:1], attrs, node.source))

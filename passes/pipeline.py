@@ -12,7 +12,7 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
-from graph_capture.passes.convolutions import pointwise_norms, ready_convolutions
+from graph_capture.passes.convolutions import biases_apart, pointwise_norms, ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.dimension_order import RULE as DIMENSION_ORDER
 from graph_capture.passes.dimension_order import follow_memory
@@ -132,6 +132,8 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         matcher = matcher.on(graph)
         receipts.append(receipt)
     if READY_CONVOLUTION not in passes.off:
+        graph = became("biases apart", biases_apart(graph))
+        matcher = matcher.on(graph)
         result, receipt = ready_convolutions(graph, passes.weights, matcher.dependencies)
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)

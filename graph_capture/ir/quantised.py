@@ -71,7 +71,9 @@ class Format:
             CaptureError: blocks do not divide it.
         """
         if inner % self.size:
-            raise CaptureError(f"a row of {inner} weights is not blocks of {self.size}, as {self.name} has; use another")
+            raise CaptureError(
+                f"a row of {inner} weights is not blocks of {self.size}, as {self.name} has; use another"
+            )
         return inner // self.size * self.bytes
 
     def inner(self, row_bytes: int) -> int:

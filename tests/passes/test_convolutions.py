@@ -2,16 +2,19 @@
 
 import dataclasses
 import logging
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from graph_capture import FusionConfig, capture, fuse, load
+from graph_capture import FusionConfig, capture, fuse, load, record
 from graph_capture.ir import convolutions
+from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.numerics import distance
 from graph_capture.ir.ops import TABLE, op
-from graph_capture.passes.convolutions import RULE
+from graph_capture.passes.convolutions import RULE, biases_apart
 from tests.beside_eager import beside_eager
 from tests.replaying import graph_of, noise
 
@@ -346,3 +349,22 @@ def test_a_saved_graph_makes_its_weights_ready_again(tmp_path):
     ]
     for _ in range(3):
         assert torch.equal(loaded(X), want)
+
+
+def test_a_bias_is_added_on_the_way_on_a_gpu():
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 8, 3).eval().requires_grad_(False).bfloat16()
+    x = torch.randn(2, 3, 6, 6).bfloat16()
+    with record(x) as recording:
+        ones = torch.ones(128, 1).bfloat16()
+        recording.output((torch.relu(convolution(x)) + 1, convolution(x).flatten(1) @ ones))
+    graph = recording.graph.subgraph
+    assert biases_apart(graph) is graph  # on a CPU the library adds it while it multiplies
+    values = {name: meta._replace(device=torch.device("cuda")) for name, meta in graph.values.items()}
+    apart = biases_apart(SubGraph(graph.nodes, graph.input_names, graph.output_names, values))
+    before, after = (Counter(node.op_type for node in each.nodes) for each in (graph, apart))
+    assert after - before == Counter({"aten.view.default": 1, "add": 1})
+    given = [x, *recording.graph.captured.values()]
+    for got, want in zip(interpret(apart, given), interpret(graph, given), strict=True):
+        torch.testing.assert_close(got, want)
+        assert got.stride() == want.stride()
