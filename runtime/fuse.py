@@ -74,6 +74,13 @@ class FusionScheduler:
 
     def analyze(self, graph: RecordedGraph) -> FusedGraph:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
+        self.heuristics.weights = graph.captured
+        try:
+            return self._analyzed(graph)
+        finally:
+            self.heuristics.weights = {}
+
+    def _analyzed(self, graph: RecordedGraph) -> FusedGraph:
         config = self.config
         if not config.enable_fusion:
             return dumped(FusedGraph(Program(graph, unchanged(graph.subgraph), (), config), self._memory))
@@ -316,7 +323,7 @@ def decide_region(heuristics: FusionHeuristics, region: Region, libraries: Seque
     metas = dict(zip(region.body.input_names, layouts, strict=True))
     executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
     ops = _weight(node, heuristics.config.min_nodes_for_fusion)
-    tensors = functools.partial(example_inputs, node.inputs, region.values)
+    tensors = functools.partial(example_inputs, node.inputs, region.values, weights=heuristics.weights)
     decision, kernel = heuristics.decide(region.body, metas, tensors, executor.run, ops, libraries)
     return replace(region, decision=decision, kernel=kernel)
 

@@ -26,6 +26,7 @@ from graph_capture.runtime.account.explain import Explanation, Why, explain, why
 from graph_capture.runtime.account.sample import check_sample
 from graph_capture.runtime.account.trace import trace
 from graph_capture.runtime.account.verify import Verification, verify
+from graph_capture.runtime.account.view import card, view
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import BoundLibrary, Constants, LibraryKernel
 from graph_capture.runtime.program import Program
@@ -302,6 +303,29 @@ class FusedGraph:
             CaptureError: the folder holds something else, or cannot be written.
         """
         return dump(self.program, folder, self.plan, self.cuda_graphs)
+
+    def view(self, path: str | os.PathLike[str], *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
+        """Write one page of HTML, for a browser without a network: each stage of the rewriting as a graph of modules.
+
+        Each op and region says its shapes, bytes, times, decision, near misses, source line and kernel source.
+
+        Args:
+            path: the file; it is replaced.
+            args, kwargs: a call, as for `verify`; with it, the page also gives the error of each kernel.
+            title: of the page.
+
+        Returns:
+            The file.
+
+        Raises:
+            SignatureMismatchError: as `__call__`.
+            CaptureError: the file cannot be written.
+        """
+        checked = self.verify(*args, **kwargs) if args or kwargs else None
+        return view(self.program, path, title, self.plan, self.cuda_graphs, checked)
+
+    def _repr_html_(self) -> str:
+        return card(self.program)
 
     def trace(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Replay once on these arguments, and write what ran when as JSON for Perfetto or ``chrome://tracing``.

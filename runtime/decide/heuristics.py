@@ -52,6 +52,7 @@ class FusionHeuristics:
         cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
         self.compiler = compiler or KernelCompiler(self.config.target, cache, self.config.op_library)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
+        self.weights: Mapping[str, torch.Tensor] = {}  # of the graph that is analysed: what is measured may read them
         self._measured: dict[str, Decision] = {}
         self._doubted: dict[str, tuple[Times, float]] = {}  # what a busy machine gave, and when
 

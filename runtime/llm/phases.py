@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,6 +163,8 @@ class Steps:
             self._give_up(key, error)
             if result is None:  # it stopped half-way; it writes the slots again, and counts at its end
                 result = step(*inputs, kind=key.kind)
+        finally:
+            _give_back()
         return result
 
     def record_apart(self, key: Key, wanted: Wanted, place: Callable[[int], object]) -> bool:
@@ -178,6 +182,7 @@ class Steps:
             self._progress(f"finding, compiling and timing the fusions of {name}")
             with self._recording():
                 phase = Phase(name, self._scheduler.analyze(recording.graph))
+            _give_back()
             for filled in (wanted.filled, wanted.filled + 1):  # watched, then planned or captured
                 place(filled)
                 phase.seconds = _timed(phase, inputs)
@@ -185,6 +190,8 @@ class Steps:
         except CaptureError as error:
             self._give_up(key, error)
             return False
+        finally:
+            _give_back()
         return True
 
     def seconds(self, key: Key, inputs: Sequence[torch.Tensor] = ()) -> float:
@@ -199,6 +206,13 @@ class Steps:
         name = key.named(self._batch)
         log.warning("%s runs as it is, uncaptured: %s", name, error)
         self.phases[key] = Phase(name, None, f"{type(error).__name__}: {error}")
+
+
+def _give_back() -> None:
+    """Return what recording and analysing took for a while, which Python and the C library would keep."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _timed(phase: Phase, inputs: Sequence[torch.Tensor]) -> float:

@@ -16,7 +16,7 @@ from graph_capture.codegen.launches import Chain
 from graph_capture.ir.interpreter import Executor
 from graph_capture.runtime.replay.first_run import FirstRun
 from graph_capture.runtime.replay.planner import Arenas, Builder
-from graph_capture.runtime.replay.script import Place
+from graph_capture.runtime.replay.script import Scope
 
 
 class Plan:
@@ -78,7 +78,7 @@ class Plan:
         return [*(value for value in values if not isinstance(value, Chain)), *scratch]
 
     @property
-    def scopes(self) -> list[Place]:
+    def scopes(self) -> list[Scope]:
         """What each scope that a profiler sees of `traced` belongs to, in order."""
         return self._builder.scopes
 

@@ -17,7 +17,7 @@ from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Arena, Lifetime, live_bytes
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
-from graph_capture.runtime.replay.script import Place, Ref, Script
+from graph_capture.runtime.replay.script import Scope, Ref, Script
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
 CONSTANT = 2**20  # bytes of what depends on nothing and is kept
@@ -73,7 +73,7 @@ class Builder(Script):
         self._buffers = self._place()
         self._copy_arguments()
         for index, (step, form) in enumerate(zip(executor.steps, first_run.forms, strict=True)):
-            self.place = Place(index, _described(step), step.label)
+            self.place = Scope(index, _described(step), step.label)
             self._step(index, step, form)
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
         self.results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]

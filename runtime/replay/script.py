@@ -23,7 +23,7 @@ class Ref(str):
     """A variable of the plan."""
 
 
-class Place(NamedTuple):
+class Scope(NamedTuple):
     """What lines of a plan belong to: a step, in words, and the region that it is a part of, or ""."""
 
     step: int = -1
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 class Kernel:
     """A kernel that the plan calls: whose it is, its operands, and the two together where these never change."""
 
-    place: Place
+    place: Scope
     kernel: Prepares
     inputs: tuple[Ref, ...]
     outputs: tuple[Ref, ...]
@@ -60,13 +60,13 @@ class Script:
 
     def __init__(self) -> None:
         self.namespace: dict[str, Any] = {"flat": flatten_outputs, "region": torch.profiler.record_function}
-        self.place = Place()
+        self.place = Scope()
         self.places: list[str] = []
-        self.scopes: list[Place] = []
+        self.scopes: list[Scope] = []
         self.arguments: list[Ref] = []
         self.results: list[str] = []
         self._names = {"flat", "region", "replay"}
-        self._lines: list[tuple[Place, str] | list[Kernel]] = []  # a line, or kernels in a row
+        self._lines: list[tuple[Scope, str] | list[Kernel]] = []  # a line, or kernels in a row
         self._pending: list[Kernel] = []  # that the next kernel joins
         self._dead: list[Ref] = []
         self._functions: dict[int, Ref] = {}
@@ -83,7 +83,7 @@ class Script:
             elif traced:
                 found = [(kernel.place, self._chained([kernel])) for kernel in entry]
             else:
-                found = [(Place(), self._chained(entry))]
+                found = [(Scope(), self._chained(entry))]
             for place, line in found:
                 if traced and place.step >= 0 and scope != (place.label or place.step):
                     lines.append(f"    with region({place.name!r}):")
