@@ -54,6 +54,13 @@ def is_library(node: OpNode) -> bool:
     return len(node.recorded) > 1 and not node.op_type.startswith(FUSED) and op(node.op_type).library
 
 
+def stands_alone(graph: SubGraph, node: OpNode) -> bool:
+    """Whether an op is worth a kernel without anything else: a product of few rows, and on a GPU a norm or a softmax,
+    for which the library has kernels of any length alone."""
+    kind, meta = op(node.op_type).kind, graph.values.get(node.outputs[0])
+    return kind is Kind.OPAQUE or (kind is Kind.ROW and meta is not None and meta.device.type == "cuda")
+
+
 def saved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
     """Bytes of memory traffic that one kernel in the place of `nodes` avoids."""
     before = sum(moved_bytes(graph, [index]) for index in nodes)

@@ -21,7 +21,7 @@ from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.match import Matcher
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
-from graph_capture.passes.region_bodies import is_composed, is_library, region_body, saved_bytes
+from graph_capture.passes.region_bodies import is_composed, is_library, region_body, saved_bytes, stands_alone
 from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.rewrite import (
     Contraction,
@@ -187,10 +187,10 @@ class _Finder:
         return sum(len(self.graph.nodes[index].recorded) for index in nodes)
 
     def _least(self, nodes: Sequence[int]) -> int:
-        """Of how many recorded ops a region of these must be; a row op is worth a kernel of its own on a GPU."""
+        """Of how many recorded ops a region of these must be."""
         first = self.graph.nodes[nodes[0]]
-        alone = len(nodes) == 1 and op(first.op_type).kind is Kind.ROW
-        return 1 if alone and self.graph.values[first.outputs[0]].device.type == "cuda" else self.bounds[0]
+        row = op(first.op_type).kind is Kind.ROW
+        return 1 if len(nodes) == 1 and row and stands_alone(self.graph, first) else self.bounds[0]
 
     def _no_kernel(self, nodes: Sequence[int]) -> str | None:
         """Why `nodes` cannot be a kernel, however few they are."""
