@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 LATEST := .venv-latest
 
-.PHONY: help demo test test-latest real lint typecheck sanitize aarch64 clean fuzz fuzz-files attacks
+.PHONY: help demo test test-latest real lint page docs typecheck sanitize aarch64 clean fuzz fuzz-files attacks
 
 help:
 	@echo "make demo   record, fuse, check and replay a Llama"
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz-files  3,000 mutants of saved graphs under sanitizers"
 	@echo "make attacks  killed processes, a full disk, threads, many replays"
 	@echo "make aarch64  the generated C on an emulated aarch64"
+	@echo "make page   the libraries that fused.view draws with, bundled anew (needs npm)"
 	@echo "make clean  remove .venv and what was built"
 
 # Constraints hold in pip's isolated build environments too.
@@ -61,11 +62,15 @@ SECONDS := 600
 fuzz: $(STAMP)
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(SECONDS)
 
-# Mutants of saved graphs: each is refused, or replays without a step beyond memory.
+# Mutants of saved graphs: each is refused, or replays without a step beyond memory. What wants more memory than a graph may get is an
+# error of torch's, as it is where there is no more. `FIRST` is the mutant to begin with.
+MUTANTS := 3000
+FIRST := 0
 fuzz-files: $(STAMP)
 	@CC=gcc GRAPH_CAPTURE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutants 3000
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutants $(MUTANTS) $(FIRST)
 
 attacks: $(STAMP)
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.fuzz.attacks
@@ -75,6 +80,14 @@ EMULATED := $(filter-out tests/codegen/test_c_target.py tests/codegen/test_c_lib
 aarch64: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "unicorn>=2.1"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -q -p tests.emulation $(EMULATED) -k "not ninetoothed and not machine_code"
+
+# Cytoscape.js and dagre as one file, with their licences: what package-lock.json pins.
+PAGE := runtime/account/page
+page:
+	@cd $(PAGE) && npm ci --silent --ignore-scripts && npx esbuild vendor.entry.js --bundle --minify --format=iife --legal-comments=none --log-level=warning --outfile=vendor.js
+	@cd $(PAGE) && for name in cytoscape @dagrejs/dagre @dagrejs/graphlib; do \
+		echo "== $$name $$(node -p "require('./node_modules/$$name/package.json').version")"; echo; cat node_modules/$$name/LICENSE; echo; done > vendor.LICENSE.txt
+	@rm -rf $(PAGE)/node_modules
 
 lint: $(STAMP) typecheck
 	@$(BIN)/ruff check --quiet .

@@ -30,7 +30,7 @@ from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import product_of
 from graph_capture.passes.pipeline import unchanged
-from graph_capture.passes.regions import is_composed, is_library
+from graph_capture.passes.region_bodies import is_composed, is_library, rounded_outputs
 from graph_capture.passes.rewrite import inline, values_of
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.account.dump import VARIABLE as DUMP
@@ -280,6 +280,7 @@ class _RegionDecider:
             max_nodes=self.passes.max_nodes,
             min_nodes=self.passes.min_nodes,
             off=self.passes.off | tried,
+            told=rounded_outputs(node),
         )
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 

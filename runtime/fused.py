@@ -24,7 +24,9 @@ from graph_capture.runtime.account.bisect import Bisection, bisect
 from graph_capture.runtime.account.dump import dump
 from graph_capture.runtime.account.explain import Explanation, Why, explain, why
 from graph_capture.runtime.account.sample import check_sample
+from graph_capture.runtime.account.trace import trace
 from graph_capture.runtime.account.verify import Verification, verify
+from graph_capture.runtime.account.view import card, view
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.library import BoundLibrary, Constants, LibraryKernel
 from graph_capture.runtime.program import Program
@@ -301,6 +303,51 @@ class FusedGraph:
             CaptureError: the folder holds something else, or cannot be written.
         """
         return dump(self.program, folder, self.plan, self.cuda_graphs)
+
+    def view(self, path: str | os.PathLike[str], *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
+        """Write one page of HTML, for a browser without a network: each stage of the rewriting as a graph of modules.
+
+        Each op and region says its shapes, bytes, times, decision, near misses, source line and kernel source.
+
+        Args:
+            path: the file; it is replaced.
+            args, kwargs: a call, as for `verify`; with it, the page also gives the error of each kernel.
+            title: of the page.
+
+        Returns:
+            The file.
+
+        Raises:
+            SignatureMismatchError: as `__call__`.
+            CaptureError: the file cannot be written.
+        """
+        checked = self.verify(*args, **kwargs) if args or kwargs else None
+        return view(self.program, path, title, self.plan, self.cuda_graphs, checked)
+
+    def _repr_html_(self) -> str:
+        return card(self.program)
+
+    def trace(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Replay once on these arguments, and write what ran when as JSON for Perfetto or ``chrome://tracing``.
+
+        Each region and each other step is an event by name, with module, line, shapes and bytes; inside lie torch's
+        ops and, on CUDA, the kernels (launched one by one: a CUDA graph hides what they belong to). The bytes of the
+        arena that are in use are a counter.
+
+        Returns:
+            What the call returns. Writes of the graph happen once, as in any replay.
+
+        Raises:
+            SignatureMismatchError, DataDependentError: as `__call__`.
+            CaptureError: the file cannot be written.
+        """
+        self._settle()
+        call = self.recorded.bind(args, kwargs)
+        if self.plan is None:  # a plan is made of what a first run shows
+            with self.recorded.undone([*call.tensors, *self.recorded.captured.values()]):
+                self.recorded.replay(call, self._execute)
+        plan, steps = self.plan, self._replay.executor.steps
+        return trace(self.program, path, lambda: self.recorded.replay(call, self._execute), plan, steps)
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.

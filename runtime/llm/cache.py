@@ -73,7 +73,8 @@ class SlotLayer(StaticLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """In place: the recorded steps know the memory."""
         for held in (self.keys, self.values):
-            held.copy_(held.index_select(0, beam_idx))
+            if held is not None:  # a layer of another kind may never have come to it
+                held.copy_(held.index_select(0, beam_idx))
 
 
 _STATES: Any = getattr(cache_utils, "LinearAttentionLayer", object)  # since transformers 5.3 or so

@@ -84,7 +84,7 @@ class Arena:
 
 def live_peak(lifetimes: Sequence[Lifetime]) -> int:
     """The most bytes in use at one step: no placement can do with less."""
-    return max(_live(lifetimes), default=0)
+    return max(live_bytes(lifetimes), default=0)
 
 
 def place(lifetimes: Sequence[Lifetime], alignment: int = 64, walls: Sequence[int] = ()) -> Placement:
@@ -161,7 +161,7 @@ def _greedy(lifetimes: Sequence[Lifetime], order: Sequence[int], walls: Sequence
     return Placement(tuple(offsets), peak)
 
 
-def _live(lifetimes: Sequence[Lifetime]) -> list[int]:
+def live_bytes(lifetimes: Sequence[Lifetime]) -> list[int]:
     """Bytes in use at each step."""
     steps = max((life.last for life in lifetimes), default=-1) + 1
     change = [0] * (steps + 1)

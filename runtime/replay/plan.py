@@ -16,6 +16,7 @@ from graph_capture.codegen.launches import Chain
 from graph_capture.ir.interpreter import Executor
 from graph_capture.runtime.replay.first_run import FirstRun
 from graph_capture.runtime.replay.planner import Arenas, Builder
+from graph_capture.runtime.replay.script import Scope
 
 
 class Plan:
@@ -27,11 +28,13 @@ class Plan:
         static: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
         arena: gives the arena of a device.
         keep_outputs: results get memory of their own; otherwise they lie in buffers of the plan, until the next replay.
+        captured: it runs once, to be captured: what Python does costs nothing then, and copies do.
 
     Attributes:
         function: takes a tensor for each other input, in order, and returns the outputs.
         source: the function as Python.
         peak_bytes: what intermediate values take of the arena, by device.
+        live_bytes: and at each step.
         eager_bytes: what the same values take at most, where each is allocated for as long as it lives.
         arenas: where they lie, by device; other plans share them.
         counts: what became of how many steps.
@@ -49,9 +52,10 @@ class Plan:
         static: Mapping[int, torch.Tensor],
         arena: Arenas,
         keep_outputs: bool,
+        captured: bool = False,
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._builder = Builder(executor, first_run, static, arena, keep_outputs)
+            self._builder = Builder(executor, first_run, static, arena, keep_outputs, captured)
         self.counts, self.lent, self.lent_bytes = self._builder.counts, self._builder.lent, self._builder.lent_bytes
         self.writes, self.arenas = first_run.writes, self._builder.arenas
         self.cuda = sorted({v.device for v in first_run.values if v is not None and v.device.type == "cuda"}, key=str)
@@ -60,6 +64,7 @@ class Plan:
             i for i, v in enumerate(dynamic) if v is not None and first_run.groups[v.group].written
         )
         self.peak_bytes, self.eager_bytes = self._builder.peak_bytes, self._builder.eager_bytes
+        self.live_bytes = self._builder.live_bytes
         self.source = self._builder.text(traced=False)
         self._doing = self._builder.places
         self.function = self._builder.compiled(self.source)
@@ -73,8 +78,13 @@ class Plan:
         return [*(value for value in values if not isinstance(value, Chain)), *scratch]
 
     @property
+    def scopes(self) -> list[Scope]:
+        """What each scope that a profiler sees of `traced` belongs to, in order."""
+        return self._builder.scopes
+
+    @property
     def traced(self) -> Callable[..., list[torch.Tensor]]:
-        """`function`, with each region under its name for a profiler."""
+        """`function`, with each region, and each other step, under its name for a profiler."""
         if self._traced is None:
             self._traced = self._builder.compiled(self._builder.text(traced=True))
         return self._traced

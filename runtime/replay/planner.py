@@ -15,9 +15,9 @@ from graph_capture.ir.interpreter import Executor, Step
 from graph_capture.ir.layouts import copy_into
 from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
-from graph_capture.runtime.replay.arena import Arena, Lifetime, live_peak
+from graph_capture.runtime.replay.arena import Arena, Lifetime, live_bytes
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
-from graph_capture.runtime.replay.script import Ref, Script
+from graph_capture.runtime.replay.script import Ref, Scope, Script
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
 CONSTANT = 2**20  # bytes of what depends on nothing and is kept
@@ -36,8 +36,10 @@ class Builder(Script):
         static: Mapping[int, torch.Tensor],
         arena: Arenas,
         keep_outputs: bool,
+        captured: bool,
     ) -> None:
         super().__init__()
+        self._captured = captured
         self._executor, self._first_run, self._arena = executor, first_run, arena
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
@@ -56,6 +58,7 @@ class Builder(Script):
             for index, step in enumerate(executor.steps)
             for slot in (*step.reads, *step.fills)
         } | dict.fromkeys(returned, len(executor.steps))
+        self.live_bytes: dict[torch.device, Sequence[int]] = {}
         self.peak_bytes: dict[torch.device, int] = {}
         self.eager_bytes: dict[torch.device, int] = {}
         self.arenas: dict[torch.device, Arena] = {}
@@ -70,7 +73,7 @@ class Builder(Script):
         self._buffers = self._place()
         self._copy_arguments()
         for index, (step, form) in enumerate(zip(executor.steps, first_run.forms, strict=True)):
-            self.label, self.doing = step.label, _described(step)
+            self.place = Scope(index, _described(step), step.label)
             self._step(index, step, form)
         planned = {slot for slot in executor.outputs if self._value(slot).group in self._buffers}
         self.results = [f"lend({self._refs[s]})" if s in planned else self._refs[s] for s in executor.outputs]
@@ -111,7 +114,8 @@ class Builder(Script):
             ]
             arena = self._arena(device)
             placed = arena.place(lives, ALIGNMENT[device.type])
-            self.peak_bytes[device], self.eager_bytes[device] = placed.peak, live_peak(lives)
+            self.live_bytes[device] = live_bytes(lives)
+            self.peak_bytes[device], self.eager_bytes[device] = placed.peak, max(self.live_bytes[device])
             self.arenas[device] = arena
             for number, group, offset in zip(numbers, groups, placed.offsets, strict=True):
                 buffers[number] = strided(self._value(group.root), *arena.at(offset))
@@ -119,7 +123,7 @@ class Builder(Script):
 
     def _worth_a_copy(self, number: int, form: CallForm) -> bool:
         """Whether copying an op's result costs less than following it to where it comes to lie at each replay."""
-        if not form.is_pure or form.result != "tensor":
+        if self._captured or not form.is_pure or form.result != "tensor":
             return False
         return 0 < self._first_run.groups[number].nbytes <= COPIED * self._saved[number]
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,24 @@ class Ref(str):
     """A variable of the plan."""
 
 
+class Scope(NamedTuple):
+    """What lines of a plan belong to: a step, in words, and the region that it is a part of, or ""."""
+
+    step: int = -1
+    doing: str = ""
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a profiler shows."""
+        return self.label or self.doing
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that the plan calls: its region or op, its operands, and the two together where these never change."""
+    """A kernel that the plan calls: whose it is, its operands, and the two together where these never change."""
 
-    label: str
+    place: Scope
     kernel: Prepares
     inputs: tuple[Ref, ...]
     outputs: tuple[Ref, ...]
@@ -39,43 +52,46 @@ class Script:
 
     Attributes:
         namespace: the globals.
-        label: the region whose lines come next, or "".
-        doing: what computes the next lines, in words.
-        places: `doing` of each line of the latest `text`.
+        place: what the next lines belong to.
+        places: what computes each line of the latest `text`, in words.
+        scopes: what each ``with`` of the latest `text` with `traced` belongs to.
         arguments, results: of the function.
     """
 
     def __init__(self) -> None:
         self.namespace: dict[str, Any] = {"flat": flatten_outputs, "region": torch.profiler.record_function}
-        self.label = self.doing = ""
+        self.place = Scope()
         self.places: list[str] = []
+        self.scopes: list[Scope] = []
         self.arguments: list[Ref] = []
         self.results: list[str] = []
         self._names = {"flat", "region", "replay"}
-        self._lines: list[tuple[str, str, str] | list[Kernel]] = []  # region, what, line; or kernels in a row
+        self._lines: list[tuple[Scope, str] | list[Kernel]] = []  # a line, or kernels in a row
         self._pending: list[Kernel] = []  # that the next kernel joins
         self._dead: list[Ref] = []
         self._functions: dict[int, Ref] = {}
 
     def text(self, traced: bool) -> str:
-        """The function as Python; with `traced`, each region under its name for a profiler."""
+        """The function as Python; with `traced`, each region, and each other step, under its name for a profiler."""
         self.flush()
         lines, self.places = [f"def replay({', '.join(self.arguments)}):"], [""]
-        label = ""
+        self.scopes = []
+        scope: str | int | None = None
         for entry in self._lines:
             if isinstance(entry, tuple):
                 found = [entry]
             elif traced:
-                found = [(kernel.label, "", self._chained([kernel])) for kernel in entry]
+                found = [(kernel.place, self._chained([kernel])) for kernel in entry]
             else:
-                found = [("", "", self._chained(entry))]
-            for region, doing, line in found:
-                if traced and region and region != label:
-                    lines.append(f"    with region({region!r}):")
+                found = [(Scope(), self._chained(entry))]
+            for place, line in found:
+                if traced and place.step >= 0 and scope != (place.label or place.step):
+                    lines.append(f"    with region({place.name!r}):")
                     self.places.append("")
-                label = region
-                lines.append(("        " if traced and region else "    ") + line)
-                self.places.append(doing)
+                    self.scopes.append(place)
+                    scope = place.label or place.step
+                lines.append(("    " if scope is None else "        ") + line)
+                self.places.append(place.doing)
         return "\n".join([*lines, f"    return [{', '.join(self.results)}]\n"])
 
     def compiled(self, source: str) -> Callable[..., list[torch.Tensor]]:
@@ -88,11 +104,11 @@ class Script:
     def line(self, text: str) -> None:
         """A line that comes after all before it."""
         self.flush()
-        self.aside(text)
+        self._lines.append((self.place, text))
 
     def aside(self, text: str) -> None:
         """A line that computes nothing, and may come before kernels that are pending."""
-        self._lines.append((self.label, self.doing, text))
+        self._lines.append((self.place._replace(step=-1), text))
 
     def launch(self, kernel: Prepares, inputs: Sequence[Ref], outputs: Sequence[Ref]) -> None:
         """A call of a kernel.
@@ -105,7 +121,7 @@ class Script:
             static = BoundKernel(
                 kernel, [self.namespace[name] for name in inputs], [self.namespace[name] for name in outputs]
             )
-        self._pending.append(Kernel(self.label or self.doing, kernel, tuple(inputs), tuple(outputs), static))
+        self._pending.append(Kernel(self.place, kernel, tuple(inputs), tuple(outputs), static))
 
     def drop(self, names: Sequence[Ref] = ()) -> None:
         """Delete variables that nothing needs any more; not before the kernels that read them have run."""

@@ -379,6 +379,19 @@ def test_warming_up_leaves_nothing_to_record():
         ours.warm_up(top_p=2.0)
 
 
+def test_linears_of_one_input_are_merged():
+    """The engine holds no weight's memory besides the model: merging would be refused."""
+    ours = engine()
+    for _ in range(3):
+        ours.generate(PROMPTS[0], max_new_tokens=COUNT)
+    (decode,) = [phase for phase in ours.session(1).phases.values() if phase.name.startswith("decode")]
+    merged = [region for region in decode.fused.regions if region.kind == "parallel_linear"]
+    assert len(merged) == ours.model.config.num_hidden_layers
+    assert all(region.decision.use for region in merged)
+    query, key = (getattr(ours.model.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj"))
+    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+
+
 def test_two_threads_take_turns():
     ours = engine()
     want = {seed: ours.generate(zoo.ids(5, seed=seed)[0].tolist(), max_new_tokens=10).tokens for seed in range(4)}
