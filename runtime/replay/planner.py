@@ -17,7 +17,7 @@ from graph_capture.ir.ops import EXTERNAL, op
 from graph_capture.log import log
 from graph_capture.runtime.replay.arena import Arena, Lifetime, live_bytes
 from graph_capture.runtime.replay.first_run import CallForm, FirstRun, SeenValue
-from graph_capture.runtime.replay.script import Scope, Ref, Script
+from graph_capture.runtime.replay.script import Ref, Scope, Script
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes, as torch's allocators align: kernels choose their way by it
 CONSTANT = 2**20  # bytes of what depends on nothing and is kept
