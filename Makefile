@@ -63,11 +63,15 @@ SECONDS := 600
 fuzz: $(STAMP)
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(SECONDS)
 
-# Mutants of saved graphs: each is refused, or replays without a step beyond memory.
+# Mutants of saved graphs: each is refused, or replays without a step beyond memory. What wants more memory than a graph may get is an
+# error of torch's, as it is where there is no more. `FIRST` is the mutant to begin with.
+MUTANTS := 3000
+FIRST := 0
 fuzz-files: $(STAMP)
 	@CC=gcc GRAPH_CAPTURE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutants 3000
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.mutants $(MUTANTS) $(FIRST)
 
 attacks: $(STAMP)
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.fuzz.attacks

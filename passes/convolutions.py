@@ -1,7 +1,8 @@
 """Convolutions with what their weights make ready once: the batch norm behind them folded in, and another layout.
 
 A norm is folded in float32 only: a folded weight is rounded once more, the same way at every place, and over a
-deep model in half precision that adds up to several times eager's error. With `fold_weights` it is folded there too.
+deep model in half precision that adds up to several times eager's error. What is not folded becomes the pointwise
+`batch_norm`, which is computed in float32 together with what follows it.
 
 Like merged linears, each is a region whose body begins with what depends on weights alone; the library runs the rest
 (see `graph_capture.runtime.library`), and does so where that measures faster than the recorded ops.
@@ -19,7 +20,7 @@ from graph_capture.ir.convolutions import lies_last
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.layouts import is_contiguous
-from graph_capture.ir.ops import FUSED
+from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import MemoryUse
 from graph_capture.passes.flow import Dependencies
@@ -31,13 +32,12 @@ CONVOLUTION, NORM = "aten.convolution.default", "aten.native_batch_norm.default"
 
 
 def ready_convolutions(
-    graph: SubGraph, weights: Collection[str], fold_halves: bool = False, dependencies: Dependencies | None = None
+    graph: SubGraph, weights: Collection[str], dependencies: Dependencies | None = None
 ) -> tuple[SubGraph, Receipt]:
     """`graph` with each convolution as a region, together with the batch norm behind it.
 
     Args:
         weights: inputs that are the same in every replay; only with these is something made ready.
-        fold_halves: fold norms in half precision too.
         dependencies: `graph`'s, if there are any.
     """
     tally = Tally(RULE)
@@ -48,8 +48,7 @@ def ready_convolutions(
     found: list[Contraction] = []
     for index in graph.by_op[CONVOLUTION]:
         tally.seen += 1
-        dtype = graph.values[graph.nodes[index].outputs[0]].dtype
-        folds = dtype is torch.float32 or (fold_halves and dtype in (torch.bfloat16, torch.float16))
+        folds = graph.values[graph.nodes[index].outputs[0]].dtype is torch.float32
         nodes = [index, *(_norm_behind(graph, index, weights, memory) if folds else ())]
         reason = _reason(graph, nodes, weights, memory) or dependencies.blocked(nodes)
         if reason is not None:
@@ -68,6 +67,88 @@ def ready_convolutions(
         return graph, tally.receipt()
     tally.matched = len(found) - len(dropped)
     return laid, tally.receipt()
+
+
+def biases_apart(graph: SubGraph) -> SubGraph:
+    """`graph` with a convolution's bias as an op behind it where a kernel may add it on the way.
+
+    On a GPU in half precision, that is, where the library adds it in a pass of its own too, after rounding.
+    """
+    nodes: list[OpNode] = []
+    values = dict(graph.values)
+    for node in graph.nodes:
+        bias = arguments(node).get("bias") if node.op_type == CONVOLUTION else None
+        meta = values[node.outputs[0]] if isinstance(bias, Arg) else None
+        if meta is None or meta.device.type != "cuda" or meta.dtype.itemsize != 2 or not _grown(graph, node.outputs[0]):
+            nodes.append(node)
+            continue
+        assert isinstance(bias, Arg)
+        made = f"{node.outputs[0]}_unbiased"
+        values[made] = meta._replace(storage=-1)
+        rest = tuple(name for position, name in enumerate(node.inputs) if position != bias.index)
+        view = _channels(node.inputs[bias.index], len(meta.shape) - 2, nodes, values)
+        attrs = {name: value for name, value in node.attrs if name != "bias"}
+        nodes.append(OpNode(CONVOLUTION, rest, (made,), _pairs(**attrs, bias=None), node.source))
+        nodes.append(OpNode("add", (made, view), node.outputs, (), node.source))
+    changed = len(values) > len(graph.values)
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values) if changed else graph
+
+
+def _grown(graph: SubGraph, name: str) -> bool:
+    """Whether a pointwise or row op reads the value, or a view of it."""
+    users = [graph.nodes[user] for user in graph.users.get(name, ())]
+    kinds = {id(user): op(user.op_type).kind for user in users}
+    return any(
+        kinds[id(user)] in (Kind.POINTWISE, Kind.ROW)
+        or (kinds[id(user)] is Kind.VIEW and any(_grown(graph, view) for view in user.outputs))
+        for user in users
+    )
+
+
+def _channels(name: str, behind: int, nodes: list[OpNode], values: dict[str, TensorMeta]) -> str:
+    """A vector over channels as a view [C, 1, ...] with so many dimensions behind them."""
+    view = f"{name}_channels{behind}"
+    if view not in values:
+        meta, ones = values[name], (1,) * behind
+        values[view] = meta._replace(shape=meta.shape + ones, stride=meta.stride + ones)
+        nodes.append(OpNode("aten.view.default", (name,), (view,), (("size", meta.shape + ones),)))
+    return view
+
+
+def pointwise_norms(graph: SubGraph) -> SubGraph:
+    """`graph` with batch norms in evaluation as the pointwise op, over statistics that are views [C, 1, ...]."""
+    nodes: list[OpNode] = []
+    values = dict(graph.values)
+    for node in graph.nodes:
+        if node.op_type != NORM or not _evaluates(graph, node):
+            nodes.append(node)
+            continue
+        given, behind = arguments(node), len(values[node.inputs[0]].shape) - 2
+        operands = {"input": node.inputs[0]}
+        for name, parameter in _STATISTICS.items():
+            place = given.get(parameter)
+            if isinstance(place, Arg):
+                operands[name] = _channels(node.inputs[place.index], behind, nodes, values)
+        missing = {name: None for name in ("weight", "bias") if name not in operands}
+        attrs = _pairs(**missing, eps=given["eps"])
+        nodes.append(OpNode("batch_norm", tuple(operands.values()), node.outputs[:1], attrs, node.source))
+    changed = len(values) > len(graph.values)
+    return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values) if changed else graph
+
+
+_STATISTICS = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
+
+
+def _evaluates(graph: SubGraph, norm: OpNode) -> bool:
+    """Whether a batch norm uses the statistics that it is given, and makes its first result alone, in its input's
+    dtype."""
+    given = arguments(norm)
+    statistics = [given.get("running_mean"), given.get("running_var")]
+    if norm.attr("training") is not False or not all(isinstance(value, Arg) for value in statistics):
+        return False
+    if any(graph.users.get(extra) or extra in graph.output_names for extra in norm.outputs[1:]):
+        return False
+    return graph.values[norm.outputs[0]].dtype is graph.values[norm.inputs[0]].dtype
 
 
 def relaid(graph: SubGraph) -> SubGraph | None:
@@ -134,15 +215,9 @@ def _norm_behind(graph: SubGraph, index: int, weights: Collection[str], memory: 
     if len(users) != 1 or graph.nodes[users[0]].op_type != NORM or not memory.private(name):
         return []
     norm = graph.nodes[users[0]]
-    given = arguments(norm)
-    statistics = [given.get("running_mean"), given.get("running_var")]
-    if norm.attr("training") is not False or norm.inputs[0] != name or not all(isinstance(s, Arg) for s in statistics):
+    if norm.inputs[0] != name or not _evaluates(graph, norm):
         return []
     if any(other not in weights or not memory.constant(other) for other in norm.inputs[1:]):
-        return []
-    if any(graph.users.get(extra) or extra in graph.output_names for extra in norm.outputs[1:]):
-        return []
-    if graph.values[norm.outputs[0]].dtype is not graph.values[name].dtype:
         return []
     return [users[0]]
 

@@ -12,8 +12,10 @@ from graph_capture.log import log
 from graph_capture.passes.canonicalize import apply_rules
 from graph_capture.passes.cleanup import CLEAN_UP, split_constants
 from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
-from graph_capture.passes.convolutions import ready_convolutions
+from graph_capture.passes.convolutions import biases_apart, pointwise_norms, ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
+from graph_capture.passes.dimension_order import RULE as DIMENSION_ORDER
+from graph_capture.passes.dimension_order import follow_memory
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
@@ -22,9 +24,12 @@ from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt
 from graph_capture.passes.regions import GROWN, Supports, find_regions
 from graph_capture.passes.registry import DEFAULT
+from graph_capture.passes.rounding import RULE as ROUNDINGS
+from graph_capture.passes.rounding import as_written
 from graph_capture.passes.spellings import ROUNDS
 
 CONSTANTS = "constants"
+BATCH_NORM = "batch_norm"
 
 
 @dataclass(frozen=True)
@@ -116,16 +121,29 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(f"spellings {number + 1}", result)
         matcher = matcher.on(graph)
         receipts = merged(receipts, made)
+    if ROUNDINGS not in passes.off:
+        result, receipt = as_written(graph)
+        graph = became(ROUNDINGS, result)
+        matcher = matcher.on(graph)
+        receipts.append(receipt)
     if PARALLEL_LINEAR not in passes.off:
         result, receipt = merge_linears(graph, passes.weights, matcher.dependencies)
         graph = became(PARALLEL_LINEAR, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
     if READY_CONVOLUTION not in passes.off:
-        result, receipt = ready_convolutions(graph, passes.weights, passes.fold_weights, matcher.dependencies)
+        graph = became("biases apart", biases_apart(graph))
+        matcher = matcher.on(graph)
+        result, receipt = ready_convolutions(graph, passes.weights, matcher.dependencies)
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
+    if BATCH_NORM not in passes.off:
+        graph = became(BATCH_NORM, pointwise_norms(graph))
+        matcher = matcher.on(graph)
+    if DIMENSION_ORDER not in passes.off:
+        graph = became(DIMENSION_ORDER, follow_memory(graph))
+        matcher = matcher.on(graph)
     plan = find_regions(
         graph,
         supports=passes.supports,
@@ -163,8 +181,11 @@ def pass_names(patterns: Iterable[Pattern] = DEFAULT) -> Collection[str]:
             *CLEAN_UP,
             CONSTANTS,
             *rules,
+            ROUNDINGS,
             PARALLEL_LINEAR,
             READY_CONVOLUTION,
+            BATCH_NORM,
+            DIMENSION_ORDER,
             *DECODE,
             *(item.name for item in patterns),
             *GROWN,

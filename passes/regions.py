@@ -6,7 +6,7 @@ taken; equal ones in the order of the patterns, then of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,22 +16,22 @@ from graph_capture.ir.effects import is_random, written_inputs
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.ops import FUSED, Kind, op
-from graph_capture.passes.decode import SMALL, decode_regions, is_merged, small_ops
+from graph_capture.passes.decode import SMALL, decode_regions, small_ops
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.match import Matcher
 from graph_capture.passes.pattern import Pattern
 from graph_capture.passes.receipts import Receipt, Tally
+from graph_capture.passes.region_bodies import is_composed, is_library, region_body, saved_bytes, stands_alone
 from graph_capture.passes.registry import DEFAULT
 from graph_capture.passes.rewrite import (
     Contraction,
-    body_of,
     common_source,
     contract,
     inline,
     live_outputs,
     unviewable,
-    values_of,
 )
+from graph_capture.passes.rounding import shown
 
 Supports = Callable[[SubGraph], "str | None"]
 WINDOW = 256  # nodes that a grown region may span, so that its convexity is a local question
@@ -63,6 +63,7 @@ def find_regions(
     min_nodes: int = 2,
     off: Collection[str] = (),
     matcher: Matcher | None = None,
+    told: Collection[str] = (),
 ) -> FusionPlan:
     """Find the regions of `graph` and contract each into one node.
 
@@ -75,15 +76,18 @@ def find_regions(
         max_nodes, min_nodes: bounds on the recorded ops of a region.
         off: rules to leave out.
         matcher: `graph`'s, if there is one.
+        told: results of which somebody else can tell how often they were rounded.
     """
-    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
+    told = shown(graph, told)
+    named = _Finder(matcher or Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
+    named.grows = GROWN[0] not in off
     named.match([item for item in (DEFAULT if patterns is None else patterns) if item.name not in off])
     named.match_decode(off)
     named.take_offered()
     graph, receipts = named.finish()
     graph = inline(graph, is_composed)
-    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes))
-    rest.grow(off)
+    rest = _Finder(Matcher(Dependencies(graph)), supports, (min_nodes, max_nodes), told)
+    rest.grow(off, named.seeds)
     graph, others = rest.finish()
     return FusionPlan(graph, (*receipts, *others))
 
@@ -91,7 +95,7 @@ def find_regions(
 class _Finder:
     """Collects disjoint regions, and the reasons against the others."""
 
-    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int]) -> None:
+    def __init__(self, matcher: Matcher, supports: Supports, bounds: tuple[int, int], shown: Collection[str]) -> None:
         graph = matcher.graph
         self.graph, self._supports, self.bounds = graph, supports, bounds
         self.dependencies = matcher.dependencies
@@ -99,6 +103,9 @@ class _Finder:
         self.owner: dict[int, str] = {}  # node -> the rule that took it
         self.found: list[tuple[str, Contraction]] = []
         self.tallies: dict[str, Tally] = {}
+        self.shown = shown
+        self.grows = False  # pointwise regions are left to be grown
+        self.seeds: dict[tuple[str, ...], str] = {}  # what such a region makes -> the rule that found it
         self._known: dict[tuple[object, ...], str | None] = {}
         self._offered: dict[tuple[int, ...], _Candidate] = {}
 
@@ -150,14 +157,17 @@ class _Finder:
             self.tally(rule).refuse(self.graph, nodes, f"overlaps {owner}, which saves more")
             return
         graph = self.graph
+        members = tuple(graph.nodes[index] for index in nodes)
+        self.owner.update(dict.fromkeys(nodes, rule))
+        if self.grows and all(op(node.op_type).kind is Kind.POINTWISE and self._growable(node) for node in members):
+            self.seeds[_made(members)] = rule
+            return
         outputs = live_outputs(graph, nodes)
         body, inputs = self._body(nodes, outputs)
-        members = tuple(graph.nodes[index] for index in nodes)
         node = OpNode(
             FUSED + (kind or rule), inputs, tuple(outputs), (("body", body),), common_source(members), members
         )
         self.found.append((rule, Contraction(tuple(nodes), node)))
-        self.owner.update(dict.fromkeys(nodes, rule))
 
     def reason(self, nodes: Sequence[int], compound: bool = False) -> str | None:
         """Why `nodes` cannot be a region."""
@@ -165,13 +175,22 @@ class _Finder:
         outputs = live_outputs(graph, nodes)
         if not outputs and not any(written_inputs(graph.nodes[index]) for index in nodes):
             return "its result is never used"
-        size, (low, high) = sum(len(graph.nodes[index].recorded) for index in nodes), self.bounds
+        size, low, high = self._size(nodes), self._least(nodes), self.bounds[1]
         if not low <= size <= high:
             return f"{size} ops are {'fewer than ' + str(low) if size < low else 'more than ' + str(high)}"
         blocked = self.dependencies.blocked(nodes)
         if blocked is not None or compound or any(is_library(graph.nodes[index]) for index in nodes):
             return blocked
         return self._no_kernel(nodes)
+
+    def _size(self, nodes: Sequence[int]) -> int:
+        return sum(len(self.graph.nodes[index].recorded) for index in nodes)
+
+    def _least(self, nodes: Sequence[int]) -> int:
+        """Of how many recorded ops a region of these must be."""
+        first = self.graph.nodes[nodes[0]]
+        row = op(first.op_type).kind is Kind.ROW
+        return 1 if len(nodes) == 1 and row and stands_alone(self.graph, first) else self.bounds[0]
 
     def _no_kernel(self, nodes: Sequence[int]) -> str | None:
         """Why `nodes` cannot be a kernel, however few they are."""
@@ -198,26 +217,29 @@ class _Finder:
         return self._known[key]
 
     def _body(self, nodes: Sequence[int], outputs: Sequence[str]) -> tuple[SubGraph, tuple[str, ...]]:
-        """See `body_of`; linears that were merged are apart again, for a kernel multiplies several weights in place."""
-        graph = self.graph
-        if not any(is_merged(graph.nodes[index]) for index in nodes):
-            return body_of(graph, nodes, outputs)
-        members = tuple(graph.nodes[index] for index in nodes)
-        made = {name for node in members for name in node.outputs}
-        inputs = tuple(dict.fromkeys(name for node in members for name in node.inputs if name not in made))
-        flat = inline(SubGraph(members, inputs, tuple(outputs), values_of(members, graph.values)), is_merged)
-        return body_of(flat, range(len(flat)), outputs)
+        """See `region_body`."""
+        members = tuple(self.graph.nodes[index] for index in nodes)
+        return region_body(members, outputs, self.graph.values, self.shown)
 
     # --- growing
 
-    def grow(self, off: Collection[str]) -> None:
-        """Merge what is left along the values whose traffic that saves, the largest first."""
+    def grow(self, off: Collection[str], seeds: Mapping[tuple[str, ...], str]) -> None:
+        """Merge what is left along the values whose traffic that saves, the largest first.
+
+        Args:
+            off: rules to leave out.
+            seeds: regions that patterns name and that may grow, by what they make.
+        """
         graph = self.graph
+        self.seeds.update(seeds)
         groups = {
             index: [index]
             for index, node in enumerate(graph.nodes)
             if index not in self.owner and self._growable(node) and self.unsupported([index], node.outputs) is None
         }
+        for names in seeds:
+            seed = sorted(graph.producers[name] for name in names)
+            groups.update(dict.fromkeys(seed, seed))
         near = {name for index in groups for name in (*graph.nodes[index].inputs, *graph.nodes[index].outputs)}
         edges = [edge for name in graph.values if name in near for edge in self._edges(name, groups)]
         edges.sort(key=lambda edge: (-graph.values[edge[0]].nbytes, edge[1:]))
@@ -269,7 +291,7 @@ class _Finder:
             return "their iteration spaces differ"
         if union[-1] - union[0] > WINDOW:
             return f"they are more than {WINDOW} ops apart"
-        size = sum(len(graph.nodes[index].recorded) for index in union)
+        size = self._size(union)
         if size > self.bounds[1]:
             return f"{size} ops are more than {self.bounds[1]}"
         return self.dependencies.blocked(union) or self.unsupported(union, live_outputs(graph, union))
@@ -290,10 +312,20 @@ class _Finder:
 
     def _take_grown(self, group: list[int], off: Collection[str]) -> None:
         nodes = [self.graph.nodes[index] for index in group]
-        if len(group) == 1 and len(nodes[0].recorded) < self.bounds[0]:
+        if _made(nodes) in self.seeds:
+            self.offer(self.seeds[_made(nodes)], group)
             return
-        pointwise = all(op(node.op_type).kind is Kind.POINTWISE for node in nodes)
-        rule = "pointwise" if pointwise else "row"
+        if len(group) == 1 and self._size(group) < self._least(group):
+            return
+        rule = "pointwise" if all(op(node.op_type).kind is Kind.POINTWISE for node in nodes) else "row"
+        made = {name for node in nodes for name in node.outputs}
+        for names, named in self.seeds.items():
+            if made.issuperset(names):
+                seed = [self.graph.producers[name] for name in names]
+                if rule in off:
+                    self.offer(named, seed)
+                else:
+                    self.tally(named).refuse(self.graph, seed, f"it is part of a larger {rule} region")
         if rule not in off:
             self._take(rule, group)
 
@@ -322,40 +354,5 @@ class _Finder:
         return graph, tuple(tally.receipt() for tally in self.tallies.values())
 
 
-def is_composed(node: OpNode) -> bool:
-    """Whether the node is opaque and no library's: only the nodes that it replaced can run."""
-    target = op(node.op_type)
-    return target.composed and target.kind is Kind.OPAQUE
-
-
-def is_library(node: OpNode) -> bool:
-    """Whether the node is one library call that stands for several recorded ops."""
-    return len(node.recorded) > 1 and not node.op_type.startswith(FUSED) and op(node.op_type).library
-
-
-def saved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
-    """Bytes of memory traffic that one kernel in the place of `nodes` avoids."""
-    before = sum(moved_bytes(graph, [index]) for index in nodes)
-    return before - moved_bytes(graph, nodes)
-
-
-def moved_bytes(graph: SubGraph, nodes: Sequence[int]) -> int:
-    """Bytes that go in and out of `nodes` as one step: a view moves none, a write in place only what it writes."""
-    made = {name for index in nodes for name in graph.nodes[index].outputs}
-    written: set[str] = set()
-    read: set[str] = set()
-    stored = 0
-    for index in nodes:
-        node = graph.nodes[index]
-        if op(node.op_type).kind is Kind.VIEW:
-            continue
-        targets = [node.inputs[position] for position in written_inputs(node)]
-        read.update(name for name in node.inputs if name not in targets)
-        if targets:
-            written.update((*targets, *node.outputs))
-            stored += sum(graph.values[name].nbytes for name in node.inputs if name not in targets)
-    outputs = [name for name in live_outputs(graph, nodes) if name not in written]
-    moved = [*(read - made), *outputs]
-    if len(nodes) == 1 and op(graph.nodes[nodes[0]].op_type).kind is Kind.VIEW:
-        return 0
-    return stored + sum(graph.values[name].nbytes for name in moved if name in graph.values)
+def _made(nodes: Iterable[OpNode]) -> tuple[str, ...]:
+    return tuple(name for node in nodes for name in node.outputs)

@@ -6,7 +6,7 @@ can still form a cycle together; then the later ones are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,8 +119,13 @@ def common_source(nodes: Sequence[OpNode]) -> Source | None:
     return Source(".".join(shared), sources[-1].file, sources[-1].line)
 
 
-def body_of(graph: SubGraph, nodes: Iterable[int], outputs: Sequence[str]) -> tuple[SubGraph, tuple[str, ...]]:
-    """`nodes` as a graph over canonical names (x0, v0, ...), equal for equal regions; and the values of its inputs."""
+def body_of(
+    graph: SubGraph, nodes: Iterable[int], outputs: Sequence[str], rounded: Collection[str] = ()
+) -> tuple[SubGraph, tuple[str, ...]]:
+    """`nodes` as a graph over canonical names (x0, v0, ...), equal for equal regions; and the values of its inputs.
+
+    Those of `outputs` that are `rounded` go through a cast to their own dtype: a kernel then rounds as `nodes` do.
+    """
     indices = sorted(nodes)
     made = {name for index in indices for name in graph.nodes[index].outputs}
     inputs = dict.fromkeys(name for index in indices for name in graph.nodes[index].inputs if name not in made)
@@ -128,12 +133,15 @@ def body_of(graph: SubGraph, nodes: Iterable[int], outputs: Sequence[str]) -> tu
     for index in indices:
         for name in graph.nodes[index].outputs:
             names[name] = f"v{len(names) - len(inputs)}"
-    body = SubGraph(
-        tuple(_bare(graph.nodes[index].rename(names)) for index in indices),
-        tuple(names[name] for name in inputs),
-        tuple(names[name] for name in outputs),
-        {names[name]: graph.values[name] for name in names if name in graph.values},
-    )
+    inner = [_bare(graph.nodes[index].rename(names)) for index in indices]
+    values = {names[name]: graph.values[name] for name in names if name in graph.values}
+    results = {name: names[name] for name in outputs}
+    for name in rounded:
+        results[name] = f"v{len(made) + len(inner) - len(indices)}"
+        dtype = graph.values[name].dtype
+        inner.append(OpNode("cast", (names[name],), (results[name],), (("dtype", dtype),)))
+        values[results[name]] = graph.values[name]
+    body = SubGraph(tuple(inner), tuple(names[name] for name in inputs), tuple(results[n] for n in outputs), values)
     return body, tuple(inputs)
 
 

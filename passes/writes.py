@@ -2,33 +2,52 @@
 
 ``h.copy_(h + r)`` is how a library with ``out=`` arguments spells ``h = h + r``. Such a copy is left out where nobody
 can tell: the memory it writes was made in the graph, and from then on is only read through what the copy returned.
+A pointwise op in place (``relu_``, ``add_``) makes memory of its own there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
+from graph_capture.ir.binding import flatten_outputs, prepare
 from graph_capture.ir.effects import alias_set, written_inputs
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.layouts import is_contiguous
-from graph_capture.ir.ops import Kind, op
+from graph_capture.ir.ops import TABLE, Kind, op, op_of
 from graph_capture.ir.values import TensorMeta
 
 _COPY = "aten.copy_.default"
 
 
 def forward_writes(graph: SubGraph) -> SubGraph:
-    """Without the copies whose source can stand for what they wrote; exact, bit for bit."""
-    if _COPY not in graph.by_op:
+    """Without the copies whose source can stand for what they wrote, and the writes of pointwise ops; bit for bit."""
+    writes = {index: _functional(node.op_type) for index, node in enumerate(graph.nodes) if written_inputs(node)}
+    if not any(name or graph.nodes[index].op_type == _COPY for index, name in writes.items()):
         return graph
     scan = _Scan(graph)
-    for index in reversed(graph.by_op[_COPY]):
-        scan.forward(index)
+    for index, name in reversed(writes.items()):
+        if name is not None:
+            scan.write_elsewhere(index, name)
+        elif graph.nodes[index].op_type == _COPY:
+            scan.forward(index)
     return scan.result()
+
+
+@cache
+def _functional(op_type: str) -> str | None:
+    """The pointwise op of the table that an op in place computes."""
+    overload = op(op_type).overload
+    packet, _, variant = op_type.removeprefix("aten.").partition(".")
+    if overload is None or overload.namespace != "aten" or not packet.endswith("_") or op_type == _COPY:
+        return None
+    function = getattr(getattr(torch.ops.aten, packet[:-1], None), variant, None)
+    row = None if function is None else op_of(function)
+    return row.name if row is not None and row.name in TABLE and row.kind is Kind.POINTWISE else None
 
 
 class _Scan:
@@ -81,6 +100,25 @@ class _Scan:
         elif is_contiguous(target):
             attrs = (("memory_format", torch.contiguous_format),)
             self.nodes[index] = replace(node, op_type="aten.clone.default", inputs=node.inputs[1:], attrs=attrs)
+            self._moved(seen, -target.offset, -2 - index)
+
+    def write_elsewhere(self, index: int, name: str) -> None:
+        """Let an op in place at `index` be op `name`, with memory of its own."""
+        node = self.graph.nodes[index]
+        if not {*node.inputs, *node.outputs} <= self.values.keys() or len(node.outputs) != 1:
+            return
+        metas = [self.graph.values[given] for given in node.inputs]
+        memory, target = alias_set(self.graph, node.inputs[0]), metas[0]
+        if memory in self.outside or target.storage < 0 or any(meta.bits for meta in metas):
+            return
+        seen = self._views(node.outputs[0])
+        if any(used not in seen for _, used in self._later(memory, index)) or self._written(memory, index):
+            return
+        made = replace(node, op_type=name)
+        given = [torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta") for meta in metas]
+        (result,) = flatten_outputs(prepare(made)(given))
+        if (result.shape, result.stride(), result.dtype) == (target.shape, target.stride, target.dtype):
+            self.nodes[index] = made
             self._moved(seen, -target.offset, -2 - index)
 
     def _later(self, memory: Any, index: int) -> list[tuple[int, str]]:

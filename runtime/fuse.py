@@ -30,7 +30,7 @@ from graph_capture.passes.decode import SMALL, is_merged
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import product_of
 from graph_capture.passes.pipeline import unchanged
-from graph_capture.passes.regions import is_composed, is_library
+from graph_capture.passes.region_bodies import is_composed, is_library, rounded_outputs
 from graph_capture.passes.rewrite import inline, values_of
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.account.dump import VARIABLE as DUMP
@@ -74,6 +74,13 @@ class FusionScheduler:
 
     def analyze(self, graph: RecordedGraph) -> FusedGraph:
         """Find the fusable regions of `graph`, make and measure their kernels, and bind the replay."""
+        self.heuristics.weights = graph.captured
+        try:
+            return self._analyzed(graph)
+        finally:
+            self.heuristics.weights = {}
+
+    def _analyzed(self, graph: RecordedGraph) -> FusedGraph:
         config = self.config
         if not config.enable_fusion:
             return dumped(FusedGraph(Program(graph, unchanged(graph.subgraph), (), config), self._memory))
@@ -273,6 +280,7 @@ class _RegionDecider:
             max_nodes=self.passes.max_nodes,
             min_nodes=self.passes.min_nodes,
             off=self.passes.off | tried,
+            told=rounded_outputs(node),
         )
         return plan.graph if any(part.op_type.startswith(FUSED) for part in plan.graph.nodes) else None
 
@@ -315,7 +323,7 @@ def decide_region(heuristics: FusionHeuristics, region: Region, libraries: Seque
     metas = dict(zip(region.body.input_names, layouts, strict=True))
     executor = Executor([(recorded, None) for recorded in node.recorded], node.inputs, node.outputs)
     ops = _weight(node, heuristics.config.min_nodes_for_fusion)
-    tensors = functools.partial(example_inputs, node.inputs, region.values)
+    tensors = functools.partial(example_inputs, node.inputs, region.values, weights=heuristics.weights)
     decision, kernel = heuristics.decide(region.body, metas, tensors, executor.run, ops, libraries)
     return replace(region, decision=decision, kernel=kernel)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,9 @@ from graph_capture.passes.decode import is_merged
 from graph_capture.passes.linears import merged_linears
 from graph_capture.passes.pipeline import Rewritten
 from graph_capture.passes.receipts import Receipt
-from graph_capture.passes.rewrite import body_of, inline, values_of
+from graph_capture.passes.region_bodies import region_body, rounded_outputs
+from graph_capture.passes.rewrite import body_of, values_of
+from graph_capture.passes.spellings import respelled
 from graph_capture.record.guards import Guards
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.config import FusionConfig
@@ -117,6 +119,8 @@ def _decode(table: Mapping[str, Any], file: Any, given: Mapping[str, torch.Tenso
     graph = RecordedGraph(recorded, signature, template, captured, Guards(captured))
     same = table.get("environment") == environment_key(device_of(recorded))
     regions = _RegionDecoder(decoder, rewritten, FusionHeuristics(config), same)
+    for part in (rewritten, constants):
+        regions.spelled.check(part.nodes, part.values)
     found = tuple(map(regions.decode, as_list(table.get("regions"))))
     receipts = tuple(map(_receipt, as_list(table.get("receipts"))))
     whole = None if table.get("whole") is None or not same else _decode_decision(table["whole"])
@@ -153,16 +157,40 @@ def _check_origin(node: OpNode, values: Mapping[str, TensorMeta]) -> None:
     """
     members = SubGraph(node.origin, node.inputs, node.outputs, values_of(node.origin, values))
     SubGraph(node.recorded, node.inputs, node.outputs)
-    if is_merged(node):
-        expected = merged_linears(members, range(len(members)))
-        same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
-    elif is_ready(node):
-        expected = ready_convolution(members, list(range(len(members))))
-        same = (expected.attr("body"), expected.inputs) == (node.attr("body"), node.inputs)
+    if is_merged(node) or is_ready(node):
+        make = merged_linears if is_merged(node) else ready_convolution
+        made = make(members, list(range(len(members))))
+        same = (made.attr("body"), made.inputs) == (node.attr("body"), node.inputs)
     else:
-        flat = inline(members, is_merged)
-        same = body_of(flat, range(len(flat)), node.outputs) == (node.attr("body"), node.inputs)
+        same = region_body(node.origin, node.outputs, values, rounded_outputs(node)) == (node.attr("body"), node.inputs)
     _check(same, f"{node.op_type} is not made of the ops that it stands for")
+
+
+class _Spelled:
+    """Looks at ops that stand for others; those that are alike once."""
+
+    def __init__(self) -> None:
+        self.known: set[object] = set()
+
+    def check(self, nodes: Iterable[OpNode], values: Mapping[str, TensorMeta]) -> None:
+        """Each op that took the place of others is what the rules make of these.
+
+        Raises:
+            CacheError: one is not.
+        """
+        for node in nodes:
+            if node.origin and not node.op_type.startswith(FUSED):
+                made = {name for inner in node.origin for name in inner.outputs}
+                read = dict.fromkeys(name for inner in node.origin for name in inner.inputs if name not in made)
+                _check(set(node.inputs) <= read.keys() and len(node.outputs) == 1, f"{node.op_type} reads other values")
+                origin = SubGraph(node.origin, tuple(read), node.outputs, values_of(node.origin, values))
+                body, inputs = body_of(origin, range(len(origin)), node.outputs)
+                places = tuple(inputs.index(name) for name in node.inputs)
+                form = (body, tuple(values[name][:3] for name in inputs), node.op_type, places, repr(node.attrs))
+                if form not in self.known:
+                    _check(respelled(origin, node.op_type) == node, f"{node.op_type} is not what it stands for")
+                    self.known.add(form)
+            self.check(node.origin, values)
 
 
 def _decode_decision(value: Any) -> Decision:
@@ -179,6 +207,7 @@ class _RegionDecoder:
 
     def __init__(self, decoder: Decoder, graph: SubGraph, heuristics: FusionHeuristics, same: bool) -> None:
         self.decoder, self.values, self.heuristics, self.same = decoder, graph.values, heuristics, same
+        self.spelled = _Spelled()
         self.undecided: dict[str, LibraryKernel | None] = {}  # region -> the library calls that it may be, if any
 
     def decide(self, program: Program) -> Program:
@@ -206,6 +235,11 @@ class _RegionDecoder:
         )
         _check_origin(node, self.values)
         parts = None if table.get("parts") is None else self.decoder.graph(table["parts"])
+        if parts is not None:
+            leaves = {leaf.outputs: leaf for inner in parts.nodes for leaf in inner.recorded}
+            ends = parts.input_names == node.inputs and parts.output_names == node.outputs
+            _check(ends and leaves == {leaf.outputs: leaf for leaf in node.recorded}, "a region has other parts")
+            self.spelled.check(parts.nodes, parts.values)
         kind = table.get("kernel")
         library = None
         if kind in ("library", "merged"):

@@ -9,7 +9,7 @@ from graph_capture.codegen import CompiledKernel
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import FUSED
 from graph_capture.ir.values import TensorMeta
-from graph_capture.passes.regions import moved_bytes
+from graph_capture.passes.region_bodies import moved_bytes
 from graph_capture.runtime.library import LibraryKernel
 
 Kernel = CompiledKernel | LibraryKernel

@@ -73,6 +73,9 @@ def print_number(value: Any, dtype: torch.dtype = torch.float32) -> str:
     """A number in arithmetic of a dtype as an expression."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, float) and value == 0 and math.copysign(1, value) < 0:  # Triton up to 3.6 makes 0.0 of it
+        wide = "float64" if dtype is torch.float64 else "float32"
+        return f'(1.0 / ntl.full((1,), float("-inf"), dtype=ntl.{wide}))'
     if isinstance(value, float) and dtype is not torch.float64:
         with numpy.errstate(over="ignore"):
             narrow = float(numpy.float32(value))

@@ -24,7 +24,7 @@ from graph_capture.passes import Passes, rewrite
 from graph_capture.passes.decode import SMALL
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import product_of
-from graph_capture.passes.regions import moved_bytes
+from graph_capture.passes.region_bodies import moved_bytes
 
 
 @dataclass

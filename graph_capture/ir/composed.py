@@ -44,13 +44,36 @@ def scaled_dot_product_attention(
         key, value = key.transpose(-3, -2), value.transpose(-3, -2)
     if fill is not None and attn_mask is not None:
         left_out = attn_mask.logical_not() if keeps else attn_mask
-        attn_mask = torch.zeros(left_out.shape, dtype=query.dtype, device=query.device).masked_fill_(left_out, fill)
+        return _filled_attention(query, key, value, left_out, fill, scale, enable_gqa)
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     if strict and attn_mask is not None:
         result = result.masked_fill((attn_mask == -math.inf).all(-1, keepdim=True), math.nan)
     return result
+
+
+def _filled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    left_out: torch.Tensor,
+    fill: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Attention whose scores are `fill` where they are `left_out`. torch's attention adds `fill` to them instead, which
+    is another thing for scores that are not finite, and for rows that are left out as a whole: then, and where looking
+    for that would make a device wait, the scores are made and filled."""
+    if query.device.type == "cpu" and not bool(left_out.all(-1).any()):
+        mask = torch.zeros(left_out.shape, dtype=query.dtype).masked_fill_(left_out, fill)
+        result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+        if not bool(result.isnan().any()):
+            return result
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.softmax(scores.masked_fill(left_out, fill), -1) @ value
 
 
 def matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from graph_capture.errors import CacheError, CaptureError
 from graph_capture.ir.binding import arguments
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import FUSED
-from graph_capture.ir.savable import is_savable
+from graph_capture.ir.savable import advice, is_savable
 from graph_capture.ir.values import Arg, Source, TensorMeta, arg_indices
 
 # torch's enumerations in attributes, by a tag; each is a public name of torch.
@@ -54,9 +54,7 @@ class Encoder:
         if known is not None:
             return known
         if not node.op_type.startswith(FUSED) and not is_savable(node.op_type):
-            raise CaptureError(
-                f"{node.op_type} at {node.source} cannot be saved: only ops of torch without effects can"
-            )
+            raise CaptureError(f"{node.op_type} at {node.source} cannot be saved: {advice(node.op_type)}")
         origin = [self.node(inner) for inner in node.origin]
         attrs = {key: self.value(value) for key, value in node.attrs}
         source = None if node.source is None else list(node.source)

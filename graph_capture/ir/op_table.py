@@ -169,6 +169,32 @@ _pointwise("quick_gelu", quick_gelu, "input / (1 + exp(-(1.702 * input)))", comp
 _pointwise("relu_squared", relu_squared, "maximum(input, 0) * maximum(input, 0)", composed=True)
 _pointwise("softcap", softcap, "cap * tanh(input / cap)", composed=True)
 
+
+def batch_norm(
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.batch_norm` in evaluation, of channels in any dimension: the others broadcast along it, as
+    [C, 1, 1] does for [N, C, H, W]."""
+    sizes = mean.shape if mean.numel() > 1 else [1 if size != 1 else 2 for size in input.shape]
+    channels = next(dim for dim in range(-len(sizes), 0) if sizes[dim] != 1)
+    flat = [None if x is None else x.flatten() for x in (mean, var, weight, bias)]
+    moved = input.movedim(channels, 1)
+    return F.batch_norm(moved, *flat, training=False, eps=eps).movedim(1, channels)  # type: ignore[arg-type]
+
+
+def _batch_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:
+    text = f"(input - mean) * rsqrt(var + {_number(given.get('eps', 1e-5))})"
+    text += "" if given.get("weight") is None else " * weight"
+    return text if given.get("bias") is None else f"{text} + bias"
+
+
+_pointwise("batch_norm", batch_norm, _batch_norm)
+
 # --- pointwise: comparisons, selection, casts
 
 for _name, _operator in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():

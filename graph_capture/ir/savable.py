@@ -102,6 +102,19 @@ _weight_int4pack_mm _weight_int4pack_mm_for_cpu _weight_int8pack_mm _weight_norm
 _NAMES = frozenset(_LISTED.split())
 _DRAWS = "dropout_p"  # the argument of attention ops that draw where it is not 0
 
+_INSTEAD = {  # ops that trust their arguments, and how the same is recorded of others
+    "aten.mkldnn_rnn_layer": "record it under torch.backends.mkldnn.flags(enabled=False)",
+    "aten._embedding_bag": "write it as F.embedding and a sum or mean",
+}
+
+
+def advice(name: str) -> str:
+    """Why an op that is not savable is not, and what to do."""
+    instead = next((what for op_name, what in _INSTEAD.items() if name.startswith(op_name)), None)
+    if instead is not None:
+        return f"it trusts its arguments, which a file may change; {instead}"
+    return "only ops of torch without effects, which check what they are given, can; leave it out of what is recorded"
+
 
 @cache
 def is_savable(name: str) -> bool:

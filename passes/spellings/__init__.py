@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from graph_capture.errors import CaptureError
-from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.ops import TABLE
 from graph_capture.passes.canonicalize import Found, Guard, Rule, Unfit, apply_rounds
 from graph_capture.passes.cleanup import clean_up
@@ -33,6 +33,13 @@ def canonicalize(graph: SubGraph, rounds: Iterable[Sequence[Rule]] | None = None
 def prepare(graph: SubGraph, rounds: Iterable[Sequence[Rule]] | None = None) -> SubGraph:
     """What models' graphs and patterns go through alike: clean-up, then one op for each spelling."""
     return canonicalize(clean_up(graph), rounds)
+
+
+def respelled(graph: SubGraph, name: str) -> OpNode | None:
+    """The one op `name` that the rules make of `graph`, the ops of a spelling; None if they do not."""
+    chosen = [[rule for rule in rules if rule.pattern.name == name] for rules in ROUNDS]
+    made = canonicalize(graph, chosen).nodes
+    return made[0] if len(made) == 1 and made[0].op_type == name else None
 
 
 def _rounds() -> list[tuple[Rule, ...]]:

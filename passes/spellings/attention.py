@@ -169,9 +169,10 @@ def _attention(name: str) -> Guard:
             fits = len(mask.shape) > 1 and broadcasts(mask.shape, scores)
             require(fits, f"the mask {mask} does not broadcast over the scores")
             if "fill_" in found.numbers:
+                require(query.device.type == "cpu", "torch's attention adds what is filled in here")
                 result |= {**_fill(found.numbers["fill_"], query.dtype), **({"keeps": True} if "keeps" in name else {})}
             require(mask.dtype is (torch.bool if "fill" in result else query.dtype), f"the mask is {mask.dtype}")
-            if name != "capped" and result.get("fill", -math.inf) == -math.inf:
+            if name != "capped" and "fill" not in result:
                 result["strict"] = True
         return result
 
@@ -182,7 +183,7 @@ _LARGE = 1e15  # scores that are scaled by more may be infinite on one way, and 
 
 
 def _fill(fill: Any, dtype: torch.dtype) -> Attributes:
-    """Adding `fill` to a score must give `fill`, for rows that are masked as a whole."""
+    """Adding `fill` to a score must give `fill`."""
     swallows = dtype is not torch.float16 and isinstance(fill, float) and fill < torch.finfo(dtype).min / 2
     require(fill == -math.inf or swallows, f"masked scores become {fill!r}, which is not low enough")
     return {"fill": float(fill)}

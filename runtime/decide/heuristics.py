@@ -18,9 +18,9 @@ from graph_capture.ir.effects import written_inputs
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.interpreter import Executor
 from graph_capture.ir.numerics import apart
-from graph_capture.ir.ops import Kind, op
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
+from graph_capture.passes.region_bodies import stands_alone
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.decide.decision_store import DecisionStore, Times
 from graph_capture.runtime.decide.lazy import LazyKernel
@@ -52,6 +52,7 @@ class FusionHeuristics:
         cache = DiskCache("kernels", self.config.cache_dir) if self.config.enable_cache else None
         self.compiler = compiler or KernelCompiler(self.config.target, cache, self.config.op_library)
         self.store = DecisionStore(self.config.cache_dir) if self.config.enable_cache else None
+        self.weights: Mapping[str, torch.Tensor] = {}  # of the graph that is analysed: what is measured may read them
         self._measured: dict[str, Decision] = {}
         self._doubted: dict[str, tuple[Times, float]] = {}  # what a busy machine gave, and when
 
@@ -83,7 +84,7 @@ class FusionHeuristics:
         ops = len(graph) if ops is None else ops
         if not config.enable_fusion:
             return "fusion is off (enable_fusion=False)"
-        alone = ops == 1 and op(graph.nodes[0].op_type).kind is Kind.OPAQUE  # worth a kernel without anything else
+        alone = ops == 1 and stands_alone(graph, graph.nodes[0])
         if ops < config.min_nodes_for_fusion and not alone:
             return f"{ops} ops are fewer than min_nodes_for_fusion={config.min_nodes_for_fusion}"
         if ops > config.max_graph_size:

@@ -190,18 +190,36 @@ def _captured(side: _Side, device: torch.device) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def example_inputs(names: Sequence[str], values: Mapping[str, TensorMeta], seed: int = 0) -> list[torch.Tensor]:
+NOISE = 2**20  # numbers that are drawn; what is larger repeats them
+
+
+def example_inputs(
+    names: Sequence[str],
+    values: Mapping[str, TensorMeta],
+    seed: int = 0,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """Tensors with the layouts that `values` gives `names`: noise, true, and zeros for integers, which may be indices.
 
     The global random generator is left alone.
+
+    Args:
+        weights: large ones stand for themselves; only parameters, which no op writes.
     """
     tensors = []
     for index, name in enumerate(names):
         meta = values[name]
+        weight = (weights or {}).get(name)
+        if isinstance(weight, torch.nn.Parameter) and weight.numel() > NOISE:
+            tensors.append(weight.detach())
+            continue
         extent = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride, strict=True) if size > 0)
         if meta.dtype.is_floating_point or meta.dtype.is_complex:
             generator = torch.Generator(meta.device).manual_seed(seed + index)
-            flat = torch.randn(extent, generator=generator, device=meta.device, dtype=torch.float32).to(meta.dtype)
+            noise = torch.randn(min(extent, NOISE), generator=generator, device=meta.device).to(meta.dtype)
+            flat = noise.new_empty(extent)
+            for piece in flat.split(NOISE):  # the same again: weights may be large
+                piece.copy_(noise[: piece.numel()])
         else:
             flat = torch.full((extent,), meta.dtype is torch.bool, device=meta.device, dtype=meta.dtype)
         tensors.append(flat.as_strided(meta.shape, meta.stride))

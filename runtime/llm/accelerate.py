@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
-
-import torch
 
 from graph_capture.errors import CaptureError
 from graph_capture.log import log
 from graph_capture.runtime.config import FusionConfig
-from graph_capture.runtime.llm.calling import generating
-from graph_capture.runtime.llm.engine import InferEnginePython
-from graph_capture.runtime.llm.session import Progress
+from graph_capture.runtime.llm.calling import generating, slots_for
+from graph_capture.runtime.llm.phases import Progress
+from graph_capture.runtime.llm.serving import ENGINE, Serving
 
-# What generate() may be given besides options: it goes through the loop that is transformers' own.
-_SERVED = frozenset(
-    {
-        *("input_ids", "attention_mask", "tokenizer", "streamer"),
-        *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"),
-    }
-)
-# Options that choose among logits, or say when to end. Any other, also of a transformers to come, may change how the
-# model is called.
-_OPTIONS = frozenset(
-    {
-        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time", "stop_strings"),
-        *("do_sample", "num_beams", "use_cache", "num_return_sequences", "return_dict_in_generate"),
-        *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-        *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits"),
-        *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
-        *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "sequence_bias"),
-        *("suppress_tokens", "begin_suppress_tokens", "watermarking_config", "output_scores", "output_logits"),
-        *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
-        *("compile_config", "disable_compile", "transformers_version"),
-    }
-)
-_ASSISTING = ("is_assistant", "num_assistant", "assistant_", "max_matching", "target_lookbehind", "speculation_type")
+_METHODS = ("generate", "forward", "_prepare_cache_for_generation")
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")  # a prompt, then a token a row
 
 
 class Accelerated:
@@ -54,23 +33,24 @@ class Accelerated:
     ):
         self.declined: str | None = None
         self._model, self._target = model, target
-        self._options: dict[str, Any] = {"config": config, "max_length": max_length}
-        self._progress = progress
-        self._engine: InferEnginePython | None = None
-        self._own = {name: vars(target).get(name) for name in ("generate", "forward")}  # a library's, if any
+        self._config, self._max_length, self._progress = config, max_length, progress
+        self._engine: Serving | None = None
+        self._handles: list[Any] = []  # of the call under way
+        self._own = {name: vars(target).get(name) for name in _METHODS}  # a library's, if any
 
     @property
-    def engine(self) -> InferEnginePython:
+    def engine(self) -> Serving:
         """It has the captured steps: ``explain()``, ``stats()``, ``enable_fusion``, ``reset()``."""
         if self._engine is None:
-            self._engine = InferEnginePython(self._target, progress=self._progress, **self._options)
+            capacity = slots_for(self._target, self._max_length)
+            self._engine = Serving(self._target, self._target, capacity, self._config or ENGINE, self._progress)
         return self._engine
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_engine": None, "_progress": None, "declined": None}
+        return vars(self) | {"_engine": None, "_progress": None, "declined": None, "_handles": []}
 
     def explain(self) -> str:
-        """See `InferEnginePython.explain`."""
+        """See `Serving.explain`."""
         return self.engine.explain()
 
     def undo(self) -> None:
@@ -90,92 +70,98 @@ class Accelerated:
         own = self._own[name]
         return own if own is not None else getattr(type(self._target), name).__get__(self._target)
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, over captured steps where they serve."""
-        from graph_capture.runtime.llm.handle import NotServed, SessionCache
-
         generate = self.original("generate")
-        try:
-            self.declined = self._reason(inputs, generation_config, args, kwargs)
-        except CaptureError as error:  # a model that no engine takes
-            self.declined = str(error)
-        if self.declined is None:
-            streamer = kwargs.get("streamer")
-            handed = kwargs if streamer is None else {**kwargs, "streamer": _Streamer(streamer)}
-            cache: SessionCache | None = None
+        with ExitStack() as stack:
             try:
-                with self.engine.alone():
-                    reason = self.engine.hindrance()
-                    if reason is not None:
-                        raise NotServed(reason)
-                    returned = bool(self._asked("return_dict_in_generate", generation_config, kwargs))
-                    handle = cache = SessionCache(self.engine, self._total(inputs, generation_config, kwargs), returned)
-                    own: dict[str, Any] = {self.engine.calling.cache_name: handle}
-                    try:
-                        result = generate(inputs, generation_config, **{**handed, **own})
-                        if getattr(result, "past_key_values", None) is handle:
-                            result.past_key_values = handle.released()
-                    finally:
-                        handle.close()
-                    self.engine.settle(handle.served)
-                    return result
-            except Exception as error:
-                # Before the first token nothing has happened that a second call would repeat: if the call itself is at
-                # fault, that one raises the same.
-                if cache is not None and cache.served:
-                    raise
-                known = isinstance(error, NotServed)
-                self.declined = str(error) if known else f"{type(error).__name__}: {error}"
-            if streamer is not None and handed["streamer"].given:
-                kwargs = {**kwargs, "streamer": _Streamer(streamer, handed["streamer"].given)}
-        log.info("generate() runs as it is: %s", self.declined)
-        return generate(inputs, generation_config, *args, **kwargs)
+                engine = self.engine
+                stack.enter_context(engine.alone())
+                self.declined = engine.hindrance()
+            except CaptureError as error:  # a model that no engine takes, or a call within a call
+                self.declined = str(error)
+            if self.declined is None:
+                return self._served(engine, generate, args, kwargs)
+            stack.close()
+            log.info("generate() runs as it is: %s", self.declined)
+            before = _serving.set(None)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                _serving.reset(before)
+
+    def _served(self, engine: Serving, generate: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With `engine` ours alone: generate, and record what it ran as it is."""
+        before = _serving.set(self)
+        self._handles, self.declined = [], "no cache is prepared"  # but where one is
+        try:
+            result = generate(*args, **kwargs)
+            cache = getattr(result, "past_key_values", None)
+            if self._handles and cache is self._handles[-1]:
+                result.past_key_values = cache.released()
+        finally:
+            _serving.reset(before)
+            handles, self._handles = self._handles, []
+            for handle in handles:
+                self.declined = handle.declined or self.declined
+                handle.close()
+        for handle in handles:
+            if handle.witness is not None:
+                engine.learn(handle.witness)
+        engine.settle(sum(handle.served for handle in handles))
+        return result
+
+    def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> Any:
+        """As transformers' own; where our steps may serve, a handle takes the place of its cache."""
+        from transformers import GenerationMixin
+
+        from graph_capture.runtime.llm.handle import SessionCache
+
+        serving = _serving.get() is self
+        name = self.engine.calling.cache_name if serving else ""
+        given = serving and model_kwargs.get(name) is not None
+        result = self.original("_prepare_cache_for_generation")(config, model_kwargs, mode, *rest)
+        if not serving:
+            return result
+        limit, capacity = config.max_length, self.engine.capacity
+        asked = [option for option in ("cache_implementation", "prefill_chunk_size") if getattr(config, option, None)]
+        self.declined = None
+        if given:
+            self.declined = f"{name} is passed"
+        elif model_kwargs.get(name) is None:
+            self.declined = "use_cache is False" if config.use_cache is False else "the model keeps a cache of its own"
+        elif mode not in _MODES or config.is_assistant:
+            self.declined = f"{getattr(mode, 'value', mode)} is asked for"
+        elif asked:
+            self.declined = f"{asked[0]} is asked for"
+        elif limit > capacity:
+            self.declined = f"{limit} tokens do not fit into {capacity} slots: take a larger max_length"
+        elif config.return_dict_in_generate and type(self._target).generate is not GenerationMixin.generate:
+            self.declined = "the model's own generate() takes caches apart"
+        else:
+            for handle in self._handles:  # that one calls transformers' several times
+                handle.close()
+            self._handles.append(SessionCache(self.engine, model_kwargs[name], limit))
+            model_kwargs[name] = self._handles[-1]
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; a step of a captured session where that is whose cache comes."""
         from graph_capture.runtime.llm.handle import SessionCache
 
-        for name in ("past_key_values", "cache_params"):
-            if isinstance(kwargs.get(name), SessionCache):
-                return kwargs[name].serve(*args, **kwargs)
-        return self.original("forward")(*args, **kwargs)
+        own = self.original("forward")
+        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        if isinstance(cache, SessionCache):
+            return cache.serve(own, {**dict(zip(inspect.signature(own).parameters, args, strict=False)), **kwargs})
+        output = own(*args, **kwargs)
+        if cache is not None:
+            for handle in self._handles:
+                if handle.witness is not None and handle.witness.cache is cache:
+                    handle.witness.saw(kwargs, output.logits)
+        return output
 
-    def _reason(self, inputs: Any, generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the call is not one for captured steps; None where it may be."""
-        if args:
-            return "logits_processor and what follows it are passed by position"
-        configs = [config for config in (generation_config, self._target.generation_config) if config is not None]
-        options = vars(type(configs[-1])())
-        for name, value in kwargs.items():
-            known = name in _SERVED or (name in options and (name in _OPTIONS or not _is_set(value)))
-            if not known and value is not None:
-                return f"{name} is asked for"
-        for name, value in ((name, value) for config in configs for name, value in vars(config).items()):
-            plain = name in _OPTIONS or name.startswith(("_", *_ASSISTING))
-            if not plain and _is_set(value) and value != options.get(name):
-                return f"{name} is asked for"
-        if self._asked("use_cache", generation_config, kwargs) is False:
-            return "use_cache is False"
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            return "there are no input_ids"
-        total = self._total(inputs, generation_config, kwargs)
-        if total > self.engine.capacity:
-            return f"{total} tokens do not fit into {self.engine.capacity} slots: take a larger max_length"
-        return None
 
-    def _total(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> int:
-        """How many tokens there may be at the end."""
-        length = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
-        new = self._asked("max_new_tokens", generation_config, kwargs)
-        return length + new if new else (self._asked("max_length", generation_config, kwargs) or length + 20)
-
-    def _asked(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-        """An option: of the call, of the configuration that it passes, or of the model's own."""
-        for found in (kwargs, vars(generation_config or self), vars(self._target.generation_config)):
-            if found.get(name) is not None:
-                return found[name]
-        return None
+_serving: ContextVar[Accelerated | None] = ContextVar("accelerated", default=None)  # whose call is under way
 
 
 class _Method:
@@ -196,24 +182,6 @@ class _Method:
         return getattr(self._accelerated, self.__name__)(*args, **kwargs)
 
 
-class _Streamer:
-    """Hands on what a streamer is given, but for the first `skipped` pieces, which it has."""
-
-    def __init__(self, inner: Any, skipped: int = 0) -> None:
-        self._inner, self._skipped = inner, skipped
-        self.given = 0
-
-    def put(self, value: Any) -> None:
-        """A piece."""
-        self.given += 1
-        if self.given > self._skipped:
-            self._inner.put(value)
-
-    def end(self) -> None:
-        """There is no more."""
-        self._inner.end()
-
-
 def accelerate(
     model: Any,
     config: FusionConfig | None = None,
@@ -221,11 +189,13 @@ def accelerate(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Have a causal language model of transformers generate over captured, fused steps.
+    """Have a model of transformers generate over captured, fused steps.
 
     ``model.generate`` goes on taking what it took, logits processors, streamers and beams included, and gives the same
-    tokens but for rounding. Calls that captured steps cannot serve run as they are; ``model.accelerated.declined`` says
-    why, ``model.accelerated.explain()`` shows the receipts, `unaccelerate` leaves the model as it was.
+    tokens but for rounding. Models with an encoder, and those that see, read their prompt as they are and decode over
+    captured steps, from the second call of a form on. Calls that captured steps cannot serve run as they are;
+    ``model.accelerated.declined`` says why, ``model.accelerated.explain()`` shows the receipts, `unaccelerate` leaves
+    the model as it was.
 
     Args:
         model: changed in place; a wrapper around one (of an adapter library) has the model within it changed.
@@ -238,12 +208,12 @@ def accelerate(
         The model.
 
     Raises:
-        CaptureError: it is not a causal language model of transformers.
+        CaptureError: it is no model of transformers that generates.
     """
-    target = generating(model)
+    target = generating(model, encoders=True)
     unaccelerate(model)
     ours = Accelerated(model, target, config, max_length, progress)
-    for name in ("generate", "forward"):
+    for name in _METHODS:
         vars(target)[name] = _Method(ours, name)
     for holder in (model, target):
         vars(holder)["accelerated"] = ours
@@ -261,7 +231,3 @@ def unaccelerate(model: Any) -> Any:
         if isinstance(ours, Accelerated):
             ours.undo()
     return model
-
-
-def _is_set(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (value is not None and value is not False and value != [])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer
 
 from graph_capture.errors import CaptureError
 
@@ -72,7 +73,8 @@ class SlotLayer(StaticLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """In place: the recorded steps know the memory."""
         for held in (self.keys, self.values):
-            held.copy_(held.index_select(0, beam_idx))
+            if held is not None:  # a layer of another kind may never have come to it
+                held.copy_(held.index_select(0, beam_idx))
 
 
 _STATES: Any = getattr(cache_utils, "LinearAttentionLayer", object)  # since transformers 5.3 or so
@@ -159,12 +161,15 @@ class SlotCache(Cache):
         for layer in self._states:
             layer.forget() if fresh else layer.go_on()
 
-    def released(self, config: Any, filled: int) -> DynamicCache:
-        """A cache of transformers' own with a copy of the first `filled` slots, and of the states."""
+    def released(self, config: Any, filled: int, cut: int = 0) -> Cache:
+        """A cache of transformers' own with a copy of the first `filled` slots behind `cut` columns of padding, and of
+        the states."""
         made = DynamicCache(config=config)
-        for ours, theirs in zip(self.layers, made.layers, strict=True):
+        for number, ours in enumerate(self.layers):
             if isinstance(ours, SlotLayer):
-                theirs.update(*(held[:, :, :filled].clone() for held in (ours.keys, ours.values)))
+                copies = (pad(held[:, :, :filled], (0, 0, cut, 0)).clone() for held in (ours.keys, ours.values))
+                made.update(*copies, number)
+            theirs = made.layers[number]
             if isinstance(ours, StateLayer):
                 for number, states in ours.conv_states.items():
                     if states is not None:
@@ -172,6 +177,61 @@ class SlotCache(Cache):
                 for number, states in ours.recurrent_states.items():
                     if states is not None:
                         theirs.update_recurrent_state(states.clone(), state_idx=number)
+        return made
+
+
+class EncodedLayer(StaticLayer):
+    """Keys and values of what an encoder gave, [B, H, size, E] each; written once an answer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(max_cache_len=size)
+        self.filled = 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.filled = key_states.shape[2]
+        if not self.is_initialized:
+            SlotLayer.lazy_initialization(self, key_states, value_states)  # type: ignore[arg-type]
+        self.keys[:, :, : self.filled].copy_(key_states)
+        self.values[:, :, : self.filled].copy_(value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    reorder_cache = SlotLayer.reorder_cache  # type: ignore[assignment]
+
+
+class PairCache(EncoderDecoderCache):
+    """The slots of a decoder, and what its encoder gave: see `SlotCache`.
+
+    Args:
+        size: places for what the encoder gives.
+    """
+
+    stateful, slotted = False, True
+
+    def __init__(self, capacity: int, size: int, device: torch.device) -> None:
+        self.size, self.slots = size, Slots(device)
+        own = Cache(layer_class_to_replicate=lambda: SlotLayer(capacity, self.slots))
+        super().__init__(own, Cache(layer_class_to_replicate=lambda: EncodedLayer(size)))
+
+    def begin(self, length: int, fresh: bool) -> None:
+        """See `Slots.begin`."""
+        self.slots.begin(length, fresh)
+        self.is_updated = dict.fromkeys(range(len(self.cross_attention_cache.layers)), not fresh)
+
+    def released(self, config: Any, filled: int, cut: int = 0) -> Cache:
+        """See `SlotCache.released`."""
+        text = config.get_text_config(decoder=True)
+        made = EncoderDecoderCache(DynamicCache(config=text), DynamicCache(config=text))
+        for number, layer in enumerate(self.self_attention_cache.layers):
+            made.self_attention_cache.update(
+                layer.keys[:, :, :filled].clone(), layer.values[:, :, :filled].clone(), number
+            )
+        for number, layer in enumerate(self.cross_attention_cache.layers):
+            held = (memory[:, :, : layer.filled].clone() for memory in (layer.keys, layer.values))
+            made.cross_attention_cache.update(*held, number)
+            made.is_updated[number] = True
         return made
 
 

@@ -13,8 +13,11 @@ from graph_capture.errors import CaptureError
 SLOTS = 2048  # of a cache, where neither the model nor the caller asks for fewer
 
 
-def generating(model: Any) -> Any:
+def generating(model: Any, encoders: bool = False) -> Any:
     """The module within `model` whose ``generate`` is transformers' own: the model itself, or what a wrapper holds.
+
+    Args:
+        encoders: whether it may have an encoder.
 
     Raises:
         CaptureError: there is none, or it is no causal language model.
@@ -24,19 +27,18 @@ def generating(model: Any) -> Any:
     name = type(model).__name__
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"a {name} is no model: pass a causal language model of transformers")
-    found = next(
-        (m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin)), None
-    )
-    if found is None or not found.can_generate():
+    generators = (m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(m, GenerationMixin))
+    target = next(generators, None)
+    if target is None or not target.can_generate():
         raise CaptureError(
             f"{name} is not a causal language model of transformers: it has no generate(). Load it with "
             "AutoModelForCausalLM"
         )
-    if getattr(found.config, "is_encoder_decoder", False):
+    if target.config.is_encoder_decoder and not encoders:
         raise CaptureError(
-            f"{name} is not a causal language model: it has an encoder. transformers' own generate() answers with it"
+            f"{name} is not a causal language model: it has an encoder. accelerate(model).generate(...) answers with it"
         )
-    return found
+    return target
 
 
 def vocabulary_of(model: Any) -> int:
@@ -96,7 +98,8 @@ class Calling:
         known_by: whose signature says what can be passed (a wrapper passes everything on).
 
     Attributes:
-        cache_name: what it calls its cache.
+        cache_name, ids_name, mask_name, places_name: what it calls its cache, tokens, their mask and positions.
+        encoder: whether it has one; `pads` whether what that gives may be padded, because a mask says so.
         vocabulary: how many tokens it knows.
         goes_back: whether a cache that is cut short is as if the rest had never been: a model may keep more elsewhere.
 
@@ -111,6 +114,12 @@ class Calling:
         if cache is None:
             raise CaptureError(f"the forward of {type(known_by).__name__} takes no cache")
         self.cache_name = cache
+        self.encoder = bool(known_by.config.is_encoder_decoder)
+        self.pads = known_by.main_input_name == "input_ids"  # what is heard or seen has one length, and no mask
+        prefix = "decoder_" if self.encoder else ""
+        self.ids_name, self.mask_name, self.places_name = (
+            prefix + name for name in ("input_ids", "attention_mask", "position_ids")
+        )
         self.goes_back = True
         self.vocabulary = vocabulary_of(known_by)
         self._keeps = "logits_to_keep" in names
@@ -131,14 +140,18 @@ class Calling:
         Args:
             ids: [B, L] int64.
             cache: is read and written.
-            keep: of which token: 1 is the last one; an index, [1] int64.
+            keep: of which token: 1 is the last one; an index, [1] int64; 0 of all, [B, L, V].
             positions: [1 or B, L] int64.
             mask: of padded rows.
         """
         more: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self._where(positions, mask)}
         if self._keeps:
-            return self.model(input_ids=ids, logits_to_keep=keep, **more).logits[:, -1]
+            more["logits_to_keep"] = keep
         logits = self.model(input_ids=ids, **more).logits
+        if isinstance(keep, int) and keep == 0:
+            return logits
+        if self._keeps:
+            return logits[:, -1]
         return logits[:, -keep] if isinstance(keep, int) else logits.index_select(1, keep)[:, 0]
 
     def without_cache(self, ids: torch.Tensor, last: int, mask: torch.Tensor | None = None) -> torch.Tensor:

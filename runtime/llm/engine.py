@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal, overload
 
 import torch
@@ -14,13 +15,19 @@ from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.llm.agreement import Agreement, agreement
 from graph_capture.runtime.llm.calling import generating, slots_for, vocabulary_of
 from graph_capture.runtime.llm.completion import Completion, TokenLogprobs
+from graph_capture.runtime.llm.lookup import WIDTH
+from graph_capture.runtime.llm.memory import bucket
 from graph_capture.runtime.llm.models import load_model, load_tokenizer
 from graph_capture.runtime.llm.own import OwnSession
-from graph_capture.runtime.llm.phases import Pending
+from graph_capture.runtime.llm.phases import Pending, Progress
 from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request, defaults_of
-from graph_capture.runtime.llm.serving import Serving
-from graph_capture.runtime.llm.session import Progress, Session, bucket
+from graph_capture.runtime.llm.sampling import Sampling, SamplingKind
+from graph_capture.runtime.llm.serving import ENGINE, Serving
+from graph_capture.runtime.llm.session import Session
 from graph_capture.runtime.llm.text import Detokenizer
+
+GREEDY = Sampling().kind
+_Told = tuple[list[int], tuple[list[Any], list[Any]] | None]  # tokens, and values and tokens of likelihoods
 
 
 class InferEnginePython(Serving):
@@ -78,7 +85,7 @@ class InferEnginePython(Serving):
             self.tokenizer = load_tokenizer(str(model_path))
         target = generating(model)
         capacity = slots_for(target, max_length)
-        super().__init__(model, target, capacity, config or FusionConfig(fusion_ratio=0.95), progress)
+        super().__init__(model, target, capacity, config or ENGINE, progress)
         self.enable_fusion = enable_fusion and bool(getattr(target.config, "enable_fusion", True))
         self.last: Completion | None = None
         self._captured: Captured | None = None
@@ -125,13 +132,13 @@ class InferEnginePython(Serving):
         """
         rows, batched = self.prompts.rows(prompts)
         request = self.prompts.request(rows, **options)
-        found = [Completion(prompt_tokens=len(row)) for row in request.rows]
-        for _ in self._answer(request, found):
+        answers = [Completion(prompt_tokens=len(row)) for row in request.rows]
+        for _ in self._answer(request, answers):
             pass
         if request.each > 1:
-            grouped = [found[at : at + request.each] for at in range(0, len(found), request.each)]
+            grouped = [answers[at : at + request.each] for at in range(0, len(answers), request.each)]
             return grouped if batched else grouped[0]
-        return found if batched else found[0]
+        return answers if batched else answers[0]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Answer one prompt piece by piece; afterwards `last` is the whole answer.
@@ -158,7 +165,12 @@ class InferEnginePython(Serving):
         request = self.prompts.request(rows, **options)
         if request.each > 1:
             raise CaptureError("stream() gives one answer; generate() takes n")
-        return (piece for pieces in self._answer(request, [Completion(prompt_tokens=len(rows[0]))]) for piece in pieces)
+        return self._pieces(request, Completion(prompt_tokens=len(rows[0])))
+
+    def _pieces(self, request: Request, answer: Completion) -> Iterator[str]:
+        with closing(self._answer(request, [answer])) as steps:  # since Python 3.12 nobody else closes it at once
+            for pieces in steps:
+                yield from pieces
 
     def chat(self, messages: Messages, **options: Any) -> Completion:
         """Answer a conversation, by the tokenizer's chat template; options as in `stream`."""
@@ -188,17 +200,8 @@ class InferEnginePython(Serving):
 
     def stats(self) -> dict[str, Any]:
         """The latest answer, the cache, and the steps, for programs."""
-        phases = [phase for session in self.sessions.values() for phase in session.phases.values()]
-        eager = {phase.name: phase.reason for phase in phases if phase.fused is None}
         last = self.last
-        return {
-            "enable_fusion": self.enable_fusion,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "capacity": self.capacity,
-            "filled": {batch: session.filled for batch, session in self.sessions.items()},
-            "captured": {phase.name: phase.replays for phase in phases if phase.fused is not None},
-            "eager": eager | ({} if self.declined is None else {"the model": self.declined}),
+        return super().stats() | {
             "time_to_first_token": last.time_to_first_token if last else None,
             "tokens_per_second": last.tokens_per_second if last else None,
         }
@@ -209,49 +212,52 @@ class InferEnginePython(Serving):
 
     # --- answers
 
-    def _answer(self, request: Request, found: list[Completion]) -> Iterator[list[str]]:
-        """Fill `found`, yielding the pieces of text that each step adds."""
+    def _answer(self, request: Request, answers: list[Completion]) -> Generator[list[str], None, None]:
+        """Fill `answers`, yielding the pieces of text that each step adds."""
         start = time.perf_counter()
         texts = [Detokenizer(self.tokenizer, stop) if self.tokenizer else None for stop in request.stops]
-        open_rows = set(range(len(found)))
+        open_rows = set(range(len(answers)))
         with self.alone():
             session = self.session_for(len(request.rows), len({*map(len, request.rows)}) > 1, request.total)
-            for tokens, told in self._steps(session, request):
-                now = time.perf_counter() - start
-                pieces = []
-                for row in sorted(open_rows):
-                    answer, text, token = found[row], texts[row], tokens[row]
-                    answer.time_to_first_token = answer.time_to_first_token or now
-                    answer.seconds = now
-                    if token in self._ends:
-                        answer.finish_reason = "stop"
-                        open_rows.remove(row)
-                        continue
-                    answer.tokens.append(token)
-                    if told is not None:
-                        answer.logprobs.append(_logprobs(told[0][row], told[1][row], request.told))
-                    pieces.append(text.add(token) if text else "")
-                    if text and text.stopped:
-                        answer.finish_reason = "stop"
-                    if answer.finish_reason == "stop" or len(answer.tokens) == request.limits[row]:
-                        open_rows.remove(row)
-                yield pieces
-                if not open_rows:
-                    break
+            kind = session.prepare(request.samplings, request.seeds, request.rows, request.told)
+            guessing = kind == GREEDY and isinstance(session, Session) and session.lookup.pays
+            steps = self._guessed(session, request.rows) if guessing else self._steps(session, request.rows, kind)  # type: ignore[arg-type]
+            with closing(steps):
+                for tokens, told in steps:
+                    now = time.perf_counter() - start
+                    pieces = []
+                    for row in sorted(open_rows):
+                        answer, text, token = answers[row], texts[row], tokens[row]
+                        answer.time_to_first_token = answer.time_to_first_token or now
+                        answer.seconds = now
+                        if token in self._ends:
+                            answer.finish_reason = "stop"
+                            open_rows.remove(row)
+                            continue
+                        answer.tokens.append(token)
+                        if told is not None:
+                            answer.logprobs.append(_logprobs(told[0][row], told[1][row], request.told))
+                        pieces.append(text.add(token) if text else "")
+                        if text and text.stopped:
+                            answer.finish_reason = "stop"
+                        if answer.finish_reason == "stop" or len(answer.tokens) == request.limits[row]:
+                            open_rows.remove(row)
+                    yield pieces
+                    if not open_rows:
+                        break
             rest = [text.finish() if text else "" for text in texts]
-            for answer, text in zip(found, texts, strict=True):
+            for answer, text in zip(answers, texts, strict=True):
                 answer.text = text.text if text else ""
-            self.last = found[-1]
+            self.last = answers[-1]
             yield rest
-            self.settle(max(len(answer.tokens) for answer in found))
+            self.settle(max(len(answer.tokens) for answer in answers))
+            if kind == GREEDY and isinstance(session, Session):
+                session.learn_lookup(request.rows[0], answers[0].tokens, kind)
 
-    def _steps(
-        self, session: Session | OwnSession, request: Request
-    ) -> Iterator[tuple[list[int], tuple[list[Any], list[Any]] | None]]:
+    def _steps(self, session: Session | OwnSession, rows: list[list[int]], kind: SamplingKind) -> Iterator[_Told]:
         """The next token of every row, step by step, until the cache is full, and what was kept of likelihoods. On a
         GPU a step is under way while the tokens of the one before are looked at."""
-        kind = session.prepare(request.samplings, request.seeds, request.rows, request.told)
-        held = list(request.rows[0])
+        held = list(rows[0])
         ahead = self.model.device.type == "cuda" and isinstance(session, Session)
 
         def sent(tokens: torch.Tensor) -> tuple[Pending, ...]:
@@ -260,7 +266,7 @@ class InferEnginePython(Serving):
             return tuple(map(Pending, (tokens, *told)))
 
         try:
-            waiting = sent(session.prefill(request.rows, kind))
+            waiting = sent(session.prefill(rows, kind))
             while True:
                 more = session.filled < session.capacity
                 following = sent(session.decode(kind)) if ahead and more else None
@@ -271,14 +277,35 @@ class InferEnginePython(Serving):
                     return
                 waiting = sent(session.decode(kind)) if following is None else following
         finally:
-            session.truncate(min(session.filled, len(held)), held if len(request.rows) == 1 else ())
+            session.truncate(min(session.filled, len(held)), held if len(rows) == 1 else ())
+
+    def _guessed(self, session: Session, rows: list[list[int]]) -> Iterator[_Told]:
+        """As `_steps`, of one row by its most likely tokens: several at once where they were guessed right."""
+        held, lookup = list(rows[0]), session.lookup
+        lookup.begin(held)
+        try:
+            tokens = session.prefill(rows, GREEDY).tolist()
+            while True:
+                for token in tokens:
+                    yield [token], None
+                    held.append(token)
+                    lookup.add(token)
+                if session.filled >= session.capacity:
+                    return
+                fits = session.filled + WIDTH <= session.capacity
+                guess = lookup.guess() if fits and lookup.pays else []
+                tokens = session.check(guess, GREEDY) if guess else session.decode(GREEDY).tolist()
+                if guess:
+                    lookup.took(len(tokens))
+        finally:
+            session.truncate(min(session.filled, len(held)), held)
 
     def _end_tokens(self) -> frozenset[int]:
-        found: set[int] = set()
+        tokens: set[int] = set()
         for owner in (getattr(self.target, "generation_config", None), self.target.config, self.tokenizer):
             ends = getattr(owner, "eos_token_id", None)
-            found |= {ends} if isinstance(ends, int) else set(ends or ())
-        return frozenset(found)
+            tokens |= {ends} if isinstance(ends, int) else set(ends or ())
+        return frozenset(tokens)
 
 
 InferEngine = InferEnginePython

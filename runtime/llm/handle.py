@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from graph_capture.errors import CaptureError
-from graph_capture.runtime.llm.engine import InferEnginePython
+from graph_capture.log import log
+from graph_capture.runtime.llm.given import ModelCall, NotServed, Witness
+from graph_capture.runtime.llm.serving import Serving
 from graph_capture.runtime.llm.session import Session
 
 
-class NotServed(CaptureError):
-    """A call of the model that captured steps do not serve."""
-
-
-# What a call may have besides tokens, mask, positions and cache: arguments that say what is so anyway.
-_IMPLIED: dict[str, tuple[Any, ...]] = {
-    "use_cache": (None, True),
-    "return_dict": (None, True),
-    "logits_to_keep": (0, 1),
-}
-
-
 @dataclass
-class _OutputWithStates(ModelOutput):
-    """What models give that call their cache so."""
+class StepOutput(ModelOutput):
+    """What a step gives: the logits for the next tokens, [B, 1, V], and the cache under the model's name for it."""
 
     logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
     cache_params: Cache | None = None
 
 
@@ -42,64 +33,90 @@ class SessionCache(Cache):
 
     Args:
         engine: has the sessions.
+        own: an empty cache of transformers', for calls that are not served.
         limit: tokens that there may be in the end.
-        returned: whether the caller gets the cache in the end.
 
     Attributes:
-        served: how many calls it has answered.
+        declined: why the model has gone on as it is; None where it has not.
+        witness: watches it, where a form of call was not met before.
+        served: how many calls were answered.
     """
 
-    def __init__(self, engine: InferEnginePython, limit: int, returned: bool = False) -> None:
-        self._engine: InferEnginePython | None = engine
+    def __init__(self, engine: Serving, own: Cache, limit: int) -> None:
+        self._engine: Serving | None = engine
         self._session: Session | None = None
-        self._limit, self._returned = limit, returned
+        self._own, self._limit = own, limit
+        self._padding: list[int] = []
         self._cut = 0  # columns of padding that all prompts have, and the slots do not
+        self.declined: str | None = None
+        self.witness: Witness | None = None
         self.served = 0
 
-    def serve(
-        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any
-    ) -> ModelOutput:
-        """One call of the model: a prompt, or a token a row.
+    def serve(self, forward: Callable[..., ModelOutput], kwargs: Mapping[str, Any]) -> ModelOutput:
+        """One call of the model: a prompt, or a token a row. What steps do not know, the model does as it is.
 
         Raises:
-            NotServed: it has an argument that the steps do not know, or a form that they do not have.
             CaptureError: the handle is closed.
         """
         engine = self._open()
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
-            raise NotServed("there are no input_ids")
-        for name, value in kwargs.items():
-            if name not in ("past_key_values", "cache_params") and not _is_implied(name, value):
-                raise NotServed(f"{name} is passed to the model")
-        rows = _rows(input_ids, attention_mask, position_ids, self.get_seq_length())
-        if rows is None:
-            assert self._session is not None
-            self._session.tokens.copy_(input_ids)
-            logits = self._session.decode(None)
-        else:
+        try:
+            call = ModelCall.of(kwargs, engine.calling, self.get_seq_length())
+            output = self._prompt(engine, call) if self._session is None else self._token(self._session, call)
+        except NotServed as error:
+            self.declined = str(error)
+        except Exception as error:
             if self._session is not None:
-                raise NotServed("several tokens follow a prompt at once")
-            longest = max(map(len, rows))
-            self._cut = input_ids.shape[1] - longest
-            if self._cut and self._returned:
-                raise NotServed("all prompts begin with padding, and the cache is to be returned")
-            session, reason = engine.proven(len(rows), any(len(row) < longest for row in rows), self._limit)
-            if session is None:
-                raise NotServed(reason)
+                raise
+            self.declined = f"{type(error).__name__}: {error}"  # if the call is at fault, it raises the same below
+        else:
+            self.served += 1
+            output[engine.calling.cache_name] = self
+            return output
+        log.info("the model goes on as it is: %s", self.declined)
+        own = self._own if self._session is None else self.released()
+        output = forward(**{**kwargs, engine.calling.cache_name: own})
+        if self.witness is not None:
+            self.witness.saw(kwargs, output.logits)
+        return output
+
+    def _prompt(self, engine: Serving, call: ModelCall) -> ModelOutput:
+        padded = len(set(call.padding)) > 1 or (not call.usual and call.padding[0] > 0)
+        batch = call.ids.shape[0]
+        if call.usual:
+            session, reason = engine.proven(batch, padded, self._limit)
+        else:
+            session, reason, key = engine.proven_form(call, padded, self._limit)
+            if session is None and reason is None:
+                self.witness = Witness(key, engine.calling, self._own)
+                reason = (
+                    f"{', '.join(call.form) or 'this form'} is passed for the first time: the model runs as it is, and "
+                    "is compared with captured steps afterwards"
+                )
+        if session is None:
+            raise NotServed(reason or "")
+        if call.usual:
+            self._cut = min(call.padding)
+            rows = [row[padding:] for row, padding in zip(call.ids.tolist(), call.padding, strict=True)]
             session.truncate(0)
-            logits = session.prefill(rows, None)
-            self._session = session
-        self.served += 1
-        if self._session.calling.cache_name == "cache_params":
-            return _OutputWithStates(logits=logits[:, None], cache_params=self)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self)
+            output = StepOutput(session.prefill(rows, None)[:, None])
+        else:
+            output = session.given_prompt(call)
+        self._session, self._padding = session, call.padding
+        return output
+
+    def _token(self, session: Session, call: ModelCall) -> ModelOutput:
+        if call.ids.shape[1] != 1:
+            raise NotServed("several tokens follow a prompt at once")
+        if call.padding != self._padding and call.arguments.get(session.calling.mask_name) is not None:
+            raise NotServed("the attention mask is another one than the prompt's")
+        return StepOutput(session.given_token(call)[:, None])
 
     def released(self) -> Cache:
         """A filled cache of transformers' own, for a caller who goes on from here."""
         self._open()
         if self._session is None:
-            raise NotServed("nothing has been generated")
-        return self._session.cache.released(self._session.model.config, self._session.filled)
+            return self._own
+        return self._session.cache.released(self._session.model.config, self._session.filled, self._cut)
 
     def close(self) -> None:
         """Forget what was generated: which tokens the slots hold is not known here. The handle serves nothing more."""
@@ -148,7 +165,7 @@ class SessionCache(Cache):
             raise NotServed(f"the model uses {name!r} of a cache whose memory belongs to captured steps")
         return super().__getattribute__(name)
 
-    def _open(self) -> InferEnginePython:
+    def _open(self) -> Serving:
         if self._engine is None:
             raise CaptureError(
                 "this cache belongs to a call of generate() that has ended: ask for return_dict_in_generate=True, and "
@@ -165,44 +182,3 @@ _OTHERS = frozenset(name for name in dir(Cache) if not name.startswith("__") and
     "self_attention_cache",
     "cross_attention_cache",
 }
-
-
-def _is_implied(name: str, value: Any) -> bool:
-    if name in _IMPLIED:
-        return not isinstance(value, torch.Tensor) and value in _IMPLIED[name]
-    return value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value)
-
-
-def _rows(
-    ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, filled: int
-) -> list[list[int]] | None:
-    """The tokens of each prompt without its padding; None where one token a row follows.
-
-    Args:
-        ids: [B, L] int64.
-        mask: [B, all tokens so far], 0 for padding on the left.
-        positions: [B or 1, L] int64, those that follow from the mask.
-
-    Raises:
-        NotServed: padding is elsewhere, or tokens have other positions.
-    """
-    length = ids.shape[1]
-    if mask is not None:
-        if mask.dim() != 2 or mask.shape[1] != filled + length:
-            raise NotServed("the attention mask is not [B, L]")
-        kept = mask.bool()
-        if not bool((mask == kept).all()):
-            raise NotServed("the attention mask has other values than 0 and 1")
-        if bool((kept[:, 1:] < kept[:, :-1]).any()) or not bool(kept[:, -1].all()):
-            raise NotServed("padding is not on the left")
-        counts = kept.sum(1).tolist()
-    else:
-        counts = [filled + length] * ids.shape[0]
-    if positions is not None:
-        usual = torch.arange(filled, filled + length, device=positions.device)
-        padding = torch.tensor([filled + length - count for count in counts], device=positions.device)
-        if positions.dim() != 2 or not bool((positions == (usual - padding[:, None]).clamp(min=0)).all()):
-            raise NotServed("position_ids are not those that follow from the mask")
-    if filled and length == 1:
-        return None
-    return [row[len(row) - count :] for row, count in zip(ids.tolist(), counts, strict=True)]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graph_capture.log import log
+from graph_capture.runtime.llm.given import STEPS, Witness
 
 if TYPE_CHECKING:
     from graph_capture.runtime.llm.session import Session
 
 LENGTH = 40  # tokens of the prompt that a proof takes, where nothing speaks for more
-STEPS = 2  # decoded after it
 # How far logits may lie apart, relative to their size: rounding, added up over the layers.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # What a configuration calls the number of tokens at which a model begins to act in another way.
@@ -34,14 +34,31 @@ def prove(session: Session, padded: bool, total: int) -> str | None:
         try:
             reason = _tried(session, padded, max(1, length))
         except Exception as error:  # whatever the model's own code makes of our cache
-            first = (str(error).strip().splitlines() or [""])[0]
-            reason = f"it fails: {type(error).__name__}: {first:.200}"
+            reason = f"it fails: {shortly(error)}"
         finally:
             session.truncate(0)
         if reason is not None:
             log.info("%s does not prove itself at %d tokens: %s", type(session.model).__name__, length, reason)
             name = type(session.model).__name__
             return f"{name} over a cache of fixed slots is not what it is without a cache ({reason})"
+    return None
+
+
+def prove_form(session: Session, witness: Witness) -> str | None:
+    """Why `session` may not answer calls like the one that was watched; None where it gives what the model gave."""
+    if witness.reason is not None:
+        return witness.reason
+    try:
+        pairs = witness.repeated(session)
+    except Exception as error:  # whatever the model's own code makes of our cache
+        return f"over a cache of fixed slots it fails: {shortly(error)}"
+    finally:
+        session.truncate(0)
+    for step, (ours, own) in enumerate(pairs):
+        for row in range(session.batch):
+            off = _apart(ours[row : row + 1].float(), own[row : row + 1].float(), session, step)
+            if off is not None:
+                return f"{type(session.model).__name__} over a cache of fixed slots is not what it is ({off})"
     return None
 
 
@@ -59,16 +76,21 @@ def _tried(session: Session, padded: bool, length: int) -> str | None:
     lengths = [max(1, length - 3 * (row % 3)) if padded else length for row in range(session.batch)]
     rows = [row[len(row) - count - size : len(row) - count] for row, size in zip(tokens, lengths, strict=True)]
     following = tokens[:, -count:] if count else tokens[:, :0]
-    found = [session.prove_prompt([row.tolist() for row in rows])]
-    for step in range(count):
-        found.append(session.prove_token(following[:, step]))
-    ours = torch.stack(found, 1).float()  # [B, 1 + count, V]
+    steps = [session.prove_prompt([row.tolist() for row in rows])]
+    steps += [session.prove_token(following[:, step]) for step in range(count)]
+    ours = torch.stack(steps, 1).float()  # [B, 1 + count, V]
     for row in range(min(3, session.batch)):
         whole = torch.cat((rows[row], following[row]))[None]
         with torch.no_grad():
             alone = session.calling.without_cache(whole, count + 1)[0].float()
         if (off := _apart(ours[row], alone, session)) is not None:
             return f"row {row}: {off}" if session.batch > 1 else off
+    if not session.cache.stateful and length > 2:
+        longest = max(lengths)
+        pieces = session.prove_prompt([row.tolist() for row in rows], (longest // 2, longest - longest // 2)).float()
+        session.in_pieces = all(
+            _apart(a[None], b[None], session) is None for a, b in zip(pieces, ours[:, 0], strict=True)
+        )
     if session.batch == 1 and not session.cache.stateful and length > 2:
         session.calling.goes_back = session.calling.goes_back and _goes_back(session, tokens[0], length)
     if padded:
@@ -91,10 +113,16 @@ def _goes_back(session: Session, tokens: torch.Tensor, length: int) -> bool:
     return _apart(ours, theirs, session) is None
 
 
-def _apart(ours: torch.Tensor, theirs: torch.Tensor, session: Session) -> str | None:
-    """Where logits [T, V] lie further apart than rounding puts them."""
+def shortly(error: Exception) -> str:
+    """An error's class and its first line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first:.200}"
+
+
+def _apart(ours: torch.Tensor, theirs: torch.Tensor, session: Session, start: int = 0) -> str | None:
+    """Where logits [T, V], of steps from `start` on, lie further apart than rounding puts them."""
     bound = _TOLERANCE.get(session.model.dtype, 1e-3)
-    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True), start):
         distance = float((one - other).norm() / other.norm().clamp(min=1e-12))
         if not distance <= bound:
             where = "the prompt" if step == 0 else f"{step} decoded tokens"

@@ -3,78 +3,54 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from graph_capture.errors import CaptureError, DataDependentError, SignatureMismatchError
-from graph_capture.log import log
-from graph_capture.record.recorder import Recording, record
+from graph_capture.errors import CaptureError
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.llm.calling import Calling
-from graph_capture.runtime.llm.phases import Key, Phase, Wanted
-from graph_capture.runtime.llm.sampling import Sampler, Sampling, SamplingKind, check_rows, rectangle
+from graph_capture.runtime.llm.given import ModelCall
+from graph_capture.runtime.llm.lookup import PAYS, WIDTH, Lookup
+from graph_capture.runtime.llm.memory import SlotMemory, plainly
+from graph_capture.runtime.llm.phases import OFTEN, Key, Phase, Progress, Step, Steps
+from graph_capture.runtime.llm.sampling import Sampling, SamplingKind, check_rows, rectangle
 
-Progress = Callable[[str], None]
-SHORTEST = 16  # tokens of the smallest bucket
-SHORT = 4  # tokens of an answer that is not to be followed by recording, which takes longer,
-OFTEN = 4  # but for what is used so often
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def bucket(length: int) -> int:
-    """What a prompt is padded to: 16, 24, 32, 48, 64, ..., so that few recordings serve all lengths."""
-    size = SHORTEST
-    while size < length:
-        size *= 2
-    between = size // 4 * 3
-    return between if length <= between and size > SHORTEST else size
+PIECES = (256, 64, 16)  # tokens of the steps that a prompt of any length is put together from
+SHORT = 4  # tokens of an answer that is not to be followed by recording, which takes longer
 
 
-class OutOfSlots(CaptureError):
-    """There is no memory for the cache."""
-
-
-def _plainly(method: _F) -> _F:
-    """A session's memory is made and written under neither grad nor inference mode, whatever its caller is under."""
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return call  # type: ignore[return-value]
-
-
-class Session:
-    """Memory for `batch` sequences, and the steps that fill it.
+class Session(SlotMemory):
+    """Memory for `batch` sequences, and the captured steps that fill it.
 
     A step is a function without arguments but the prompt: tokens, positions and what sampling needs lie in memory of
     the session. It can replay, or run as it is, at any time. A prompt whose length was not met before runs as it is,
-    at the model's own speed; `settle` records what it would have replayed.
+    at the model's own speed, or in pieces that are captured, where that is faster; `settle` records what it would have
+    replayed.
 
     Args:
-        calling: a causal language model of transformers, in evaluation mode.
+        calling: a language model of transformers, in evaluation mode.
         scheduler: analyses what is recorded.
         capacity: slots.
         progress: is told what takes long.
         recording: is entered while something is recorded and analysed: weights may get other addresses.
+        encoded: places for what an encoder gives, where the model has one.
 
     Attributes:
-        filled: slots filled; also on the device, as `slots.position`.
-        held: the tokens in them, where there is one sequence.
-        phases: what was captured, and what could not be.
-        wanted: what is to be captured.
-        fusing: False runs every step as it is.
+        steps: what was captured, and what is to be.
         eager_first: whether a prefill runs as it is before it is recorded.
+        in_pieces: whether a prompt may be read piece by piece: the proof says so.
+        lookup: guesses of the next tokens, and whether they pay.
+        kept: memory of tensors that the model replaces at each call, by module and name.
 
     Raises:
-        CaptureError: the architecture is not supported, or memory does not suffice.
+        CaptureError: see `SlotMemory`.
     """
 
-    @_plainly
     def __init__(
         self,
         calling: Calling,
@@ -83,43 +59,31 @@ class Session:
         capacity: int,
         progress: Progress | None = None,
         recording: Callable[[], AbstractContextManager[None]] = nullcontext,
+        encoded: int = 0,
     ) -> None:
-        from graph_capture.runtime.llm.cache import slot_cache
+        super().__init__(calling, batch, capacity, encoded)
+        self.eager_first, self.in_pieces = True, False
+        self.steps = Steps(scheduler, batch, progress or (lambda _: None), recording)
+        self.lookup = Lookup()
+        self.kept: dict[tuple[str, str], torch.Tensor] = {}
+        self._met: Counter[Key] = Counter()  # lengths of prompts
+        self._met_pieces: Counter[Key] = Counter()
+        self._own_seconds: dict[int, float] = {}  # of prompts that ran as they are, by length
+        self._encoding: dict[str, Any] = {}  # what an encoder gave, as later steps are passed it
 
-        self.calling, self.model, self.batch, self.capacity = calling, calling.model, batch, capacity
-        self.fusing = self.eager_first = True
-        self.filled = 0
-        self.held: list[int] = []
-        self.phases: dict[Key, Phase] = {}
-        self.wanted: dict[Key, Wanted] = {}
-        self._scheduler = scheduler
-        self._progress = progress or (lambda _: None)
-        self._recording = recording
-        self._device = device = self.model.device
-        try:
-            self.cache = slot_cache(self.model.config, capacity, device)
-            self.slots = self.cache.slots
-            self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self._offset = torch.zeros(batch, dtype=torch.int64, device=device)
-            self._padded = False
-            logits = self._forward(self.tokens, True, 1)  # makes the cache, and what the model makes at its first call
-            self.vocabulary = logits.shape[-1]
-            self.sampler = Sampler(batch, capacity, self.vocabulary, device)
-        except RuntimeError as error:  # on the CPU it has no class of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise OutOfSlots(
-                f"{capacity} slots for {batch} sequences do not fit into memory: take a smaller max_length"
-            ) from error
+    @property
+    def phases(self) -> dict[Key, Phase]:
+        """What was captured, and what could not be."""
+        return self.steps.phases
 
-    @_plainly
+    @plainly
     def prepare(
         self, samplings: Sequence[Sampling], seeds: Sequence[int | None], rows: Sequence[Sequence[int]], told: int
     ) -> SamplingKind:
         """Say how tokens are chosen from here on; see `Sampler.prepare`."""
         return self.sampler.prepare(samplings, seeds, rectangle(rows), told)
 
-    @_plainly
+    @plainly
     def prefill(self, rows: Sequence[Sequence[int]], kind: SamplingKind | None) -> torch.Tensor:
         """Start with these prompts; what was there is forgotten, but for a beginning that one sequence shares.
 
@@ -135,7 +99,7 @@ class Session:
         kept = 0 if whole else min(_shared(self.held, rows[0]), longest - 1)
         if kept < longest - kept:  # attention over all slots costs more than it saves
             kept = 0
-        self._pad(rows, longest)
+        self._pad([longest - len(row) for row in rows])
         self.truncate(kept)
         new = longest - kept
         if kept and new == 1:
@@ -148,200 +112,193 @@ class Session:
         self.held = list(rows[0])
         return self._choose(logits, kind)  # apart, so that one recording serves every kind of sampling
 
-    @_plainly
+    @plainly
     def decode(self, kind: SamplingKind | None) -> torch.Tensor:
         """One step with `tokens`; returns as `prefill` does.
 
         Raises:
             CaptureError: all slots are filled.
         """
-        if self.filled >= self.capacity:
-            raise CaptureError(f"all {self.capacity} slots of the cache are filled: take a larger max_length")
-        result = self._run(Key("decode", 1, kind, self._padded), self._next)
+        self._check_room()
+        result = self.steps.run(Key("decode", 1, kind, self._padded), self._next)
         self.filled += 1
         return result
 
-    @_plainly
-    def truncate(self, filled: int, held: Sequence[int] = ()) -> None:
-        """Forget all but the first `filled` slots, which hold these tokens."""
-        self.filled, self.held = filled, list(held[:filled])
-        self.slots.position.fill_(filled)
+    @plainly
+    def check(self, guess: Sequence[int], kind: SamplingKind) -> list[int]:
+        """The most likely tokens after the last one, of one sequence: as many as `guess` has right, and one more.
 
-    @_plainly
+        A token that is ahead of others by no more than rounding comes from an ordinary step.
+        """
+        key, ids = self._guessed(guess)
+        chosen, clear = self.steps.run(key, self._check, ids).tolist()
+        count = 0
+        while count <= len(guess) and clear[count] and (count == 0 or guess[count - 1] == chosen[count - 1]):
+            count += 1
+        if count == 0:
+            return self.decode(kind).tolist()
+        self.filled += count
+        self.slots.position.fill_(self.filled)
+        self.tokens.fill_(chosen[count - 1])
+        return chosen[:count]
+
+    @plainly
+    def given_prompt(self, call: ModelCall) -> Any:
+        """Start with a prompt that the model reads as it is, with all that it is passed; its own output.
+
+        Raises:
+            CaptureError: it does not fit.
+        """
+        length = call.ids.shape[1]
+        if length >= self.capacity:
+            raise CaptureError(f"the prompt has {length} tokens, and the cache {self.capacity} slots")
+        self._pad(call.padding)
+        self.truncate(0)
+        self.cache.begin(length, True)
+        output = self.model(**{**call.arguments, self.calling.cache_name: self.cache})
+        self._encoding = call.padded_encoding(self.cache.size) if call.encoded() else {}
+        self.filled = length
+        self.slots.position.fill_(length)
+        return output
+
+    @plainly
+    def given_token(self, call: ModelCall, proving: bool = False) -> torch.Tensor:
+        """The logits after one token more a row, [B, V], with all that the model is passed.
+
+        Args:
+            proving: run the step as it is, and have it recorded later.
+
+        Raises:
+            CaptureError: all slots are filled, or something that is passed cannot be compared.
+        """
+        self._check_room()
+        form: tuple[Any, ...] = ()
+        step: Step = self._next
+        inputs: list[torch.Tensor] = []
+        if call.usual:
+            self.tokens.copy_(call.ids)
+        else:
+            form, together, inputs = call.step(self._encoding)
+            step = functools.partial(self._next_given, together)
+        key = Key("decode", 1, None, self._padded, form)
+        if proving:
+            self.steps.want(key, step, inputs, self.filled, OFTEN)
+            result = step(*inputs, kind=None)
+        else:
+            result = self.steps.run(key, step, *inputs)
+        self.filled += 1
+        return result
+
+    @plainly
     def settle(self, short: bool = False) -> None:
         """Record what has run as it is because nobody was to wait for it; the slots stay what they are.
 
         Args:
             short: after so short an answer that recording would take far longer: only what is wanted again and again.
         """
-        for key, what in list(self.wanted.items()):
-            if not short or what.uses >= OFTEN:
-                del self.wanted[key]
-                if self.fusing and key not in self.phases:
-                    self._record_apart(key, what)
+        wanted = self.steps.wanted
+        for key, what in list(wanted.items()):
+            if (short and what.uses < OFTEN) or key.padded != self._padded:
+                continue
+            del wanted[key]
+            if not self.steps.fusing or key in self.phases:
+                continue
+            filled, held = self.filled, self.held
+            most = self.capacity - key.size
+            if not self.steps.record_apart(key, what, lambda at: self.slots.position.fill_(min(at, most))):  # noqa: B023
+                filled, held = 0, []
+            self.truncate(filled, held)
 
-    @_plainly
-    def prove_prompt(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The logits after these prompts, as a recorded prefill would compute them, but as it is; [B, V]."""
-        longest = max(map(len, rows))
-        self._pad(rows, longest)
-        self.truncate(0)
-        size = longest if self.cache.stateful else self._size(0, longest)
-        logits = self._begin(*self._inputs(rows, 0, longest, size), kind=None)
-        self.filled = longest
-        return logits.clone()
+    @plainly
+    def learn_lookup(self, prompt: Sequence[int], answer: Sequence[int], kind: SamplingKind) -> None:
+        """See in an answer whether prompt lookup would have paid, and have its step recorded and timed if so."""
+        lookup, decode = self.lookup, Key("decode", 1, kind, self._padded)
+        able = self.in_pieces and self.calling.goes_back and self.batch == 1 and self.steps.fusing
+        if lookup.pays or not able:
+            return
+        lookup.gain = lookup.look_back(prompt, answer)
+        if lookup.gain < PAYS or self.filled + WIDTH > self.capacity or self.steps.captured(decode) is None:
+            return
+        key, ids = self._guessed(())
+        if key not in self.phases:
+            self.steps.want(key, self._check, (ids,), self.filled, OFTEN)
+            self.settle(short=True)
+        if self.steps.captured(key) is not None:
+            lookup.timed(self.steps.seconds(decode), self.steps.seconds(key, (ids,)))
 
-    @_plainly
-    def prove_return(self, filled: int, more: Sequence[int]) -> torch.Tensor:
-        """The logits after `more` tokens behind the first `filled` slots, [1, V]; what the others held is forgotten."""
-        self.truncate(filled)
-        logits = self._extend(*self._inputs([[0] * filled + [*more]], filled, len(more), len(more)), kind=None)
-        self.filled += len(more)
-        return logits.clone()
+    # --- prompts
 
-    @_plainly
-    def prove_token(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits after one token more a row, [B, V], from a decode step as it is."""
-        self.tokens.copy_(tokens[:, None])
-        self.filled += 1
-        return self._next(kind=None).clone()
+    def _check_room(self) -> None:
+        if self.filled >= self.capacity:
+            raise CaptureError(f"all {self.capacity} slots of the cache are filled: take a larger max_length")
 
-    # --- the steps
-
-    def _pad(self, rows: Sequence[Sequence[int]], longest: int) -> None:
-        self._padded = any(len(row) < longest for row in rows)
-        self._offset.copy_(torch.tensor([longest - len(row) for row in rows]))
-
-    def _size(self, kept: int, new: int) -> int:
-        return bucket(new) if kept + bucket(new) <= self.capacity else new
-
-    def _inputs(
-        self, rows: Sequence[Sequence[int]], kept: int, new: int, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.zeros(self.batch, size, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            ids[number, new - len(row) + kept : new] = torch.tensor(row[kept:])
-        return ids.to(self._device), torch.tensor([new - 1], device=self._device)
+    def _guessed(self, guess: Sequence[int]) -> tuple[Key, torch.Tensor]:
+        """The step that checks a guess, and its input: the last token and the guess, [1, `WIDTH`] int64."""
+        ids = torch.zeros(1, WIDTH, dtype=torch.int64)
+        ids[0, 1 : 1 + len(guess)] = torch.tensor(guess)
+        ids = ids.to(self._device)
+        ids[:, :1] = self.tokens
+        return Key("check", WIDTH, None, self._padded), ids
 
     def _prompt(self, rows: Sequence[Sequence[int]], kept: int, new: int) -> torch.Tensor:
         """The logits after the prompts, of which `kept` tokens are there; captured where this length was met before."""
         step = self._extend if kept else self._begin
         size = self._size(kept, new)
         key = Key("continue" if kept else "prefill", size, None, self._padded)
-        phase = self.phases.get(key)
-        as_it_is = not self.fusing or self.cache.stateful or (phase is not None and phase.fused is None)
-        if as_it_is or (phase is None and self.eager_first):
-            if not as_it_is:
-                uses = 1 + (self.wanted[key].uses if key in self.wanted else 0)
-                self.wanted[key] = Wanted(step, self._inputs(rows, kept, new, size), kept, uses)
+        if not self.steps.fusing or self.cache.stateful or self.steps.given_up(key):
             return step(*self._inputs(rows, kept, new, new), kind=None)
-        return self._run(key, step, *self._inputs(rows, kept, new, size))
-
-    def _begin(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
-        logits = self._forward(ids, True, last)
-        self.slots.position.copy_(last[0] + 1)
+        inputs = self._inputs(rows, kept, new, size)
+        if key in self.phases or not self.eager_first:
+            return self.steps.run(key, step, *inputs)
+        self._met[key] += 1
+        pieces = self._pieces(kept, new)
+        if self._met[key] < OFTEN and len(self._met) > 1 and pieces:  # lengths vary: pieces serve them all
+            self._each(pieces, rows, kept, new, self._want_piece)
+        else:
+            self.steps.want(key, step, inputs, kept, self._met[key])
+        if pieces and self._is_faster(pieces, new):
+            return self._each(pieces, rows, kept, new, self.steps.run)
+        start = time.perf_counter()
+        logits = step(*self._inputs(rows, kept, new, new), kind=None)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        seconds = time.perf_counter() - start
+        self._own_seconds[new] = min(seconds, self._own_seconds.get(new, seconds))
         return logits
 
-    def _extend(self, ids: torch.Tensor, last: torch.Tensor, *, kind: None) -> torch.Tensor:
-        logits = self._forward(ids, False, last)
-        self.slots.position.copy_(self.slots.position + last[0] + 1)
-        return logits
+    def _pieces(self, kept: int, new: int) -> list[Key]:
+        """Steps that read `new` tokens together, the last one padded; none where they do not fit."""
+        pieces: list[Key] = []
+        at = 0
+        while at < new:
+            size = next((size for size in PIECES if 3 * size <= 4 * (new - at)), PIECES[-1])
+            pieces.append(Key("continue" if kept + at else "prefill", size, None, self._padded))
+            at += size
+        return pieces if self.in_pieces and kept + at <= self.capacity else []
 
-    def _next(self, *, kind: SamplingKind | None) -> torch.Tensor:
-        logits = self._forward(self.tokens, False, 1)
-        self.slots.position.copy_(self.slots.position + 1)
-        return self._choose(logits, kind)
+    def _each(
+        self,
+        pieces: Sequence[Key],
+        rows: Sequence[Sequence[int]],
+        kept: int,
+        new: int,
+        run: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        keys = iter(pieces)
+        sizes = [key.size for key in pieces]
+        return self._piecewise(rows, kept, new, sizes, lambda step, *inputs: run(next(keys), step, *inputs))
 
-    def _forward(self, ids: torch.Tensor, fresh: bool, keep: int | torch.Tensor) -> torch.Tensor:
-        """The logits of one token a row, [B, V]."""
-        length = ids.shape[1]
-        self.cache.begin(length, fresh)
-        if not self._padded:
-            return self.calling(ids, self.cache, keep, self.slots.where[None])
-        positions = (self.slots.where - self._offset[:, None]).clamp(min=0)
-        mask = None
-        if fresh or self.cache.slotted:
-            slots = torch.arange(length if fresh else self.capacity, device=ids.device)
-            mask = slots >= self._offset[:, None]
-        return self.calling(ids, self.cache, keep, positions, mask)
+    def _want_piece(self, key: Key, step: Step, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        if key not in self.phases:
+            self._met_pieces[key] += 1
+            self.steps.want(key, step, (ids, last), PIECES[-1], self._met_pieces[key])
+        return ids
 
-    def _choose(self, logits: torch.Tensor, kind: SamplingKind | None) -> torch.Tensor:
-        if kind is None:
-            return logits
-        chosen = self.sampler.choose(kind, logits, self.slots.position - self._offset)
-        self.tokens.copy_(chosen[:, None])
-        return chosen
-
-    # --- capture
-
-    def _run(self, key: Key, step: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        phase = self.phases.get(key)
-        if not self.fusing or (phase is not None and phase.fused is None):
-            return step(*inputs, kind=key.kind)
-        if phase is not None and phase.fused is not None:
-            try:
-                result = phase.fused(*inputs)
-            except (SignatureMismatchError, DataDependentError) as changed:  # a weight was replaced; nothing has run
-                log.info("recording %s again: %s", phase.name, changed)
-            else:
-                phase.replays += 1
-                return result
-        return self._record(key, step, inputs)
-
-    def _record(self, key: Key, step: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Run a step and record it."""
-        name = self._name(key)
-        self._progress(f"recording {name}")
-        result = None
-        try:
-            with record(*inputs, data_dependent=_asked(key)) as recording:  # type: ignore[arg-type]
-                result = step(*inputs, kind=key.kind)
-                recording.output(result)
-            self._progress(f"finding, compiling and timing the fusions of {name}")
-            with self._recording():
-                self.phases[key] = Phase(name, self._scheduler.analyze(recording.graph))
-        except CaptureError as error:
-            self._given_up(key, name, error)
-            if result is None:  # it stopped half-way; it writes the slots again, and counts at its end
-                result = step(*inputs, kind=key.kind)
-        return result
-
-    def _record_apart(self, key: Key, wanted: Wanted) -> None:
-        """Record a step and prepare its replay, and undo what both write."""
-        name, inputs = self._name(key), wanted.inputs
-        filled, held = self.filled, self.held
-        self._progress(f"recording {name}")
-        self.slots.position.fill_(wanted.filled)
-        try:
-            with Recording(inputs, {}, data_dependent=_asked(key), verify=True, rollback=True) as recording:  # type: ignore[arg-type]
-                recording.output(wanted.step(*inputs, kind=key.kind))
-            self._progress(f"finding, compiling and timing the fusions of {name}")
-            with self._recording():
-                fused = self._scheduler.analyze(recording.graph)
-            memory = [*inputs, *recording.graph.captured.values()]
-            for _ in range(2):  # watched, then planned or captured
-                with recording.graph.undone(memory):
-                    fused(*inputs)
-            self.phases[key] = Phase(name, fused)
-        except CaptureError as error:
-            self._given_up(key, name, error)
-            filled, held = 0, []  # it may have stopped half-way
-        self.truncate(filled, held)
-
-    def _given_up(self, key: Key, name: str, error: CaptureError) -> None:
-        log.warning("%s runs as it is, uncaptured: %s", name, error)
-        self.phases[key] = Phase(name, None, f"{type(error).__name__}: {error}")
-
-    def _name(self, key: Key) -> str:
-        name = key.what if key.what == "decode" else f"{key.what} of {key.size} tokens"
-        name += f", batch {self.batch}" if self.batch > 1 else ""
-        name += f", {key.kind}" if key.kind is not None else ""
-        return name + (", padded" if key.padded else "")
-
-
-def _asked(key: Key) -> str:
-    """transformers asks, in Python, whether padding masks anything and whether a prompt is a beginning."""
-    return "error" if key.what == "decode" else "guard"
+    def _is_faster(self, pieces: Sequence[Key], new: int) -> bool:
+        """Whether captured pieces read `new` tokens sooner than the model does as it is, by what was measured."""
+        phases = [self.steps.captured(key) for key in pieces]
+        own = [seconds * max(1.0, new / length) for length, seconds in self._own_seconds.items()]
+        return all(phases) and (not own or sum(phase.seconds for phase in phases if phase) <= min(own))
 
 
 def _shared(held: Sequence[int], row: Sequence[int]) -> int:

@@ -31,7 +31,11 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OWN = frozenset({"accelerated", "generate", "forward"})  # what `accelerate` puts on a model; the last two if ours
+AROUND = "torch"  # the path of what lies around all modules
+# What `accelerate` puts on a model; the methods where they are ours.
+_OWN = frozenset({"accelerated", "generate", "forward", "_prepare_cache_for_generation"})
+# Where transformers collects hidden states, and leaves hooks behind that do nothing until it does so again.
+_COLLECTING = "transformers.utils.output_capturing"
 _SEEN_APART = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
 _SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})  # most of what there is
 
@@ -86,8 +90,6 @@ class Observer:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.restless: frozenset[tuple[str, str]] = frozenset()
-        self._groups: list[list[torch.Tensor]] = []
-        self._sampled: list[tuple[int, int]] | None = None
 
     def look(self) -> ModelState:
         """The model as it is now; a few milliseconds for hundreds of modules."""
@@ -98,7 +100,7 @@ class Observer:
             self._module(_Adder(state, tensors, opened, path), module)
         self._global(state)
         state.places = [(_version(tensor), _address(tensor)) for tensor in tensors]
-        state.values = self._sample(tensors, state.places)
+        state.values = self._sample(tensors)
         return state
 
     def disturbs(self, before: ModelState, after: ModelState) -> None:
@@ -113,7 +115,7 @@ class Observer:
             for name, tensor in table.items():
                 add(name, tensor)
         for name in _HOOKS:
-            hooks = held.get(name)
+            hooks = [hook for hook in (held.get(name) or {}).values() if getattr(hook, "__module__", "") != _COLLECTING]
             if hooks:
                 add.inside(name, hooks)
                 add.state.hooked = add.state.hooked or add.path or type(module).__name__
@@ -138,23 +140,22 @@ class Observer:
         hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         if any(hooks):
             state.hooked = state.hooked or "all modules"
-        add = _Adder(state, [], set(), "torch")
+        add = _Adder(state, [], set(), AROUND)
         add("default dtype", torch.get_default_dtype())
         add("default device", torch.get_default_device())
 
-    def _sample(self, tensors: Sequence[torch.Tensor], places: list[tuple[int, int]]) -> list[torch.Tensor]:
-        addresses = [(id(tensor), address) for tensor, (_, address) in zip(tensors, places, strict=True)]
-        if addresses != self._sampled:
-            self._sampled = addresses
-            kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-            for tensor in tensors:
-                if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() and _is_dense(tensor):
-                    flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-                    view = flat[:: max(1, tensor.numel() // SAMPLE)]
-                    kinds.setdefault((tensor.dtype, tensor.device), []).append(view)
-            self._groups = list(kinds.values())
+    @staticmethod
+    def _sample(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # Views of the weights are not kept: linears are merged only where nobody else holds their memory.
+        kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         with torch.no_grad():
-            return [torch.cat(group).view(torch.uint8) for group in self._groups]
+            for tensor in tensors:
+                count = tensor.numel()
+                if tensor.layout == torch.strided and not tensor.is_meta and count and _is_dense(tensor):
+                    step = max(1, count // SAMPLE)
+                    view = tensor.as_strided((-(-count // step),), (step,), tensor.storage_offset())
+                    kinds.setdefault((tensor.dtype, tensor.device), []).append(view)
+            return [torch.cat(group).view(torch.uint8) for group in kinds.values()]
 
 
 class _Adder:

@@ -152,7 +152,9 @@ class Graphs:
         stop = segment.start + len(segment.steps)
         part, slots = self._executor.part(segment.start, stop, self._needed(number, segment))
         static = {own: self._tensor(slots[own]) for own in part.inputs}
-        return Plan(part, self._first_run.part(part, slots, segment.start), static, self._memory.arena, False)
+        return Plan(
+            part, self._first_run.part(part, slots, segment.start), static, self._memory.arena, False, captured=True
+        )
 
     def _capture(self, number: int, segment: _GraphSegment, dynamic: Tensors) -> None:
         """Run a segment, and capture it for later."""

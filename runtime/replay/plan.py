@@ -28,6 +28,7 @@ class Plan:
         static: the inputs (by slot) that are the same tensors, at the same addresses, in every replay.
         arena: gives the arena of a device.
         keep_outputs: results get memory of their own; otherwise they lie in buffers of the plan, until the next replay.
+        captured: it runs once, to be captured: what Python does costs nothing then, and copies do.
 
     Attributes:
         function: takes a tensor for each other input, in order, and returns the outputs.
@@ -51,9 +52,10 @@ class Plan:
         static: Mapping[int, torch.Tensor],
         arena: Arenas,
         keep_outputs: bool,
+        captured: bool = False,
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._builder = Builder(executor, first_run, static, arena, keep_outputs)
+            self._builder = Builder(executor, first_run, static, arena, keep_outputs, captured)
         self.counts, self.lent, self.lent_bytes = self._builder.counts, self._builder.lent, self._builder.lent_bytes
         self.writes, self.arenas = first_run.writes, self._builder.arenas
         self.cuda = sorted({v.device for v in first_run.values if v is not None and v.device.type == "cuda"}, key=str)

@@ -36,8 +36,10 @@ class Builder(Script):
         static: Mapping[int, torch.Tensor],
         arena: Arenas,
         keep_outputs: bool,
+        captured: bool,
     ) -> None:
         super().__init__()
+        self._captured = captured
         self._executor, self._first_run, self._arena = executor, first_run, arena
         self.counts = dict.fromkeys(("views", "constants", "into the arena", "in place", "kernels", "calls"), 0)
         self._copied: set[int] = set()  # groups whose maker's result is copied into the arena
@@ -121,7 +123,7 @@ class Builder(Script):
 
     def _worth_a_copy(self, number: int, form: CallForm) -> bool:
         """Whether copying an op's result costs less than following it to where it comes to lie at each replay."""
-        if not form.is_pure or form.result != "tensor":
+        if self._captured or not form.is_pure or form.result != "tensor":
             return False
         return 0 < self._first_run.groups[number].nbytes <= COPIED * self._saved[number]
 

@@ -103,12 +103,14 @@ INTEGER = {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"}
 
 def call_of(name, dtype):
     tensors = {"weight": (40,), "bias": (40,)}
+    if name == "batch_norm":
+        tensors = dict.fromkeys(("mean", "var", *tensors), (40,))
     known = ("self", "other", "input", "condition", "mask", *tensors)
     parameters = [p.name for p in op(name).parameters if p.name in known and p.name not in ATTRIBUTES.get(name, {})]
     inputs = {}
     for seed, parameter in enumerate(parameters):
         value = noise(*tensors.get(parameter, (6, 40)), dtype=dtype, seed=seed)
-        if name in POSITIVE:
+        if name in POSITIVE or parameter == "var":
             value = value.abs() + 0.25
         if name in INTEGER:
             value = (value.float() * 100).to(torch.int32)

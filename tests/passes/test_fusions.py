@@ -94,7 +94,8 @@ def test_layers_are_found_each(function):
         return results[-1]
 
     fused = fuse(recorded(layers, tensors(function)), ALWAYS)
-    assert kinds(fused).count(function.__name__) == 4
+    # the sine grows together with swiglu: both are pointwise
+    assert kinds(fused) == [function.__name__] + ["pointwise" if function is swiglu else function.__name__] * 3
     # 4 regions; torch.eye and what it is made of, matmul and sin, three times
     assert all(node.op_type not in ("silu", "rms_norm", "add", "rsqrt") for node in fused.subgraph.nodes)
 
@@ -283,7 +284,7 @@ def test_two_regions_that_are_cyclic_together():
         return a + c.sum(0), c + a.sum(0)
 
     args = (torch.randn(4, 4), torch.randn(4, 4))
-    plan = find_regions(recorded(program, args).subgraph, supports=supports, patterns=registry)
+    plan = find_regions(recorded(program, args).subgraph, supports=supports, patterns=registry, off={"pointwise"})
     receipt = plan.receipts[0]
     assert (receipt.candidates, receipt.matches) == (2, 1)
     assert receipt.refusals == (("would have created a cycle with other regions", 1),)

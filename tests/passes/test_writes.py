@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from graph_capture.passes.writes import forward_writes
+from tests.beside_eager import beside_eager
 from tests.passes.test_cleanup import X, cleaned, recorded
 
 COPY = "aten.copy_.default"
@@ -64,6 +65,42 @@ def test_another_layout_becomes_a_copy_of_its_own():
     ]
 
 
+IN_PLACE = {
+    "relu": (lambda x, y: x.sin().relu_().exp(), ["sin", "relu", "exp"]),
+    "a residual": (lambda x, y: (x.sin().add_(y, alpha=2).relu_(),), ["sin", "add", "relu"]),
+    "a view of it": (lambda x, y: x.sin().view(12, 8).mul_(3).neg(), ["sin", "aten.view.default", "mul", "neg"]),
+    "a copy": (lambda x, y: x.clone().clamp_(0, 1), ["aten.clone.default", "clamp"]),
+    "an alias is read": (lambda x, y: _with_alias(x.sin()), ["sin", "aten.view.default", "aten.relu_.default", "exp"]),
+    "an argument": (lambda x, y: x.relu_().exp(), ["aten.relu_.default", "exp"]),
+    "a part": (lambda x, y: _part(x.sin()), ["sin", "aten.select.int", "aten.relu_.default", "exp"]),
+    "another dtype": (lambda x, y: y.long().mul_(True).add_(y.int()), ["cast", "mul", "cast", "add"]),
+    "its input is read before": (lambda x, y: _before(x.sin()), ["sin", "exp", "relu", "add"]),
+}
+
+
+def _with_alias(made):
+    alias = made.view(-1)
+    made.relu_()
+    return alias.exp()
+
+
+def _part(made):
+    made[0].relu_()
+    return made.exp()
+
+
+def _before(made):
+    raised = made.exp()
+    return made.relu_() + raised
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_pointwise_ops_in_place_get_memory_of_their_own(what):
+    function, ops = IN_PLACE[what]
+    assert left(function, X, X.flip(0).clone()) == ops
+    beside_eager(function, X, X.flip(0).clone())
+
+
 STAYS = {
     "the whole is read": lambda x, y: _part_of(x.sin(), lambda whole, part: (whole.exp(),)),
     "the whole is returned": lambda x, y: _part_of(x.sin(), lambda whole, part: (whole, part)),
@@ -71,12 +108,14 @@ STAYS = {
     "an argument is written": lambda x, y: (x.copy_(y.sin()), x.exp()),
     "the source is an argument, and the result leaves": lambda x, y: x.sin().copy_(y),
     "the source leaves too": lambda x, y: _from_made(y.sin(), lambda made, source: (made, source)),
-    "the source is written later": lambda x, y: _from_made(y.sin(), lambda made, source: (source.add_(1), made.exp())),
+    "the source is written later": lambda x, y: _from_made(
+        y.sin(), lambda made, source: (source.cumsum_(0), made.exp())
+    ),
     "the argument behind it is written later": lambda x, y: _from_made(y, lambda made, source: (y.add_(1), made.exp())),
     "the source is a part of the target": lambda x, y: _onto_itself(x.sin()),
     "the source is broadcast": lambda x, y: x.sin().copy_(y[:1]).exp(),
     "it casts": lambda x, y: torch.empty(3, 4, 8, dtype=torch.float64).copy_(x).exp(),
-    "it is written again in place": lambda x, y: x.sin().copy_(y.cos()).add_(1).exp(),
+    "it is written again in place": lambda x, y: x.sin().copy_(y.cos()).cumsum_(0).exp(),
 }
 
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from graph_capture import FusionConfig, capture, fuse, record
 from graph_capture.ir.interpreter import Executor
@@ -13,6 +14,7 @@ from graph_capture.ir.memory import storage_bytes
 from graph_capture.runtime.replay import cuda_graph as cudagraph
 from graph_capture.runtime.replay.cuda_graph import GraphReplay
 from graph_capture.runtime.replay.memory import Memory
+from graph_capture.runtime.replay.plan import Plan
 from tests.replaying import graph_of, noise
 
 
@@ -83,6 +85,29 @@ def test_the_third_replay_is_a_graph():
     assert not backend.collected  # what ends meanwhile may be another graph
     assert gc.isenabled()
     assert replay.graphs.segments == (1, 0)
+
+
+def test_nothing_is_copied_into_the_arena_for_a_capture(monkeypatch):
+    plans = []
+    make = Plan.__init__
+
+    def noted(plan, *args, **options):
+        plans.append(plan)
+        make(plan, *args, **options)
+
+    monkeypatch.setattr(Plan, "__init__", noted)
+
+    def program(x):
+        y = F.conv1d(x.view(1, 1, 8), torch.ones(1, 1, 2))  # returns memory of its own
+        return y[..., 1:] + y[..., :-1]
+
+    graph = graph_of(program, noise(8))
+    for backend, copies in ((StandIn(), 0), (None, 1)):
+        replay = captured(graph, backend) if backend else fuse(graph, FusionConfig(enable_fusion=False))
+        for seed in range(4):
+            x = noise(8, seed=seed)
+            assert torch.equal(run(graph, replay, x) if backend else replay(x), program(x))
+        assert plans.pop().source.count("copy_(") == copies
 
 
 def test_graphs_that_share_arenas_share_what_captures():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from graph_capture import CaptureError, FusionConfig, InferEngine, accelerate
 from tests import architectures
@@ -16,6 +17,8 @@ LEFT = {
     "rwkv": "takes no cache",
     "xlm-roberta": "is not what it is without a cache",  # looks at what comes later
 }
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
+    LEFT["bloom"] = "is not what it is without a cache"  # its biases are as long as the tokens read so far
 LEFT_PADDED = {"trocr": "row 1"}  # its positions do not follow from the mask
 PROMISED = {"mamba", "mamba2", "jamba", "lfm2", "qwen3_next", "deepseek_v2", "deepseek_v3", "llama", "gpt2"}
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from graph_capture import CaptureError, FusionConfig, InferEngine, InferEnginePython
-from graph_capture.runtime.llm.session import bucket
+from graph_capture.runtime.llm.memory import bucket
 from tests import llm, zoo
 
 STATIC = FusionConfig(profile="static")  # kernels untimed: what is used does not depend on the machine's load
@@ -186,10 +186,9 @@ def test_a_prompt_is_answered_before_anything_is_recorded(monkeypatch):
         assert not [text for text in seen if "recording" in text]
         list(answering)
         for session in ours.sessions.values():
-            assert not session.wanted
-    assert {"prefill of 24 tokens", "prefill of 32 tokens", "prefill of 24 tokens, batch 2, padded"} <= set(
-        ours.stats()["captured"]
-    )
+            assert not session.steps.wanted
+    pieces = {"prefill of 16 tokens", "continue of 16 tokens"}  # a second length: what serves any
+    assert {"prefill of 24 tokens", *pieces, "prefill of 24 tokens, batch 2, padded"} <= set(ours.stats()["captured"])
     ours.forget_prompts()
     before = dict(ours.stats()["captured"])
     ours.generate(PROMPTS[1], max_new_tokens=3)
@@ -227,7 +226,7 @@ def test_recording_after_an_answer_leaves_the_slots():
     first = ours.generate(PROMPTS[1], max_new_tokens=6)
     kept = [held.clone() for layer in ours.session(1).cache.layers for held in (layer.keys, layer.values)]
     longer = [*PROMPTS[1], *first.tokens, 4, 5, 6]
-    ours.session(1).wanted.clear()
+    ours.session(1).steps.wanted.clear()
     again = ours.generate(longer, max_new_tokens=6)  # goes on, and records how it went on
     filled = len(PROMPTS[1])
     now = [held for layer in ours.session(1).cache.layers for held in (layer.keys, layer.values)]
@@ -332,7 +331,7 @@ def test_greedy_tokens_agree_or_part_where_the_model_is_undecided():
     found = ours.agreement(PROMPTS[0], 20)
     assert (found.first, found.ok, found.tokens) == (None, True, 20)
     assert "all 20" in str(found)
-    kernel = ours.session(1).phases[("decode", 1, ours_kind(), False)]
+    kernel = ours.session(1).phases[("decode", 1, ours_kind(), False, ())]
     kernel.fused = _Shifted(kernel.fused, ours.session(1))
     found = ours.agreement(PROMPTS[0], 20)
     assert found.first == 1
@@ -378,6 +377,19 @@ def test_warming_up_leaves_nothing_to_record():
     assert set(ours.stats()["captured"]) == before
     with pytest.raises(CaptureError, match="top_p must be"):
         ours.warm_up(top_p=2.0)
+
+
+def test_linears_of_one_input_are_merged():
+    """The engine holds no weight's memory besides the model: merging would be refused."""
+    ours = engine()
+    for _ in range(3):
+        ours.generate(PROMPTS[0], max_new_tokens=COUNT)
+    (decode,) = [phase for phase in ours.session(1).phases.values() if phase.name.startswith("decode")]
+    merged = [region for region in decode.fused.regions if region.kind == "parallel_linear"]
+    assert len(merged) == ours.model.config.num_hidden_layers
+    assert all(region.decision.use for region in merged)
+    query, key = (getattr(ours.model.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj"))
+    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
 
 
 def test_two_threads_take_turns():
