@@ -217,7 +217,7 @@ function visible() {
     if (!from || boxes.get(from).kind === "group") continue;
     const id = `out ${value}`;
     add(id, { label: "result\n" + (shapeOf(value) || value), parent: boxes.get(from).parent, kind: "io", value });
-    edges.set(id, { id, source: from, target: id });
+    edges.set(id, { id: `${from}→${id}`, source: from, target: id });
   }
   for (const ids of readers.values()) if (ids.length > FAR) ids.slice(1).forEach((id) => (edges.get(id).far = true));
   for (const found of boxes.values()) if (!found.open) Object.assign(found, box(found.label));
@@ -304,8 +304,9 @@ function draw(anchor) {
 function fit() {
   const whole = cy.elements().boundingBox();
   const zoom = Math.max(0.78, Math.min(1.1, (cy.width() - 60) / whole.w));
-  const open = cy.nodes("[kind = 'open']").filter((node) => /\.\d+$/.test(node.id()));
-  const middle = whole.w * zoom < cy.width() || !open.length ? whole.x1 + whole.w / 2 : open[0].position("x");
+  const layer = cy.nodes("[kind = 'open']").filter((node) => /\.\d+$/.test(node.id())).first().descendants("[width]");
+  const first = layer.sort((a, b) => a.position("y") - b.position("y")).first();
+  const middle = whole.w * zoom < cy.width() || !first.length ? whole.x1 + whole.w / 2 : first.position("x");
   cy.viewport({ zoom, pan: { x: cy.width() / 2 - zoom * middle, y: 62 - zoom * whole.y1 } });
 }
 function mark() {
