@@ -104,8 +104,8 @@ class BenchReport:
     def notes(self) -> list[str]:
         """What the table does not say."""
         known = f"{format_bytes(self.step_bytes)} a step at {self.bandwidth / 1e9:.1f} GB/s"
-        found = [self.machine, f"roofline: {known}", self.agreement]
-        return [line for line in [*found, *(f"{row.way}: {row.note}" for row in self.rows if row.note)] if line]
+        lines = [self.machine, f"roofline: {known}", self.agreement]
+        return [line for line in [*lines, *(f"{row.way}: {row.note}" for row in self.rows if row.note)] if line]
 
     def _ways(self) -> list[str]:
         return [row.way for row in self.rows] + ["roofline"]
@@ -193,8 +193,8 @@ def run(
     ours = made.get(FUSED)
     if isinstance(ours, Ours):
         progress("comparing what fused and unfused steps say")
-        found = ours.engine.agreement(ids[0].tolist(), setting.tokens)
-        report.agreement, report.ok = str(found), found.ok
+        agreement = ours.engine.agreement(ids[0].tolist(), setting.tokens)
+        report.agreement, report.ok = str(agreement), agreement.ok
     made.clear()
     del model
     if starts:
@@ -272,9 +272,9 @@ def _starts(row: BenchRow, setting: Setting) -> None:
                 lines = done.stderr.strip().splitlines() or ["it failed"]
                 row.note = row.note or next((line for line in reversed(lines) if "Error" in line), lines[-1])
                 return
-            found = json.loads(done.stdout.splitlines()[-1])
-            setattr(row, temperature, found["seconds"])
-            row.memory = found["memory"]
+            measured = json.loads(done.stdout.splitlines()[-1])
+            setattr(row, temperature, measured["seconds"])
+            row.memory = measured["memory"]
 
 
 CACHES = ("GRAPH_CAPTURE_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

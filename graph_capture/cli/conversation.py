@@ -91,9 +91,9 @@ class Conversation:
         options = held.get("options", {})
         if not isinstance(options, dict):
             raise CaptureError(f"{path} holds options that are no table")
-        found = {str(name): _checked(str(name), value) for name, value in options.items() if value is not None}
+        kept = {str(name): _checked(str(name), value) for name, value in options.items() if value is not None}
         self.messages = messages
-        return found
+        return kept
 
 
 def plain_text(message: Mapping[str, Any]) -> str:

@@ -177,7 +177,7 @@ def _seconds(model: Any, fused: FusedGraph, ids: torch.Tensor, compare: bool) ->
             if ids.is_cuda:
                 torch.cuda.synchronize()
             samples[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in samples.items()}
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
 
 
 def _check(

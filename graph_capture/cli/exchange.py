@@ -48,7 +48,7 @@ class Exchange:
 def run(console: Console) -> Exchange:
     """Ask, and time one answer without and with fusion."""
     hide_progress_bars()
-    found = Exchange()
+    exchange = Exchange()
     progress = Progress(console)
     engine = InferEngine(FOLDER, progress=progress)
     console.print("\na conversation with the tiny Llama that comes with the package", style="italic")
@@ -58,7 +58,7 @@ def run(console: Console) -> Exchange:
         answer = engine.chat(messages).text
         progress.done()
         messages.append({"role": "assistant", "content": answer})
-        found.answers.append({"question": question, "answer": answer, "right": answer == right})
+        exchange.answers.append({"question": question, "answer": answer, "right": answer == right})
         mark = "" if answer == right else f"   [bold red]OFF: not {right!r}[/bold red]"
         console.print(f"  [bold]{question}[/bold]  {escape(answer)}{mark}", highlight=False)
     rates: dict[bool, list[float]] = {False: [], True: []}
@@ -71,13 +71,13 @@ def run(console: Console) -> Exchange:
             if number:  # the first round captures
                 rates[fusion].append(timed.tokens_per_second)
     progress.done()
-    found.same = tokens[False] == tokens[True]
-    found.tokens_per_second = {("on" if fusion else "off"): statistics.median(r) for fusion, r in rates.items()}
-    off, on = found.tokens_per_second["off"], found.tokens_per_second["on"]
+    exchange.same = tokens[False] == tokens[True]
+    exchange.tokens_per_second = {("on" if fusion else "off"): statistics.median(r) for fusion, r in rates.items()}
+    off, on = exchange.tokens_per_second["off"], exchange.tokens_per_second["on"]
     table = Table("fusion", "tokens/s", "against off", title=f"{len(tokens[True])} tokens, one by one")
     table.add_row("off", f"{off:.0f}", "")
     table.add_row("on", f"{on:.0f}", f"{on / off:.2f} x" if off else "")
     console.print(table)
-    if not found.same:
+    if not exchange.same:
         console.print("[bold red]Fusion changed an answer.[/bold red]")
-    return found
+    return exchange

@@ -75,11 +75,11 @@ def _greedy(engine: InferEnginePython, prompt: Sequence[int], count: int) -> lis
     with engine.alone():
         session = engine.session(1)
         session.truncate(0)
-        found = [int(session.prefill([prompt], kind))]
-        while len(found) < count and session.filled < session.capacity:
-            found.append(int(session.decode(kind)))
+        tokens = [int(session.prefill([prompt], kind))]
+        while len(tokens) < count and session.filled < session.capacity:
+            tokens.append(int(session.decode(kind)))
         session.truncate(0)
-    return found
+    return tokens
 
 
 def _logits(engine: InferEnginePython, tokens: Sequence[int]) -> torch.Tensor:

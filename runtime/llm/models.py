@@ -11,8 +11,24 @@ from safetensors import SafetensorError
 from graph_capture.errors import CaptureError
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """What every architecture has; `theta` and `positions` are of its rotary embedding."""
+    theta, positions = more.pop("theta", None), more.pop("positions", None)
+    values = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+    if theta:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    if positions:
+        values["max_position_embeddings"] = positions
+    return values | more
 
 
 _LLAMA_3_2 = {
@@ -23,147 +39,27 @@ _LLAMA_3_2 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_TIED = {"tie_word_embeddings": True}
+_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
 
 # The architectures as their authors publish them; `tiny` and `small` are for machines without a GPU.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-tiny": (
-        "Llama",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 176,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 256,
-        },
-    ),
-    "llama-small": (
-        "Llama",
-        {
-            "hidden_size": 256,
-            "intermediate_size": 688,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "vocab_size": 1024,
-        },
-    ),
-    "llama-100m": (
-        "Llama",
-        {
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "vocab_size": 16384,
-        },
-    ),
+    "llama-tiny": ("Llama", _sizes(64, 176, 2, 4, 2, 256)),
+    "llama-small": ("Llama", _sizes(256, 688, 4, 8, 2, 1024)),
+    "llama-100m": ("Llama", _sizes(768, 2048, 12, 12, 4, 16384)),
     "llama-3.2-1b": (
         "Llama",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 131072,
-            "rope_parameters": _LLAMA_3_2,
-            "tie_word_embeddings": True,
-        },
+        _sizes(2048, 8192, 16, 32, 8, 128256, positions=131072, rms_norm_eps=1e-5, rope_parameters=_LLAMA_3_2, **_TIED),
     ),
-    "llama-3-8b": (
-        "Llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192,
-            "rope_parameters": _rope(5e5),
-        },
-    ),
-    "mistral-7b": (
-        "Mistral",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 32768,
-            "max_position_embeddings": 32768,
-            "rope_parameters": _rope(1e6),
-            "sliding_window": None,
-        },
-    ),
-    "qwen2-0.5b": (
-        "Qwen2",
-        {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 131072,
-            "rope_parameters": _rope(1e6),
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3-0.6b": (
-        "Qwen3",
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rope_parameters": _rope(1e6),
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma-3-1b": (
-        "Gemma3Text",
-        {
-            "hidden_size": 1152,
-            "intermediate_size": 6912,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 256,
-            "vocab_size": 262144,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 512,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "llama-3-8b": ("Llama", _sizes(4096, 14336, 32, 32, 8, 128256, positions=8192, theta=5e5, rms_norm_eps=1e-5)),
+    "mistral-7b": ("Mistral", _sizes(4096, 14336, 32, 32, 8, 32768, positions=32768, theta=1e6, sliding_window=None)),
+    "qwen2-0.5b": ("Qwen2", _sizes(896, 4864, 24, 14, 2, 151936, positions=131072, theta=1e6, **_TIED)),
+    "qwen3-0.6b": ("Qwen3", _sizes(1024, 3072, 28, 16, 8, 151936, positions=40960, theta=1e6, head_dim=128, **_TIED)),
+    "gemma-3-1b": ("Gemma3Text", _sizes(1152, 6912, 26, 4, 1, 262144, positions=32768, **_GEMMA, **_TIED)),
     "qwen3-30b-a3b": (
         "Qwen3Moe",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rope_parameters": _rope(1e6),
-        },
+        _sizes(2048, 6144, 48, 32, 4, 151936, positions=40960, theta=1e6, head_dim=128, **_EXPERTS),
     ),
 }
 

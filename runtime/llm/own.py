@@ -94,11 +94,11 @@ class OwnSession:
         return chosen
 
     def _next_logits(self) -> torch.Tensor:
-        found = self._logits.get()
-        if isinstance(found, BaseException):
+        logits = self._logits.get()
+        if isinstance(logits, BaseException):
             self._thread = None
-            raise found
-        return found
+            raise logits
+        return logits
 
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor, logits: queue.Queue[Any], chosen: queue.Queue[Any]
@@ -113,10 +113,10 @@ class OwnSession:
             """The scores go out, the chosen tokens come in."""
             self.model.generation_config = kept  # it has been read
             logits.put(scores.clone())
-            found = chosen.get()
-            if found is _ENDED:
+            tokens = chosen.get()
+            if tokens is _ENDED:
                 raise _Left
-            return torch.full_like(scores, -torch.inf).scatter(1, found[:, None], 0.0)
+            return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
         try:
             self.model.generation_config = GenerationConfig()

@@ -79,25 +79,25 @@ class Prompts:
             raise CaptureError(f"logprobs must be from 0 to {MOST}, got {logprobs}")
         each = [self._of_row(index, len(rows), options) for index in range(len(rows))]
         seeds = _seeds(options.get("seed"), len(each), n)
-        each = [found for found in each for _ in range(n)]
+        each = [one for one in each for _ in range(n)]
         rows = [row for row in rows for _ in range(n)]
         return Request(rows, [e[0] for e in each], [e[1] for e in each], [e[2] for e in each], seeds, told, n)
 
     def _of_row(self, index: int, count: int, options: Mapping[str, Any]) -> tuple[int, Sampling, tuple[str, ...]]:
         said = {name: _entry(name, value, index, count) for name, value in options.items() if name != "seed"}
         said = {name: value for name, value in said.items() if value is not None}
-        found = {name: value for name, value in self.defaults.items() if value is not None}
+        asked = {name: value for name, value in self.defaults.items() if value is not None}
         if said.get("temperature") == 0:  # whoever asks for the most likely token wants no draw of the defaults'
-            found = {name: value for name, value in found.items() if name not in ("top_k", "top_p", "min_p")}
-        found |= said
-        limit = checked("max_new_tokens", found.pop("max_new_tokens", ANSWER), whole=True)
+            asked = {name: value for name, value in asked.items() if name not in ("top_k", "top_p", "min_p")}
+        asked |= said
+        limit = checked("max_new_tokens", asked.pop("max_new_tokens", ANSWER), whole=True)
         if limit < 1:
             raise CaptureError(f"max_new_tokens must be at least 1, got {limit}")
-        sampling = Sampling(**{name: value for name, value in found.items() if name in _CHOICES})
+        sampling = Sampling(**{name: value for name, value in asked.items() if name in _CHOICES})
         strange = next((token for token in sampling.logit_bias if not 0 <= token < self._vocabulary), None)
         if strange is not None:
             raise CaptureError(f"logit_bias names token {strange}, which is not one of the model's {self._vocabulary}")
-        return limit, sampling, self._words(found.get("stop", ()))
+        return limit, sampling, self._words(asked.get("stop", ()))
 
     def _words(self, stop: Any) -> tuple[str, ...]:
         words = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else None
@@ -164,13 +164,13 @@ class Prompts:
 
     def _checked(self, tokens: Sequence[Any]) -> list[int]:
         try:
-            found = [operator.index(token) for token in tokens]
+            checked_tokens = [operator.index(token) for token in tokens]
         except TypeError as error:
             raise CaptureError(f"a prompt is text or tokens, and tokens are whole numbers: {error}") from error
-        strange = next((token for token in found if not 0 <= token < self._vocabulary), None)
+        strange = next((token for token in checked_tokens if not 0 <= token < self._vocabulary), None)
         if strange is not None:
             raise CaptureError(f"token {strange} is not one of the model's {self._vocabulary}")
-        return found
+        return checked_tokens
 
     def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -188,11 +188,11 @@ def defaults_of(generation_config: Any) -> dict[str, Any]:
     Where it asks for draws (``do_sample``), its temperature, top_k, top_p and min_p hold; its penalty and its number of
     new tokens always do.
     """
-    found = {name: getattr(generation_config, name, None) for name in ("repetition_penalty", "max_new_tokens")}
+    defaults = {name: getattr(generation_config, name, None) for name in ("repetition_penalty", "max_new_tokens")}
     if getattr(generation_config, "do_sample", None):
-        found["temperature"] = getattr(generation_config, "temperature", None) or 1.0
-        found |= {name: getattr(generation_config, name, None) for name in ("top_k", "top_p", "min_p")}
-    return {name: value for name, value in found.items() if value is not None}
+        defaults["temperature"] = getattr(generation_config, "temperature", None) or 1.0
+        defaults |= {name: getattr(generation_config, name, None) for name in ("top_k", "top_p", "min_p")}
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
 def _entry(name: str, value: Any, index: int, count: int) -> Any:

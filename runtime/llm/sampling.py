@@ -257,11 +257,11 @@ class Sampler:
 
     def _tell(self, logits: torch.Tensor, chosen: torch.Tensor, told: int) -> None:
         """Keep the log-probabilities of the chosen token and of the most likely ones, as the model gives them."""
-        found = logits.log_softmax(-1)
-        self.told_values[:, :1].copy_(found.gather(1, chosen[:, None]))
+        likelihoods = logits.log_softmax(-1)
+        self.told_values[:, :1].copy_(likelihoods.gather(1, chosen[:, None]))
         self.told_tokens[:, :1].copy_(chosen[:, None])
         if told > 1:
-            best = found.topk(min(told - 1, self.vocabulary), dim=-1)
+            best = likelihoods.topk(min(told - 1, self.vocabulary), dim=-1)
             count = best.values.shape[1]
             self.told_values[:, 1 : 1 + count].copy_(best.values)
             self.told_tokens[:, 1 : 1 + count].copy_(best.indices)

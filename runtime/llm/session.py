@@ -67,7 +67,7 @@ class Session(SlotMemory):
         self.lookup = Lookup()
         self.kept: dict[tuple[str, str], torch.Tensor] = {}
         self._met: Counter[Key] = Counter()  # lengths of prompts
-        self._met_pieces: Counter[Key] = Counter()
+        self._met_pieces: dict[Key, set[int]] = {}  # lengths that they were wanted for
         self._own_seconds: dict[int, float] = {}  # of prompts that ran as they are, by length
         self._encoding: dict[str, Any] = {}  # what an encoder gave, as later steps are passed it
 
@@ -253,7 +253,7 @@ class Session(SlotMemory):
         self._met[key] += 1
         pieces = self._pieces(kept, new)
         if self._met[key] < OFTEN and len(self._met) > 1 and pieces:  # lengths vary: pieces serve them all
-            self._each(pieces, rows, kept, new, self._want_piece)
+            self._each(pieces, rows, kept, new, functools.partial(self._want_piece, size))
         else:
             self.steps.want(key, step, inputs, kept, self._met[key])
         if pieces and self._is_faster(pieces, new):
@@ -288,10 +288,11 @@ class Session(SlotMemory):
         sizes = [key.size for key in pieces]
         return self._piecewise(rows, kept, new, sizes, lambda step, *inputs: run(next(keys), step, *inputs))
 
-    def _want_piece(self, key: Key, step: Step, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def _want_piece(self, size: int, key: Key, step: Step, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         if key not in self.phases:
-            self._met_pieces[key] += 1
-            self.steps.want(key, step, (ids, last), PIECES[-1], self._met_pieces[key])
+            lengths = self._met_pieces.setdefault(key, set())
+            lengths.add(size)
+            self.steps.want(key, step, (ids, last), PIECES[-1], len(lengths))
         return ids
 
     def _is_faster(self, pieces: Sequence[Key], new: int) -> bool:

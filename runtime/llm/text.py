@@ -48,12 +48,12 @@ class Detokenizer:
         if self.stopped:
             return ""
         self._whole += more
-        found = [
+        places = [
             at for at in (self._whole.find(word, max(0, len(self.text) - len(word))) for word in self._stop) if at >= 0
         ]
-        if found:
+        if places:
             self.stopped = True
-            end = min(found)
+            end = min(places)
         elif final:
             end = len(self._whole)
         else:
