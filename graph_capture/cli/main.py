@@ -134,7 +134,7 @@ def inspect(
     from graph_capture.cli.inspect import inspect as implementation
 
     explained = {}
-    sizes = {"prompt": prompt, "slots": slots, "layers": layers, "measure": measure}
+    sizes: dict[str, Any] = {"prompt": prompt, "slots": slots, "layers": layers, "measure": measure}
     try:
         for step, fused in implementation(model, dtype=getattr(torch, dtype), device=_place(device), **sizes):
             if json:
