@@ -168,7 +168,7 @@ def view(
     from graph_capture.cli.inspect import inspect as implementation
     from graph_capture.cli.view import write
 
-    sizes = {"prompt": prompt or 1, "slots": slots, "layers": layers, "measure": measure}
+    sizes: dict[str, Any] = {"prompt": prompt or 1, "slots": slots, "layers": layers, "measure": measure}
     steps = implementation(model, dtype=getattr(torch, dtype), device=_place(device), **sizes)
     step, fused = next(found for found in steps if prompt is None or not found[0].startswith("decode"))
     print(write(fused, output, model if step == "saved" else f"{model}: {step}"))

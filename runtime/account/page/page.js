@@ -19,6 +19,7 @@ function size(bytes) {
   }
   return `${+bytes.toPrecision(3)} GiB`;
 }
+const exact = (number) => (typeof number === "number" ? number.toExponential(2) : number); // "inf", "nan"
 function time(seconds) {
   if (seconds === undefined || seconds === null) return "–";
   const [unit, scale] = seconds >= 1 ? ["s", 1] : seconds >= 1e-3 ? ["ms", 1e-3] : ["µs", 1e-6];
@@ -403,7 +404,7 @@ function details(node) {
     text += `<h3>Region ${html(name)}</h3><dl><dt>decision</dt><dd>${decision.use ? "used" : "not used"}: ${html(decision.reason)}${decision.cached ? " (measured earlier)" : ""}${decision.doubtful ? "; doubtful" : ""}</dd>
       <dt>where</dt><dd>${html(region.at || "top level")}</dd><dt>ops</dt><dd>${region.ops.length}: <span class="mono">${html(region.ops.map(short).join(", "))}</span></dd>
       <dt>memory</dt><dd>${size(region.bytes[0])} → ${size(region.bytes[1])}, saves ${size(region.bytes[0] - region.bytes[1])}</dd>
-      ${error ? `<dt>error</dt><dd>${error.failed ? html(error.failed) : `${error.error_fused.toExponential(2)}, recorded ops ${error.error_recorded.toExponential(2)}`} ${error.ok ? "✓" : "✗ off"}</dd>` : ""}
+      ${error ? `<dt>error</dt><dd>${error.failed ? html(error.failed) : `${exact(error.error_fused)}, recorded ops ${exact(error.error_recorded)}`} ${error.ok ? "✓" : "✗ off"}</dd>` : ""}
       ${region.parts ? "<dt>parts</dt><dd>run instead of it</dd>" : ""}</dl>`;
     if (slowest) text += `<h3>Measured</h3><div class="times">${bar("recorded", decision.t_fallback, "grey")}${bar("fused", decision.t_fused, "")}</div>`;
   }
