@@ -89,9 +89,7 @@ class CompiledGraph:
         captured: the recordings, with the parameters that came last; None before the first call.
     """
 
-    def __init__(
-        self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], scheduler: FusionScheduler
-    ) -> None:
+    def __init__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], scheduler: FusionScheduler) -> None:
         self.module, self.scheduler = module, scheduler
         self.numbers, self.names = set[int](), dict[int, str]()
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -207,7 +205,11 @@ class CapturedFx(Captured):
 def _cannot(node: torch.fx.Node | None, error: Exception) -> str:
     """Why a graph is not recorded: the op, where it is, and what stands against it."""
     text = str(error).strip().splitlines() or [type(error).__name__]
-    what = "it cannot be recorded" if node is None else f"{node.target} ({source_of(node)}) cannot be recorded"
+    what = (
+        "it cannot be recorded"
+        if node is None
+        else f"{getattr(node.target, '__name__', node.target)} ({source_of(node)}) cannot be recorded"
+    )
     return f"{what}: {type(error).__name__}: {text[0]}"
 
 
