@@ -16,7 +16,7 @@ from graph_capture.calls.fast_check import FastCall
 from graph_capture.calls.signature import Bound
 from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import Call, Executor
+from graph_capture.ir.interpreter import Call, Executor, Step
 from graph_capture.log import log
 from graph_capture.passes import Receipt
 from graph_capture.record.recorded import RecordedGraph
@@ -202,7 +202,7 @@ class FusedGraph:
         if self._given_up:
             return self.recorded.replay(call)
         try:
-            return self.recorded.replay(call, self._execute)
+            return self.recorded.replay(call, self.execute)
         except (CaptureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -214,10 +214,16 @@ class FusedGraph:
             log.warning("a replay failed, and the ops run as recorded from now on: %s: %s", type(error).__name__, notes)
             return result
 
-    def _execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One tensor for each output, from a call's tensors and the captured ones."""
         constants = [tensor for bound in self._bound for tensor in bound()]
         version = sum([bound.version for bound in self._bound])
         return self._replay.run(dynamic, [*static, *constants], (self.recorded.guards.moves, version))
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """What a replay without a plan runs, in order."""
+        return self._replay.executor.steps
 
     @property
     def cuda_graphs(self) -> Graphs | None:

@@ -61,12 +61,13 @@ class Recording:
         verify: bool = False,
         surroundings: Surroundings | None = None,
         rollback: bool = False,
+        undo_failed: bool = False,
         roots: Sequence[Any] = (),
         follow: bool = True,
     ) -> None:
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._surroundings = surroundings
-        self._rollback = rollback
+        self._rollback, self._undo_failed = rollback, undo_failed
         self._roots, self._follow = roots, follow
         self._keep_whole = keep_whole
         self._data_dependent = data_dependent
@@ -148,6 +149,8 @@ class Recording:
         assert writer is not None
         output = self._output if self._has_output or error is not None else writer.alive()
         self._output = None
+        if error is not None and self._undo_failed:  # whoever runs the code once more must find what it found
+            writer.undo()
         if error is None:
             with contextlib.nullcontext() if torch.is_inference_mode_enabled() else torch.no_grad():
                 self._graph = writer.finish(output, rollback=self._rollback)
