@@ -50,7 +50,7 @@ def shown(graph: SubGraph, told: Collection[str] = ()) -> frozenset[str]:
 def _weighs(graph: SubGraph, node: OpNode) -> bool:
     """Whether a product's first operand is a softmax."""
     name: str | None = node.inputs[0]
-    while name in graph.producers:
+    while name is not None and name in graph.producers:
         producer = graph.nodes[graph.producers[name]]
         if producer.op_type == "softmax":
             return True

@@ -351,9 +351,9 @@ class FusedGraph:
         call = self.recorded.bind(args, kwargs)
         if self.plan is None:  # a plan is made of what a first run shows
             with self.recorded.undone([*call.tensors, *self.recorded.captured.values()]):
-                self.recorded.replay(call, self._execute)
+                self.recorded.replay(call, self.execute)
         plan, steps = self.plan, self._replay.executor.steps
-        return trace(self.program, path, lambda: self.recorded.replay(call, self._execute), plan, steps)
+        return trace(self.program, path, lambda: self.recorded.replay(call, self.execute), plan, steps)
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.

@@ -304,7 +304,7 @@ class _FunctionMode(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in CASTS_INSIDE and torch._C._is_any_autocast_enabled() and not writer.suspended:
             raise CaptureError(
-                f"autocast casts inside {func.__name__} ({writer.modules.source()}), where a recording does not see it. "
+                f"autocast casts inside {func.__name__} ({writer.modules.source()}), which a recording does not see. "
                 "Call it under torch.autocast(..., enabled=False)"
             )
         adapter = SEMANTIC.get(func)
