@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz-files  3,000 mutants of saved graphs under sanitizers"
 	@echo "make attacks  killed processes, a full disk, threads, many replays"
 	@echo "make aarch64  the generated C on an emulated aarch64"
+	@echo "make docs   the documentation as a site in build/docs"
 	@echo "make page   the libraries that fused.view draws with, bundled anew (needs npm)"
 	@echo "make clean  remove .venv and what was built"
 
@@ -80,6 +81,11 @@ EMULATED := $(filter-out tests/codegen/test_c_target.py tests/codegen/test_c_lib
 aarch64: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "unicorn>=2.1"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -q -p tests.emulation $(EMULATED) -k "not ninetoothed and not machine_code"
+
+docs: $(STAMP)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 # Cytoscape.js and dagre as one file, with their licences: what package-lock.json pins.
 PAGE := runtime/account/page

@@ -89,6 +89,8 @@ def _differs(graph: SubGraph, node: OpNode, seen: Collection[str]) -> bool:
         return False
     if any(name in seen for name in node.outputs):
         return True
+    if node.op_type in ATTENTION_OPS:  # scores that float16 cannot hold: the op is right where the code is not
+        return False
     halves = {graph.values[name].dtype for leaf in inner for name in leaf.outputs}
     return torch.float16 in halves and any(_grows(leaf) for leaf in inner[:-1])
 

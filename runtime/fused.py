@@ -304,7 +304,7 @@ class FusedGraph:
         """
         return dump(self.program, folder, self.plan, self.cuda_graphs)
 
-    def view(self, path: str | os.PathLike[str], *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
+    def view(self, path: str | os.PathLike[str], /, *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
         """Write one page of HTML, for a browser without a network: each stage of the rewriting as a graph of modules.
 
         Each op and region says its shapes, bytes, times, decision, near misses, source line and kernel source.
@@ -327,7 +327,7 @@ class FusedGraph:
     def _repr_html_(self) -> str:
         return card(self.program)
 
-    def trace(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def trace(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Any:
         """Replay once on these arguments, and write what ran when as JSON for Perfetto or ``chrome://tracing``.
 
         Each region and each other step is an event by name, with module, line, shapes and bytes; inside lie torch's
@@ -339,7 +339,7 @@ class FusedGraph:
 
         Raises:
             SignatureMismatchError, DataDependentError: as `__call__`.
-            CaptureError: the file cannot be written.
+            CaptureError: the file cannot be written; or a profiler is on already.
         """
         self._settle()
         call = self.recorded.bind(args, kwargs)

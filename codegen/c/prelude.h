@@ -382,6 +382,69 @@ INLINE lanes lanes_sums(lanes *of) {
 #endif
 }
 
+/* --- integers of packed weights */
+
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t some_bytes __attribute__((vector_size(LANES)));
+typedef int8_t some_signed_bytes __attribute__((vector_size(LANES)));
+
+INLINE lanes floats_of(ints value) { return __builtin_convertvector(value, lanes); }
+
+INLINE ints bytes_at(const uint8_t *from) {
+    some_bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, ints);
+}
+
+INLINE ints signed_bytes_at(const uint8_t *from) {
+    some_signed_bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, ints);
+}
+
+INLINE ints looked_up(const int32_t *from, ints places) {
+    ints value;
+    for (int i = 0; i < LANES; i++) value[i] = from[places[i]];
+    return value;
+}
+
+INLINE ints bytes_from(const uint8_t *from, ints places) {
+    ints value;
+    for (int i = 0; i < LANES; i++) value[i] = from[places[i]];
+    return value;
+}
+
+INLINE ints either(ints condition, ints one, ints other) { return (one & condition) | (other & ~condition); }
+
+/* 0, 1, 2, ... */
+INLINE ints counted(void) {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints value;
+    memcpy(&value, numbers, sizeof value);
+    return value;
+}
+
+INLINE int32_t int_at(const uint8_t *from) {
+    int32_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+/* A float16 in each lane. */
+INLINE lanes spread_float16(const uint8_t *from) {
+    uint16_t half;
+    memcpy(&half, from, sizeof half);
+#if defined(__AVX512F__)
+    typedef short shorts __attribute__((vector_size(32)));
+    return (lanes)__builtin_ia32_vcvtph2ps512_mask((shorts){0} + (short)half, (lanes){0}, (unsigned short)-1, 4);
+#elif defined(__AVX__) && defined(__F16C__)
+    typedef short shorts __attribute__((vector_size(16)));
+    return (lanes)__builtin_ia32_vcvtph2ps256((shorts){0} + (short)half);
+#else
+    return (lanes){0} + from_float16(half);
+#endif
+}
+
 /* --- results, from float32 in a buffer that begins at a multiple of 64 bytes; streamed: past the caches, where the machine
  * can and the results lie as well. What is not read before it is displaced need not be read in to be written. */
 

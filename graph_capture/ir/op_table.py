@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from graph_capture.errors import FusionError
+from graph_capture.ir import quantised
 from graph_capture.ir.composed import (
     capped_attention,
     linear,
@@ -303,6 +304,8 @@ for _function in (linear, scaled_dot_product_attention, matmul):
 for _function in (repeat_kv, rope, capped_attention):
     _row(_function.__name__, _function, Kind.OPAQUE, composed=True)
 _row("embedding", aten.embedding.default, Kind.OPAQUE)
+_row("quant_linear", quantised.quant_linear, Kind.OPAQUE)
+_row("dequantize", quantised.dequantize, Kind.OPAQUE)
 
 # --- what torch's dispatcher does not know
 

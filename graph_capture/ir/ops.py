@@ -22,6 +22,7 @@ from graph_capture.ir.values import freeze, same_value
 TABLE: dict[str, Op] = {}  # the rows, by name; `graph_capture.ir.op_table` and `register_op` fill it
 FUSED = "fused."  # prefix of the ops that a pass makes from a region; attribute ``body`` is its SubGraph
 ATTENTION_OPS = ("scaled_dot_product_attention", "capped_attention")
+LINEARS = frozenset({"linear", "quant_linear"})
 EXTERNAL = "external"  # the op that calls a kernel which is not torch's
 GUARD = "guard."  # prefix of the ops that run another op and compare what it gives Python with the recorded value
 

@@ -35,9 +35,9 @@ class Field:
 class Format:
     """How weights are packed: weight ``i`` of a block is ``scale * value - minimum``, in float32.
 
-    The expressions are Python over integers (``+ - * // % >> & |``, ``where``) and the fields: one with several elements
-    is read by an index. Runs of 16 weights, counted from the block's first, lie next to each other in each field or
-    share its element.
+    The expressions are Python over integers (``+ - * // % >> & |``, ``where``) and the fields: one with several
+    elements is read by an index. Runs of 16 weights, counted from the block's first, lie next to each other in each
+    field or share its element.
 
     Attributes:
         name: what ops call it.
@@ -193,7 +193,7 @@ class _Elements:
 
 
 def decoded(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Packed rows [..., bytes] as float32 [..., K], by the format's expressions: what everything else is held against."""
+    """Packed rows [..., bytes] as float32 [..., K], by the format's expressions: all else is held against it."""
     row = format_of(name)
     inner = row.inner(weight.shape[-1])
     blocks = weight.reshape(*weight.shape[:-1], -1, row.bytes)

@@ -26,6 +26,7 @@ from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.reads import is_looked_at
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.treatments import (
+    CASTS_INSIDE,
     PROPERTIES,
     READS_DATA,
     READS_INPUTS,
@@ -298,6 +299,11 @@ class _FunctionMode(TorchFunctionMode):
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)
+        if func in CASTS_INSIDE and torch._C._is_any_autocast_enabled() and not writer.suspended:
+            raise CaptureError(
+                f"autocast casts inside {func.__name__} ({writer.modules.source()}), where a recording does not see it. "
+                "Call it under torch.autocast(..., enabled=False)"
+            )
         adapter = SEMANTIC.get(func)
         # Under autocast the casts belong to the context, not to the call: record what happens inside.
         if adapter is None or writer.suspended or torch._C._is_any_autocast_enabled():

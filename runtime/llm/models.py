@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a built-in configuration with random weights, or a name on the hub."""
+"""Models by name: a local folder, a GGUF file, a built-in configuration with random weights, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from graph_capture.errors import CaptureError
+from graph_capture.runtime.llm.gguf import contents, gguf_file, load_gguf
 
 
 def _sizes(
@@ -100,7 +101,7 @@ def unregister_architecture(name: str) -> None:
 
 
 def load_config(name: str, layers: int | None = None) -> Any:
-    """The transformers configuration of a model: from a folder, from `CONFIGURATIONS`, or from the hub.
+    """The transformers configuration of a model: from a folder, a GGUF file, from `CONFIGURATIONS`, or from the hub.
 
     Args:
         layers: only so many layers.
@@ -112,6 +113,12 @@ def load_config(name: str, layers: int | None = None) -> Any:
     if name in CONFIGURATIONS and not Path(name).exists():
         family, values = CONFIGURATIONS[name]
         config = getattr(transformers, f"{family}Config")(**values)
+    elif (file := gguf_file(name)) is not None:
+        architecture = contents(file).strings.get("general.architecture")
+        try:
+            config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # what it makes of a file that says what does not fit together
+            raise CaptureError(f"transformers has no model of {file} ({architecture}): {error}") from error
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -141,11 +148,12 @@ def build_model(config: Any, *, dtype: torch.dtype, device: str, seed: int = 0) 
 
 
 def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
-    """A causal language model with its weights, in evaluation mode: from a folder of safetensors, or from the hub; with
-    random weights where the name is one of `CONFIGURATIONS`.
+    """A causal language model with its weights, in evaluation mode: from a folder of safetensors, from a GGUF file
+    (whose weights stay packed), or from the hub; with random weights where the name is one of `CONFIGURATIONS`.
 
     Args:
-        dtype: of the weights (default: as they are stored; float32 for random ones).
+        dtype: of the weights (default: as they are stored; float32 for random ones), and of what packed ones are
+            multiplied with (default: bfloat16).
 
     Raises:
         CaptureError: there is no such model, its files are damaged, transformers does not know its architecture, it
@@ -156,6 +164,8 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
     try:
         if name in CONFIGURATIONS and not Path(name).exists():
             return build_model(config, dtype=dtype or torch.float32, device=device)
+        if (file := gguf_file(name)) is not None:
+            return load_gguf(file, config, transformers, dtype=dtype or torch.bfloat16, device=device)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
         )
@@ -164,14 +174,23 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cp
         raise CaptureError(f"{name} does not fit into the memory of {device}: {error}") from error
     except CaptureError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise CaptureError(f"{name} cannot be loaded: {error}") from error
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a model; None where there is none."""
+    """The tokenizer that belongs to a model; None where there is none.
+
+    Raises:
+        CaptureError: that of a GGUF file is damaged, or of a kind that transformers does not know.
+    """
     if name in CONFIGURATIONS and not Path(name).exists():
         return None
+    if (file := gguf_file(name)) is not None:
+        try:
+            return _transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # what it makes of words that do not fit together
+            raise CaptureError(f"transformers makes no tokenizer of {file}: {error}") from error
     try:
         return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ import numpy
 import pytest
 import torch
 
+from graph_capture.codegen.c.decoding import dequantized
 from graph_capture.errors import CaptureError
 from graph_capture.ir import quantised
 from graph_capture.ir.quantised import FORMATS, decoded, format_of
@@ -40,3 +41,12 @@ def test_the_op_computes_in_tiles_what_it_computes_whole(monkeypatch):
     monkeypatch.setattr(quantised, "TILE", 512 * 32)
     torch.testing.assert_close(quantised.quant_linear(x, weight, torch.ones(70), format="Q4_K"), whole)
     torch.testing.assert_close(whole, x @ decoded(weight, "Q4_K").t() + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*FORMATS, "int8:64", "int4:32", "int4:128"])
+def test_c_decodes_to_the_reference_s_bits(name, dtype):
+    weight = packed(name, 7, 1024)
+    found = dequantized(weight, name, dtype)
+    assert torch.equal(found, decoded(weight, name).to(dtype))
+    assert torch.equal(dequantized(weight[1:5], name, dtype), found[1:5])
