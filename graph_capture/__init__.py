@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from graph_capture import testing
 from graph_capture.codegen import CompiledKernel, KernelCompiler, Target, register_target, unregister_target
 from graph_capture.codegen.spec.definitions import register_op, unregister_op
 from graph_capture.errors import (
@@ -80,6 +81,7 @@ __all__ = [
     "spelling",
     "start_graph_recording",
     "stop_graph_recording",
+    "testing",
     "unaccelerate",
     "unregister_architecture",
     "unregister_op",

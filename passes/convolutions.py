@@ -10,25 +10,25 @@ Like merged linears, each is a region whose body begins with what depends on wei
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from graph_capture.ir.binding import arguments, flatten_outputs, prepare
+from graph_capture.ir.binding import arguments
 from graph_capture.ir.convolutions import lies_last
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import interpret
-from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.ops import FUSED, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import MemoryUse
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import Contraction, common_source, contract
+from graph_capture.passes.strides import laid_out
 
 RULE = "ready_convolution"
-CONVOLUTION, NORM = "aten.convolution.default", "aten.native_batch_norm.default"
+CONVOLUTION = "aten.convolution.default"
+NORMS = ("aten.native_batch_norm.default", "aten.cudnn_batch_norm.default")  # the second on CUDA, but for bfloat16
 
 
 def ready_convolutions(
@@ -60,7 +60,9 @@ def ready_convolutions(
     result, dropped = contract(graph, found, dependencies)
     for item in dropped:
         tally.refuse(graph, item.nodes, "would have created a cycle with other regions")
-    laid = relaid(result)
+    made = [node.outputs[0] for node in result.nodes if is_ready(node)]
+    metas = {name: result.values[name] for name in made}
+    laid = laid_out(result, {n: _last(meta) for n, meta in metas.items() if lies_last(meta.device, meta.dtype)})
     if laid is None:
         for item in found:
             tally.refuse(graph, item.nodes, "something behind it does not take channels that come last")
@@ -120,7 +122,7 @@ def pointwise_norms(graph: SubGraph) -> SubGraph:
     nodes: list[OpNode] = []
     values = dict(graph.values)
     for node in graph.nodes:
-        if node.op_type != NORM or not _evaluates(graph, node):
+        if node.op_type not in NORMS or not _evaluates(graph, node):
             nodes.append(node)
             continue
         given, behind = arguments(node), len(values[node.inputs[0]].shape) - 2
@@ -130,13 +132,17 @@ def pointwise_norms(graph: SubGraph) -> SubGraph:
             if isinstance(place, Arg):
                 operands[name] = _channels(node.inputs[place.index], behind, nodes, values)
         missing = {name: None for name in ("weight", "bias") if name not in operands}
-        attrs = _pairs(**missing, eps=given["eps"])
+        attrs = _pairs(**missing, eps=_epsilon(given))
         nodes.append(OpNode("batch_norm", tuple(operands.values()), node.outputs[:1], attrs, node.source))
     changed = len(values) > len(graph.values)
     return SubGraph(tuple(nodes), graph.input_names, graph.output_names, values) if changed else graph
 
 
 _STATISTICS = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
+
+
+def _epsilon(given: Mapping[str, Any]) -> Any:
+    return given["eps"] if "eps" in given else given["epsilon"]
 
 
 def _evaluates(graph: SubGraph, norm: OpNode) -> bool:
@@ -151,39 +157,6 @@ def _evaluates(graph: SubGraph, norm: OpNode) -> bool:
     return graph.values[norm.outputs[0]].dtype is graph.values[norm.inputs[0]].dtype
 
 
-def relaid(graph: SubGraph) -> SubGraph | None:
-    """`graph` with the strides that its values have where convolutions give channels last, and what is behind follows;
-    results are put back as they were recorded. None where an op does not take it."""
-    changed: dict[str, TensorMeta] = {}
-    for node in graph.nodes:
-        if is_ready(node):
-            meta = graph.values[node.outputs[0]]
-            if lies_last(meta.device, meta.dtype):
-                changed[node.outputs[0]] = _last(meta)
-        elif not changed.keys().isdisjoint(node.inputs):
-            given = [changed.get(name, graph.values[name]) for name in node.inputs]
-            body = node.attr("body") if node.op_type.startswith(FUSED) else None
-            try:
-                found = interpret(body, _like(given)) if body else flatten_outputs(prepare(node)(_like(given)))
-            except (RuntimeError, ValueError, NotImplementedError):  # a view, mostly
-                return None
-            for name, tensor in zip(node.outputs, found, strict=True):
-                if tensor.stride() != graph.values[name].stride:
-                    changed[name] = graph.values[name]._replace(stride=tensor.stride())
-    returned = [name for name in dict.fromkeys(graph.output_names) if name in changed]
-    back = {name: f"{name}_as_recorded" for name in returned}
-    copies = []
-    for name in returned:
-        if not is_contiguous(graph.values[name]) or len(_sharing(graph, name)) > 1:
-            return None
-        copies.append(
-            OpNode("aten.clone.default", (name,), (back[name],), _pairs(memory_format=torch.contiguous_format))
-        )
-    values = {**graph.values, **changed} | {back[n]: graph.values[n]._replace(storage=-1) for n in returned}
-    outputs = tuple(back.get(name, name) for name in graph.output_names)
-    return SubGraph((*graph.nodes, *copies), graph.input_names, outputs, values)
-
-
 def _pairs(**attrs: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(attrs.items()))
 
@@ -191,16 +164,6 @@ def _pairs(**attrs: Any) -> tuple[tuple[str, Any], ...]:
 def _last(meta: TensorMeta) -> TensorMeta:
     last = torch.empty(meta.shape, device="meta", memory_format=torch.channels_last)
     return meta._replace(stride=last.stride())
-
-
-def _like(metas: Iterable[TensorMeta]) -> list[torch.Tensor]:
-    return [torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta") for meta in metas]
-
-
-def _sharing(graph: SubGraph, name: str) -> list[str]:
-    """The values that share a value's memory."""
-    storage = graph.values[name].storage
-    return [other for other, meta in graph.values.items() if meta.storage == storage] if storage >= 0 else [name]
 
 
 def is_ready(node: OpNode) -> bool:
@@ -212,7 +175,7 @@ def _norm_behind(graph: SubGraph, index: int, weights: Collection[str], memory: 
     """The batch norm that alone reads a convolution, in evaluation, with weights of its own."""
     name = graph.nodes[index].outputs[0]
     users = graph.users.get(name, ())
-    if len(users) != 1 or graph.nodes[users[0]].op_type != NORM or not memory.private(name):
+    if len(users) != 1 or graph.nodes[users[0]].op_type not in NORMS or not memory.private(name):
         return []
     norm = graph.nodes[users[0]]
     if norm.inputs[0] != name or not _evaluates(graph, norm):
@@ -271,7 +234,7 @@ def ready_convolution(graph: SubGraph, nodes: list[int]) -> OpNode:
             )
         }
         operands = {name: value for name, value in parts.items() if value is not None}
-        attrs = _pairs(**{name: Arg(number) for number, name in enumerate(operands)}, eps=of["eps"])
+        attrs = _pairs(**{name: Arg(number) for number, name in enumerate(operands)}, eps=_epsilon(of))
         inner.append(OpNode("folded_norm", tuple(operands.values()), ("folded", "shift"), attrs))
         weight, bias = "folded", "shift"
     how: dict[str, Any] = {name: tuple(given[name]) for name in ("stride", "padding", "dilation")} | {

@@ -16,6 +16,7 @@ from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.ops import Kind, op
 from graph_capture.ir.values import TensorMeta
 from graph_capture.passes.cleanup import MemoryUse, collapse_views, dead_code
+from graph_capture.passes.strides import contiguous, laid_out
 
 RULE = "dimension_order"
 
@@ -33,6 +34,42 @@ def follow_memory(graph: SubGraph) -> SubGraph:
         return graph
     result = SubGraph(tuple(turned.nodes), graph.input_names, graph.output_names, turned.values)
     return dead_code(collapse_views(result))
+
+
+_BY_ROWS = ("layer_norm", "rms_norm", "linear")  # ops that read rows: their last dimension, next to each other
+
+
+def contiguous_rows(graph: SubGraph) -> SubGraph:
+    """`graph` where chains of pointwise ops that norms and linears read by rows begin with a copy into rows.
+
+    What a convolution over time gives, permuted, would otherwise lie across its rows through all layers of a model.
+    """
+    memory = MemoryUse(graph)
+    owner: dict[str, int] = {}  # a value of a chain -> the node that begins it
+    wanted: dict[int, str] = {}  # what reads that chain by rows
+    for index, node in enumerate(graph.nodes):
+        starts = {owner[name] for name in node.inputs if name in owner}
+        if node.op_type in _BY_ROWS and node.inputs[0] in owner:
+            wanted[owner[node.inputs[0]]] = node.op_type
+        if _order_in_memory(graph, node, memory) is not None:
+            owner[node.outputs[0]] = min(starts, default=index)
+    nodes: list[OpNode] = []
+    values = dict(graph.values)
+    fixed: dict[str, TensorMeta] = {}
+    for index, node in enumerate(graph.nodes):
+        for name in node.inputs if index in wanted else ():
+            meta = graph.values[name]
+            if meta.shape == graph.values[node.outputs[0]].shape and not is_contiguous(meta):
+                copy = f"{name}_in_rows"
+                if copy not in fixed:
+                    row = torch.empty(meta.shape, device="meta").stride()
+                    values[copy] = fixed[copy] = meta._replace(stride=row, offset=0, storage=-1)
+                    nodes.append(contiguous(name, copy))
+                node = node.rename({name: copy})
+        nodes.append(node)
+    if not fixed:
+        return graph
+    return laid_out(SubGraph(tuple(nodes), graph.input_names, graph.output_names, values), fixed) or graph
 
 
 def _order_in_memory(graph: SubGraph, node: OpNode, memory: MemoryUse) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from graph_capture.passes.convolutions import RULE as READY_CONVOLUTION
 from graph_capture.passes.convolutions import biases_apart, pointwise_norms, ready_convolutions
 from graph_capture.passes.decode import RULES as DECODE
 from graph_capture.passes.dimension_order import RULE as DIMENSION_ORDER
-from graph_capture.passes.dimension_order import follow_memory
+from graph_capture.passes.dimension_order import contiguous_rows, follow_memory
 from graph_capture.passes.flow import Dependencies
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 from graph_capture.passes.linears import merge_linears
@@ -131,9 +131,10 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(PARALLEL_LINEAR, result)
         matcher = matcher.on(graph)
         receipts.append(receipt)
-    if READY_CONVOLUTION not in passes.off:
+    if BATCH_NORM not in passes.off:
         graph = became("biases apart", biases_apart(graph))
         matcher = matcher.on(graph)
+    if READY_CONVOLUTION not in passes.off:
         result, receipt = ready_convolutions(graph, passes.weights, matcher.dependencies)
         graph = became(READY_CONVOLUTION, result)
         matcher = matcher.on(graph)
@@ -142,7 +143,7 @@ def _rewrite(graph: SubGraph, passes: Passes) -> Rewritten:
         graph = became(BATCH_NORM, pointwise_norms(graph))
         matcher = matcher.on(graph)
     if DIMENSION_ORDER not in passes.off:
-        graph = became(DIMENSION_ORDER, follow_memory(graph))
+        graph = became(DIMENSION_ORDER, follow_memory(contiguous_rows(graph)))
         matcher = matcher.on(graph)
     plan = find_regions(
         graph,

@@ -50,7 +50,7 @@ def shown(graph: SubGraph, told: Collection[str] = ()) -> frozenset[str]:
 def _weighs(graph: SubGraph, node: OpNode) -> bool:
     """Whether a product's first operand is a softmax."""
     name: str | None = node.inputs[0]
-    while name in graph.producers:
+    while name is not None and name in graph.producers:
         producer = graph.nodes[graph.producers[name]]
         if producer.op_type == "softmax":
             return True
@@ -89,6 +89,8 @@ def _differs(graph: SubGraph, node: OpNode, seen: Collection[str]) -> bool:
         return False
     if any(name in seen for name in node.outputs):
         return True
+    if node.op_type in ATTENTION_OPS:  # scores that float16 cannot hold: the op is right where the code is not
+        return False
     halves = {graph.values[name].dtype for leaf in inner for name in leaf.outputs}
     return torch.float16 in halves and any(_grows(leaf) for leaf in inner[:-1])
 

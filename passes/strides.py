@@ -1,4 +1,4 @@
-"""Who can tell that a value lies in memory in another way than it was recorded."""
+"""Who can tell that a value lies in memory in another way than it was recorded, and graphs where values do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from graph_capture.ir.binding import flatten_outputs, prepare
 from graph_capture.ir.effects import is_random
 from graph_capture.ir.graph import OpNode, SubGraph
+from graph_capture.ir.interpreter import interpret
+from graph_capture.ir.layouts import is_contiguous
 from graph_capture.ir.op_table import TABLE
-from graph_capture.ir.ops import EXTERNAL, op
+from graph_capture.ir.ops import EXTERNAL, FUSED, op
 from graph_capture.ir.values import TensorMeta
 
 _BY_MEMORY = (
@@ -53,6 +55,48 @@ def noticed(graph: SubGraph, name: str, strides: Sequence[int]) -> str | None:
                 for user in graph.users.get(output, ()):
                     heapq.heappush(pending, user)
     return None
+
+
+def laid_out(graph: SubGraph, fixed: Mapping[str, TensorMeta]) -> SubGraph | None:
+    """`graph` where some values lie in another way, and what is behind them follows; results are put back as they were
+    recorded. None where an op does not take it, or would see it."""
+    changed: dict[str, TensorMeta] = {}
+    for node in graph.nodes:
+        if node.outputs and node.outputs[0] in fixed:
+            changed[node.outputs[0]] = fixed[node.outputs[0]]
+        elif not changed.keys().isdisjoint(node.inputs):
+            given = [_meta(changed.get(name, graph.values[name])) for name in node.inputs]
+            body = node.attr("body") if node.op_type.startswith(FUSED) else None
+            if not all(map(_is_known, node.recorded)):
+                return None
+            try:
+                results = interpret(body, given) if body else flatten_outputs(prepare(node)(given))
+            except (RuntimeError, ValueError, NotImplementedError):  # a view, mostly
+                return None
+            for name, tensor in zip(node.outputs, results, strict=True):
+                if tensor.stride() != graph.values[name].stride:
+                    changed[name] = graph.values[name]._replace(stride=tensor.stride())
+    returned = [name for name in dict.fromkeys(graph.output_names) if name in changed]
+    back = {name: f"{name}_as_recorded" for name in returned}
+    copies = []
+    for name in returned:
+        if not is_contiguous(graph.values[name]) or len(_sharing(graph, name)) > 1:
+            return None
+        copies.append(contiguous(name, back[name]))
+    values = {**graph.values, **changed} | {back[n]: graph.values[n]._replace(storage=-1) for n in returned}
+    outputs = tuple(back.get(name, name) for name in graph.output_names)
+    return SubGraph((*graph.nodes, *copies), graph.input_names, outputs, values)
+
+
+def contiguous(name: str, copy: str) -> OpNode:
+    """A contiguous copy of a value."""
+    return OpNode("aten.clone.default", (name,), (copy,), (("memory_format", torch.contiguous_format),))
+
+
+def _sharing(graph: SubGraph, name: str) -> list[str]:
+    """The values that share a value's memory."""
+    storage = graph.values[name].storage
+    return [other for other, meta in graph.values.items() if meta.storage == storage] if storage >= 0 else [name]
 
 
 def _run(values: Mapping[str, TensorMeta], node: OpNode, made: dict[str, torch.Tensor]) -> str | None:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from graph_capture.passes.linears import product_of
 from graph_capture.passes.pipeline import unchanged
 from graph_capture.passes.region_bodies import is_composed, is_library, rounded_outputs
 from graph_capture.passes.rewrite import inline, values_of
+from graph_capture.record.fx import record_fx
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.runtime.account.dump import VARIABLE as DUMP
 from graph_capture.runtime.config import FusionConfig
@@ -328,11 +330,24 @@ def decide_region(heuristics: FusionHeuristics, region: Region, libraries: Seque
     return replace(region, decision=decision, kernel=kernel)
 
 
-def fuse(graph: RecordedGraph, config: FusionConfig | None = None) -> FusedGraph:
+def fuse(
+    graph: RecordedGraph | torch.fx.GraphModule | torch.export.ExportedProgram,
+    config: FusionConfig | None = None,
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> FusedGraph:
     """Rewrite `graph` so that fusable regions run as single kernels where that measured faster.
 
+    Args:
+        graph: a recording; or a graph of torch.fx or torch.export, which is recorded first.
+        config: how regions are fused.
+        args, kwargs: example inputs for such a graph (default: those that an exported program was made with).
+
     Raises:
+        CaptureError: an FX graph comes without example inputs, or cannot be recorded.
         FusionError: the library that `op_library` names cannot be imported; or, with ``fallback_on_error=False``, a
             region's kernel cannot be made.
     """
-    return FusionScheduler(config).analyze(graph)
+    recorded = graph if isinstance(graph, RecordedGraph) else record_fx(graph, args, kwargs)
+    return FusionScheduler(config).analyze(recorded)

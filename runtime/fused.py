@@ -16,7 +16,7 @@ from graph_capture.calls.fast_check import FastCall
 from graph_capture.calls.signature import Bound
 from graph_capture.errors import CaptureError, FusionError
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.interpreter import Call, Executor
+from graph_capture.ir.interpreter import Call, Executor, Step
 from graph_capture.log import log
 from graph_capture.passes import Receipt
 from graph_capture.record.recorded import RecordedGraph
@@ -202,7 +202,7 @@ class FusedGraph:
         if self._given_up:
             return self.recorded.replay(call)
         try:
-            return self.recorded.replay(call, self._execute)
+            return self.recorded.replay(call, self.execute)
         except (CaptureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -214,10 +214,16 @@ class FusedGraph:
             log.warning("a replay failed, and the ops run as recorded from now on: %s: %s", type(error).__name__, notes)
             return result
 
-    def _execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def execute(self, dynamic: Sequence[torch.Tensor], static: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One tensor for each output, from a call's tensors and the captured ones."""
         constants = [tensor for bound in self._bound for tensor in bound()]
         version = sum([bound.version for bound in self._bound])
         return self._replay.run(dynamic, [*static, *constants], (self.recorded.guards.moves, version))
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """What a replay without a plan runs, in order."""
+        return self._replay.executor.steps
 
     @property
     def cuda_graphs(self) -> Graphs | None:
@@ -304,7 +310,7 @@ class FusedGraph:
         """
         return dump(self.program, folder, self.plan, self.cuda_graphs)
 
-    def view(self, path: str | os.PathLike[str], *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
+    def view(self, path: str | os.PathLike[str], /, *args: Any, title: str = "graph_capture", **kwargs: Any) -> Path:
         """Write one page of HTML, for a browser without a network: each stage of the rewriting as a graph of modules.
 
         Each op and region says its shapes, bytes, times, decision, near misses, source line and kernel source.
@@ -327,7 +333,7 @@ class FusedGraph:
     def _repr_html_(self) -> str:
         return card(self.program)
 
-    def trace(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def trace(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Any:
         """Replay once on these arguments, and write what ran when as JSON for Perfetto or ``chrome://tracing``.
 
         Each region and each other step is an event by name, with module, line, shapes and bytes; inside lie torch's
@@ -339,15 +345,15 @@ class FusedGraph:
 
         Raises:
             SignatureMismatchError, DataDependentError: as `__call__`.
-            CaptureError: the file cannot be written.
+            CaptureError: the file cannot be written; or a profiler is on already.
         """
         self._settle()
         call = self.recorded.bind(args, kwargs)
         if self.plan is None:  # a plan is made of what a first run shows
             with self.recorded.undone([*call.tensors, *self.recorded.captured.values()]):
-                self.recorded.replay(call, self._execute)
+                self.recorded.replay(call, self.execute)
         plan, steps = self.plan, self._replay.executor.steps
-        return trace(self.program, path, lambda: self.recorded.replay(call, self._execute), plan, steps)
+        return trace(self.program, path, lambda: self.recorded.replay(call, self.execute), plan, steps)
 
     def save(self, path: str | os.PathLike[str], weights: bool = True) -> None:
         """Write the graph into one safetensors file, which `graph_capture.load` replays without the model's code.

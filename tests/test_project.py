@@ -34,6 +34,7 @@ FLOORS = (
     "runtime.capture",
     "runtime.llm",
     "runtime",
+    "testing",
     "the package itself",
     "tiny",
     "cli",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graph_capture.errors import CaptureError
-from graph_capture.runtime.llm import Sampling
+from graph_capture.runtime.llm.prompts import Prompts
 
 WHOLE = ("top_k", "max_new_tokens", "seed")
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -133,16 +133,9 @@ def _checked(name: str, value: Any) -> Any:
     Raises:
         CaptureError: it would not.
     """
-    if name in Sampling.__dataclass_fields__:
-        Sampling(**{name: value})
-    elif name == "max_new_tokens":
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CaptureError(f"max_new_tokens must be at least 1, got {value}")
-    elif name == "seed":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise CaptureError(f"seed must be a whole number, got {value!r}")
-    elif name != "stop":
+    if name not in (*WHOLE, *NUMBERS, "stop", "logit_bias"):
         raise CaptureError(f"there is no option {name!r}")
+    Prompts(object(), 2**62).request([[0]], **{name: value})
     return value
 
 

@@ -138,7 +138,7 @@ def inspect(
     from graph_capture.cli.inspect import inspect as implementation
 
     explained = {}
-    sizes = {"prompt": prompt, "slots": slots, "layers": layers, "measure": measure}
+    sizes: dict[str, Any] = {"prompt": prompt, "slots": slots, "layers": layers, "measure": measure}
     try:
         for step, fused in implementation(model, dtype=getattr(torch, dtype), device=_place(device), **sizes):
             if json:
@@ -159,31 +159,23 @@ def inspect(
 def view(
     model: Annotated[str, typer.Argument(help="A saved graph, a model's folder, llama-small and so on, a hub name.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The page.")],
-    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.BFLOAT16,
-    device: Annotated[str, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = "",
-    prompt: Annotated[
-        int | None, typer.Option(min=1, help="Show a prefill of so many tokens, not a decode step.")
-    ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Slots of the static cache.")] = 256,
-    layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers.")] = None,
+    dtype: Weights = DType.BFLOAT16,
+    device: Device = "",
+    prompt: Annotated[int | None, typer.Option(min=1, help="A prefill of so many tokens, not a decode step.")] = None,
+    slots: Slots = 256,
+    layers: Layers = None,
     measure: Annotated[bool, typer.Option(help="Time each region; else decide by what is known of it.")] = True,
 ) -> None:
     """Write one page of HTML that shows each stage of a model, or of a saved graph: regions, decisions, sources."""
     import torch
 
-    from graph_capture.cli.inspect import inspect as record
+    from graph_capture.cli.inspect import inspect as implementation
     from graph_capture.cli.view import write
-    from graph_capture.errors import CaptureError
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, dtype)
-    try:
-        steps = record(model, dtype=kind, device=where, prompt=prompt or 1, slots=slots, layers=layers, measure=measure)
-        step, fused = next(found for found in steps if prompt is None or not found[0].startswith("decode"))
-        print(write(fused, output, model if step == "saved" else f"{model}: {step}"))
-    except CaptureError as error:
-        show_error(Console(stderr=True), error)
-        raise typer.Exit(1) from error
+    sizes: dict[str, Any] = {"prompt": prompt or 1, "slots": slots, "layers": layers, "measure": measure}
+    steps = implementation(model, dtype=getattr(torch, dtype), device=_place(device), **sizes)
+    step, fused = next(found for found in steps if prompt is None or not found[0].startswith("decode"))
+    print(write(fused, output, model if step == "saved" else f"{model}: {step}"))
 
 
 @app.command()

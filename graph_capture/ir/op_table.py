@@ -183,9 +183,9 @@ def batch_norm(
     [C, 1, 1] does for [N, C, H, W]."""
     sizes = mean.shape if mean.numel() > 1 else [1 if size != 1 else 2 for size in input.shape]
     channels = next(dim for dim in range(-len(sizes), 0) if sizes[dim] != 1)
-    flat = [None if x is None else x.flatten() for x in (mean, var, weight, bias)]
-    moved = input.movedim(channels, 1)
-    return F.batch_norm(moved, *flat, training=False, eps=eps).movedim(1, channels)  # type: ignore[arg-type]
+    scale, shift = (None if x is None else x.flatten() for x in (weight, bias))
+    normed = F.batch_norm(input.movedim(channels, 1), mean.flatten(), var.flatten(), scale, shift, eps=eps)
+    return normed.movedim(1, channels)
 
 
 def _batch_norm(given: Mapping[str, Any], dtype: torch.dtype) -> str:

@@ -211,6 +211,12 @@ class GraphBuilder(Names):
         found = tuple(map(self.exposures.original, tensors)) if self.exposures.adapters else tensors
         return found[0] if len(found) == 1 else found
 
+    def undo(self) -> None:
+        """Put back what recorded ops have written, if the recording is checked."""
+        if self._check is not None:
+            with torch.no_grad():
+                self._check.rollback(random=True)
+
     def finish(self, output: Any, *, rollback: bool = False) -> RecordedGraph:
         """The immutable graph.
 

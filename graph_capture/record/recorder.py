@@ -26,6 +26,7 @@ from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.reads import is_looked_at
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.treatments import (
+    CASTS_INSIDE,
     PROPERTIES,
     READS_DATA,
     READS_INPUTS,
@@ -60,12 +61,13 @@ class Recording:
         verify: bool = False,
         surroundings: Surroundings | None = None,
         rollback: bool = False,
+        undo_failed: bool = False,
         roots: Sequence[Any] = (),
         follow: bool = True,
     ) -> None:
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._surroundings = surroundings
-        self._rollback = rollback
+        self._rollback, self._undo_failed = rollback, undo_failed
         self._roots, self._follow = roots, follow
         self._keep_whole = keep_whole
         self._data_dependent = data_dependent
@@ -147,6 +149,8 @@ class Recording:
         assert writer is not None
         output = self._output if self._has_output or error is not None else writer.alive()
         self._output = None
+        if error is not None and self._undo_failed:  # whoever runs the code once more must find what it found
+            writer.undo()
         if error is None:
             with contextlib.nullcontext() if torch.is_inference_mode_enabled() else torch.no_grad():
                 self._graph = writer.finish(output, rollback=self._rollback)
@@ -298,6 +302,11 @@ class _FunctionMode(TorchFunctionMode):
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)
+        if func in CASTS_INSIDE and torch._C._is_any_autocast_enabled() and not writer.suspended:
+            raise CaptureError(
+                f"autocast casts inside {func.__name__} ({writer.modules.source()}), which a recording does not see. "
+                "Call it under torch.autocast(..., enabled=False)"
+            )
         adapter = SEMANTIC.get(func)
         # Under autocast the casts belong to the context, not to the call: record what happens inside.
         if adapter is None or writer.suspended or torch._C._is_any_autocast_enabled():

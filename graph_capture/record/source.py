@@ -84,10 +84,12 @@ class ModulePaths:
 
     Attributes:
         owners: id of a tensor that a module holds (of another library: of its handle) -> where.
+        at: where the code is, if not where the interpreter is: an FX graph runs in its place.
     """
 
     def __init__(self, state: State | None = None) -> None:
         self.owners: dict[int, Owner] = {}
+        self.at: Source | None = None
         self._state = state or State()
         self._foreign = bool(adapters())
         self._paths: dict[int, str] = {}  # id of a module -> its path
@@ -102,8 +104,8 @@ class ModulePaths:
 
     def source(self) -> Source:
         """The current module path with the user's file and line."""
-        at = caller()
-        return Source(self._stack[-1] if self._stack else "", at.file, at.line)
+        at = self.at or caller()
+        return Source(at.module or (self._stack[-1] if self._stack else ""), at.file, at.line)
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread:

@@ -89,6 +89,7 @@ class State:
         self._skipped = set(skipped)
         self._budget = BUDGET
         self._names: set[tuple[int, Any]] = set()
+        self._read: set[Any] = set()  # names of attributes, of objects and in the code that ran
 
     def differences(self) -> list[tuple[str, Any, Any]]:
         """What has changed since it was seen: its name, what it was and what it is."""
@@ -128,6 +129,7 @@ class State:
     def function(self, function: types.FunctionType, path: str) -> None:
         """Note what a function that runs is made of: its code, its defaults, its closure, its attributes."""
         self.seen[id(function)] = function
+        self._read.update(function.__code__.co_names, [c for c in function.__code__.co_consts if type(c) is str])
         self.entries.append(Function(function, path))
         for index, default in enumerate(function.__defaults__ or ()):
             self.see(default, f"default {index} of {path}")
@@ -194,6 +196,7 @@ class State:
 
     def _table(self, table: dict[Any, Any], path: str, internal: bool = False) -> list[tuple[Any, str]]:
         keys, values = tuple(dict.keys(table)), tuple(dict.values(table))
+        self._read.update(keys)
         self.entries.append(Table(table, path, keys, values, whole=True))
         if type(table) is collections.OrderedDict and keys:  # its order is kept beside the dict
             self.probe(functools.partial(tuple, table), f"the order of {path}")
@@ -280,6 +283,8 @@ class State:
             ignored = _OF_CLASSES if own else _OF_CLASSES | _PATCHED
             keys = tuple(key for key in table if key not in ignored)
             values = tuple(table[key] for key in keys)
+            if not own:
+                ignored = _Unread(ignored, self._read, tuple(other for other in kind.__mro__ if other is not base))
             self.entries.append(Table(table, base.__qualname__, keys, values, whole=True, ignored=ignored))
             for key in keys:
                 part = table[key]
@@ -288,6 +293,22 @@ class State:
                 elif own and not key.startswith("__") and not isinstance(part, (property, staticmethod, classmethod)):
                     parts.append((part, f"{base.__qualname__}.{key}"))
         return parts
+
+
+class _Unread(frozenset[str]):
+    """Names that nobody misses in a class of torch's, and all that nobody reads: other libraries add helpers to it."""
+
+    _read: set[Any]
+    _others: tuple[type, ...]
+
+    def __new__(cls, names: Iterable[str], read: set[Any], others: tuple[type, ...]) -> _Unread:
+        made = super().__new__(cls, names)
+        made._read, made._others = read, others
+        return made
+
+    def __contains__(self, name: object) -> bool:
+        known = name in self._read or any(name in other.__dict__ for other in self._others)
+        return not known or super().__contains__(name)
 
 
 _OF_CLASSES = frozenset({"__slotnames__", "__annotations__", "__annotate__", "__doc__", "__weakref__", "__dict__"})

@@ -78,6 +78,9 @@ READS_INPUTS: dict[str, tuple[int, ...]] = {
     "_ctc_loss": (2, 3),
     "ctc_loss": (2, 3),
 }
+CASTS_INSIDE = frozenset(
+    {torch.bilinear}
+)  # functions that call ops which autocast casts below the dispatch that is seen
 
 
 def read_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -35,6 +35,8 @@ def trace(
     steps: Sequence[Step],
 ) -> Any:
     """See `FusedGraph.trace`. `replay` runs once; `steps` are those that `plan` was made of."""
+    if torch.autograd._profiler_enabled():
+        raise CaptureError("a profiler is on already, which sees regions and steps by their names; trace without it")
     activities = [ProfilerActivity.CPU]
     if device_of(program.graph).type == "cuda":
         activities.append(ProfilerActivity.CUDA)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def view(
     for name in ("page.css", "vendor.js", "page.js"):
         page = page.replace(f"{{{{{name}}}}}", (ASSETS / name).read_text(encoding="utf-8"))
     # Nothing in a string may end the script that the data are in.
-    page = page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+    page = page.replace("{{data}}", json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -77,7 +78,7 @@ class _Page:
                 for name, meta in graph.values.items()
                 if name not in self._values
             }
-        errors = {row["region"]: row for row in checked.rows} if checked is not None else {}
+        errors = {row["region"]: _finite(row) for row in checked.rows} if checked is not None else {}
         return {
             "stages": [{"name": name, "nodes": [self._node(node) for node in nodes]} for name, nodes in stages],
             "nodes": self._node_data,
@@ -143,9 +144,14 @@ class _Page:
             "kernel": region.kernel is not None,
             "bytes": [region.bytes_before, region.bytes_after],
             "ops": [node.op_type for node in region.nodes],
-            "decision": asdict(region.decision),
+            "decision": _finite(asdict(region.decision)),
             "files": {name: self._texts.setdefault(text, len(self._texts)) for name, text in files.items()},
         }
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def card(program: Program) -> str:

@@ -76,7 +76,7 @@ class Captured(StandIn):
         self._graphs: OrderedDict[Key, list[FusedGraph]] = OrderedDict()
         self._changing: OrderedDict[Key, frozenset[str]] = OrderedDict()  # what the latest recording changed
         self._declined: dict[str, None] = {}  # reasons that were told
-        self._given_up: set[Key] = set()
+        self._given_up: dict[Key, str] = {}
         self._lock = threading.RLock()
         self.misses: deque[str] = deque(maxlen=64)
 
@@ -114,11 +114,15 @@ class Captured(StandIn):
 
     def _run(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function as it is."""
+        self._decline(reason)
+        return self._function(*args, **kwargs)
+
+    def _decline(self, reason: str) -> None:
+        """Say once for what reason calls run as they are."""
         if reason not in self._declined:
             self._declined[reason] = None
             self.misses.append(f"run as it is: {reason}")
             log.warning("%s runs as it is where %s", self, reason)
-        return self._function(*args, **kwargs)
 
     def _check_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Compare what was just recorded with the call as it is.
@@ -211,7 +215,7 @@ class Captured(StandIn):
     def _not_recorded(self, key: Key, call: Call) -> str | None:
         """Why a call runs as it is; None where it is recorded and replayed."""
         if key in self._given_up:
-            return "a value that Python reads has had too many values"
+            return self._given_up[key]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors):
             return "an argument requires a gradient (call it under torch.no_grad())"
         other = next((t for t in call.tensors if type(t) not in _PLAIN), None)
@@ -241,7 +245,7 @@ class Captured(StandIn):
             return fused.replay(call)
 
     def _give_up(self, key: Key, changed: str) -> None:
-        self._given_up.add(key)
+        self._given_up[key] = "a value that Python reads has had too many values"
         self._graphs.pop(key, None)
         log.warning(
             "%s has recorded %d values of what Python reads, and runs such calls as they are: %s",
@@ -264,13 +268,17 @@ class Captured(StandIn):
         graph = recording.graph
         if self._check is not None:
             self._record_twice(call, graph)
+        self._keep(key, graph)
+        return recording.result
+
+    def _keep(self, key: Key, graph: RecordedGraph) -> None:
+        """Fuse what was recorded, for the calls to come."""
         if not self._changes(key, graph):
             self._graphs.setdefault(key, []).append(self._scheduler.analyze(graph))
             self._graphs.move_to_end(key)
             while len(self._graphs) > self._max_signatures:
                 self._graphs.popitem(last=False)
                 self._scheduler.heuristics.compiler.forget()
-        return recording.result
 
     def _changes(self, key: Key, graph: RecordedGraph) -> bool:
         """Whether the code changed something outside its arguments, so that its recording holds no longer.

@@ -190,7 +190,7 @@ class EncodedLayer(StaticLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.filled = key_states.shape[2]
         if not self.is_initialized:
-            SlotLayer.lazy_initialization(self, key_states, value_states)  # type: ignore[arg-type]
+            SlotLayer.lazy_initialization(self, key_states, value_states)
         self.keys[:, :, : self.filled].copy_(key_states)
         self.values[:, :, : self.filled].copy_(value_states)
         return key_states, value_states
@@ -198,7 +198,7 @@ class EncodedLayer(StaticLayer):
     def get_seq_length(self) -> int:
         return self.filled
 
-    reorder_cache = SlotLayer.reorder_cache  # type: ignore[assignment]
+    reorder_cache = SlotLayer.reorder_cache
 
 
 class PairCache(EncoderDecoderCache):

@@ -101,6 +101,7 @@ class Calling:
         cache_name, ids_name, mask_name, places_name: what it calls its cache, tokens, their mask and positions.
         encoder: whether it has one; `pads` whether what that gives may be padded, because a mask says so.
         vocabulary: how many tokens it knows.
+        asks_for_mask: whether it looks, in Python, for padding among the tokens where no mask comes.
         goes_back: whether a cache that is cut short is as if the rest had never been: a model may keep more elsewhere.
 
     Raises:
@@ -126,6 +127,7 @@ class Calling:
         self._places = "position_ids" in names
         self._masks = "attention_mask" in names
         self._caches = "use_cache" in names
+        self.asks_for_mask = self._masks and any(map(_looks_for_padding, known_by.modules()))
 
     def __call__(
         self,
@@ -177,3 +179,8 @@ class Calling:
                 raise CaptureError(f"the forward of {type(self.model).__name__} takes no mask for padding")
             more["attention_mask"] = mask
         return more
+
+
+def _looks_for_padding(module: torch.nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return "warn_if_padding_and_no_attention_mask" in getattr(code, "co_names", ())

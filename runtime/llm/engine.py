@@ -260,7 +260,9 @@ class InferEnginePython(Serving):
             if kind == GREEDY and isinstance(session, Session):
                 session.learn_lookup(request.rows[0], answers[0].tokens, kind)
 
-    def _steps(self, session: Session | OwnSession, rows: list[list[int]], kind: SamplingKind) -> Iterator[_Told]:
+    def _steps(
+        self, session: Session | OwnSession, rows: list[list[int]], kind: SamplingKind
+    ) -> Generator[_Told, None, None]:
         """The next token of every row, step by step, until the cache is full, and what was kept of likelihoods. On a
         GPU a step is under way while the tokens of the one before are looked at."""
         held = list(rows[0])
@@ -285,7 +287,7 @@ class InferEnginePython(Serving):
         finally:
             session.truncate(min(session.filled, len(held)), held if len(rows) == 1 else ())
 
-    def _guessed(self, session: Session, rows: list[list[int]]) -> Iterator[_Told]:
+    def _guessed(self, session: Session, rows: list[list[int]]) -> Generator[_Told, None, None]:
         """As `_steps`, of one row by its most likely tokens: several at once where they were guessed right."""
         held, lookup = list(rows[0]), session.lookup
         lookup.begin(held)

@@ -104,7 +104,7 @@ class ModelCall:
                 more[name] = more[name][..., -1:]
         more |= encoding
         leaves, spec = pytree.tree_flatten(more)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf.contiguous() for leaf in leaves if isinstance(leaf, torch.Tensor)]  # a slice's strides may grow
         rest = tuple(torch.Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         form = (tuple(sorted(more)), str(spec), rest, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
         try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 WIDTH = 8  # tokens that a step checks: the one that is certain, and those that are guessed
 GRAM = 3  # tokens that must have stood together before
 PAYS = 1.4  # tokens a step, on an answer that was given, from which on a step of several is worth recording
+ENOUGH = 32  # tokens of an answer that says something about that
 _SLOW = 0.1  # the part that a new step has in what is known of the past ones
 
 

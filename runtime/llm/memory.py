@@ -197,7 +197,7 @@ class SlotMemory:
         """The logits of one token a row, [B, V]; of all, [B, L, V], where `keep` is 0."""
         length = ids.shape[1]
         self.cache.begin(length, fresh)
-        if not self._padded:
+        if not self._padded and (fresh or not self.calling.asks_for_mask):
             return self.calling(ids, self.cache, keep, self.slots.where[None])
         positions = (self.slots.where - self._offset[:, None]).clamp(min=0)
         mask = None

@@ -17,7 +17,7 @@ def _sizes(
 ) -> dict[str, Any]:
     """What every architecture has; `theta` and `positions` are of its rotary embedding."""
     theta, positions = more.pop("theta", None), more.pop("positions", None)
-    values = {
+    values: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,

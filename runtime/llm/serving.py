@@ -202,7 +202,7 @@ class Serving:
             if self.calling.encoder:
                 reached = 0
             else:  # what tokens alone show holds for them here too
-                _, reason = self.proven(*key[:2], total)  # type: ignore[arg-type]
+                _, reason = self.proven(*key[:2], total)
         if reason is not None or not reached:
             return None, reason, key
         self._current = session = self._session_of(call)

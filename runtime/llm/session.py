@@ -15,7 +15,7 @@ from graph_capture.errors import CaptureError
 from graph_capture.runtime.fuse import FusionScheduler
 from graph_capture.runtime.llm.calling import Calling
 from graph_capture.runtime.llm.given import ModelCall
-from graph_capture.runtime.llm.lookup import PAYS, WIDTH, Lookup
+from graph_capture.runtime.llm.lookup import ENOUGH, PAYS, WIDTH, Lookup
 from graph_capture.runtime.llm.memory import SlotMemory, plainly
 from graph_capture.runtime.llm.phases import OFTEN, Key, Phase, Progress, Step, Steps
 from graph_capture.runtime.llm.sampling import Sampling, SamplingKind, check_rows, rectangle
@@ -214,7 +214,7 @@ class Session(SlotMemory):
         """See in an answer whether prompt lookup would have paid, and have its step recorded and timed if so."""
         lookup, decode = self.lookup, Key("decode", 1, kind, self._padded)
         able = self.in_pieces and self.calling.goes_back and self.batch == 1 and self.steps.fusing
-        if lookup.pays or not able:
+        if lookup.pays or not able or len(answer) < ENOUGH:
             return
         lookup.gain = lookup.look_back(prompt, answer)
         if lookup.gain < PAYS or self.filled + WIDTH > self.capacity or self.steps.captured(decode) is None:

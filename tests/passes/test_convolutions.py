@@ -10,11 +10,11 @@ from torch import nn
 
 from graph_capture import FusionConfig, capture, fuse, load, record
 from graph_capture.ir import convolutions
-from graph_capture.ir.graph import SubGraph
+from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import interpret
 from graph_capture.ir.numerics import distance
 from graph_capture.ir.ops import TABLE, op
-from graph_capture.passes.convolutions import RULE, biases_apart
+from graph_capture.passes.convolutions import NORMS, RULE, biases_apart, pointwise_norms, ready_convolutions
 from tests.beside_eager import beside_eager
 from tests.replaying import graph_of, noise
 
@@ -368,3 +368,29 @@ def test_a_bias_is_added_on_the_way_on_a_gpu():
     for got, want in zip(interpret(apart, given), interpret(graph, given), strict=True):
         torch.testing.assert_close(got, want)
         assert got.stride() == want.stride()
+
+
+def test_norms_as_cudnn_has_them():
+    """On CUDA, float32 and float16 go to another op, which names its arguments in another way and order."""
+    block = Block().requires_grad_(False)
+    x = noise(2, 4, 8, 8)
+    with record(x) as recording:
+        recording.output(block(x))
+    graph = recording.graph.subgraph
+
+    def cudnn(node):
+        if node.op_type != NORMS[0]:
+            return node
+        attrs = {"training": False, "exponential_average_factor": node.attr("momentum"), "epsilon": node.attr("eps")}
+        more = tuple(f"{node.outputs[0]}_{number}" for number in range(3))
+        return OpNode(NORMS[1], node.inputs, (node.outputs[0], *more), attrs, node.source)
+
+    other = SubGraph(tuple(map(cudnn, graph.nodes)), graph.input_names, graph.output_names, graph.values)
+    weights = [name for name in graph.input_names if name != graph.input_names[0]]
+    (folded,) = [node for node in ready_convolutions(other, weights)[0].nodes if node.op_type.endswith(RULE)]
+    (known,) = [node for node in ready_convolutions(graph, weights)[0].nodes if node.op_type.endswith(RULE)]
+    assert folded.attr("body").nodes[0].op_type == "folded_norm"
+    assert folded.attr("body") == known.attr("body")
+    pointwise = pointwise_norms(other)
+    given = [x, *recording.graph.captured.values()]
+    torch.testing.assert_close(interpret(pointwise, given)[0], block(x))

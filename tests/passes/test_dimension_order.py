@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from graph_capture import FusionConfig, fuse, record
 from graph_capture.ir.interpreter import interpret
-from graph_capture.passes.dimension_order import follow_memory
+from graph_capture.passes.dimension_order import contiguous_rows, follow_memory
 from graph_capture.passes.regions import find_regions
 
 SHAPES = [(2, 12, 5, 7), (1, 12, 5, 7), (2, 1, 5, 7), (2, 12, 1, 1), (1, 1, 1, 1), (0, 3, 2, 2), (2, 8, 4)]
@@ -82,6 +82,57 @@ def test_other_ops_stay_as_they_are(program):
     _, before = recorded(program, laid((2, 4, 5, 6), (0, 2, 3, 1)))
     after = follow_memory(before)
     assert [node.op_type for node in after.nodes].count("aten.permute.default") == 0
+
+
+def over_time(x):
+    """What follows a convolution over time: [B, C, T] is read by rows [B, T, C], with a residual that goes on."""
+    weight = torch.linspace(0.5, 1.5, x.shape[1])
+    rows = torch.exp(x).permute(0, 2, 1) + weight
+    for _ in range(2):
+        rows = rows + torch.tanh(F.linear(F.layer_norm(rows, weight.shape, weight, weight), torch.eye(len(weight))))
+    return (rows * 2).contiguous(), F.layer_norm(rows, weight.shape, weight, weight)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (1, 8, 5), (2, 1, 5), (2, 8, 1)])
+def test_what_is_read_by_rows_lies_in_rows(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    graph, before = recorded(over_time, x)
+    after = contiguous_rows(before)
+    metas = [after.values[node.outputs[0]] for node in after.nodes if node.op_type == "add"]
+    for meta in metas if min(shape) > 1 else ():
+        assert meta.stride == (shape[1] * shape[2], shape[1], 1)
+    want = over_time(x)
+    for replay in (
+        lambda x: interpret(after, [x, *graph.captured.values()]),
+        fuse(graph, FusionConfig(profile="always")),
+        fuse(graph, FusionConfig(enable_fusion=False)),
+    ):
+        for got, expected in zip(replay(x), want, strict=True):
+            torch.testing.assert_close(got, expected)
+            assert got.stride() == expected.stride()
+
+
+def test_a_residual_over_time_grows_into_its_norms():
+    def program(x):
+        return over_time(x)[1]
+
+    graph, _ = recorded(program, torch.randn(2, 8, 5))
+    kinds = [region.kind for region in fuse(graph, FusionConfig(profile="always")).regions]
+    assert kinds.count("add_layer_norm") == 3
+
+
+@pytest.mark.parametrize("seen", ["as_strided", "another dtype"])
+def test_who_looks_at_memory_is_left_alone(seen):
+    def program(x):
+        rows = x.permute(0, 2, 1) + 1
+        tail = rows.as_strided((4,), (1,)) if seen == "as_strided" else rows.transpose(1, 2).view(torch.int32)
+        return F.layer_norm(rows, rows.shape[-1:]), tail
+
+    x = torch.randn(2, 8, 5)
+    graph, before = recorded(program, x)
+    assert contiguous_rows(before) is before
+    for got, want in zip(fuse(graph, FusionConfig(profile="always"))(x), program(x), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

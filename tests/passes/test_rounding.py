@@ -66,10 +66,18 @@ def test_what_is_widened_is_rounded_as_it_was_written(spelled, way, dtype):
     beside_eager(lambda x, w, z: WIDENED[way](SPELLED[spelled](x, w), z), x, weight, wide, times=2)
 
 
-@pytest.mark.parametrize("spelled", ["rms_norm in its dtype", "layer_norm", "softmax", "attention", "silu"])
+@pytest.mark.parametrize("spelled", ["rms_norm in its dtype", "layer_norm", "softmax", "silu"])
 def test_what_float16_cannot_hold_on_the_way(spelled):
     x, weight = rand(2, 6, 8, dtype=torch.float16) * 300, rand(8, seed=3, dtype=torch.float16)
     beside_eager(SPELLED[spelled], x, weight)
+
+
+def test_scores_that_float16_cannot_hold():
+    """Attention as one op holds them in float32: it is right where the code as it is gives NaN."""
+    x = rand(2, 6, 8, dtype=torch.float16) * 300
+    got, exact = fused_of(SPELLED["attention"], x, None)(x, None), SPELLED["attention"](x.double(), None)
+    assert SPELLED["attention"](x, None).isnan().any()
+    torch.testing.assert_close(got.double(), exact, rtol=2e-3, atol=2e-3)
 
 
 def norms(function, *arguments, off=()):

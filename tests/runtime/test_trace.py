@@ -116,6 +116,9 @@ def test_without_a_plan_torchs_ops_are_there(tmp_path, caplog):
 def test_errors(tmp_path, gate):
     with pytest.raises(SignatureMismatchError):
         gate.trace(tmp_path / "trace.json", noise(33, 16))
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler, pytest.raises(CaptureError, match="a profiler is on already"):
+        gate.trace(tmp_path / "trace.json", noise(32, 16))
     with pytest.raises(CaptureError, match="cannot be written"):
         gate.trace(tmp_path / "missing" / "trace.json", noise(32, 16))
 

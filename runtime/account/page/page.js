@@ -19,6 +19,7 @@ function size(bytes) {
   }
   return `${+bytes.toPrecision(3)} GiB`;
 }
+const exact = (number) => (typeof number === "number" ? number.toExponential(2) : number); // "inf", "nan"
 function time(seconds) {
   if (seconds === undefined || seconds === null) return "–";
   const [unit, scale] = seconds >= 1 ? ["s", 1] : seconds >= 1e-3 ? ["ms", 1e-3] : ["µs", 1e-6];
@@ -217,7 +218,7 @@ function visible() {
     if (!from || boxes.get(from).kind === "group") continue;
     const id = `out ${value}`;
     add(id, { label: "result\n" + (shapeOf(value) || value), parent: boxes.get(from).parent, kind: "io", value });
-    edges.set(id, { id, source: from, target: id });
+    edges.set(id, { id: `${from}→${id}`, source: from, target: id });
   }
   for (const ids of readers.values()) if (ids.length > FAR) ids.slice(1).forEach((id) => (edges.get(id).far = true));
   for (const found of boxes.values()) if (!found.open) Object.assign(found, box(found.label));
@@ -263,9 +264,9 @@ function styles() {
     { selector: "node[kind='group']", style: { "border-width": 1.5, "font-weight": 600 } },
     { selector: "node[kind='region']", style: { "border-width": 2 } },
     { selector: "node[kind='io']", style: { "corner-radius": 16, "border-style": "dashed" } },
-    { selector: "node[kind='open']", style: { "background-color": theme("group"), "background-opacity": 0.55, "border-color": theme("groupline"), padding: 22,
-      "text-valign": "top", "text-halign": "left", "text-margin-x": "data(indent)", "text-margin-y": 19, "font-size": 12, "font-weight": 600, color: theme("soft"), "corner-radius": 10,
-      "text-background-color": theme("group"), "text-background-opacity": 1, "text-background-padding": 2 } },
+    { selector: "node[kind='open']", style: { "background-color": theme("group"), "background-opacity": 0.55, "border-color": theme("groupline"), label: "", padding: 20, "corner-radius": 10 } },
+    { selector: "node[kind='title']", style: { "background-color": theme("group"), "border-color": theme("groupline"), "font-weight": 600, color: theme("soft"), "z-compound-depth": "top",
+      "corner-radius": 9 } },
     { selector: "node.on", style: { "border-color": theme("accent"), "border-width": 3 } },
     { selector: "edge", style: { width: 1.3, "line-color": theme("edge"), "target-arrow-color": theme("edge"), "target-arrow-shape": "triangle", "arrow-scale": 0.75,
       "curve-style": "straight" } },
@@ -285,7 +286,6 @@ function draw(anchor) {
   for (const found of boxes.values()) {
     const colours = found.open ? {} : found.kind === "io" ? { fill: theme("io"), line: theme("io-line") } : paint(found.nodes, found.kind === "group");
     const { id, label, kind, width, height, value } = found;
-    if (found.open) colours.indent = box(label, 600).width - 12;
     const { x, y } = graph.node(id);
     elements.push({ group: "nodes", position: { x, y }, data: { id, label, kind, width, height, value, parent: found.parent || undefined, ...colours } });
   }
@@ -295,6 +295,12 @@ function draw(anchor) {
     cy.style(styles());
     cy.add(elements);
   });
+  // A module's name sits on its box, above the edges that cross it.
+  for (const open of cy.nodes("[kind = 'open']").toArray()) {
+    const corner = open.boundingBox({ includeLabels: false }), { width } = box(open.data("label"), 600);
+    const position = { x: corner.x1 + 12 + width / 2, y: corner.y1 };
+    cy.add({ data: { id: `title ${open.id()}`, label: open.data("label"), kind: "title", width: width - 6, height: 21, fill: theme("group"), line: theme("groupline") }, position });
+  }
   if (held) {
     const now = cy.getElementById(anchor).length ? cy.getElementById(anchor).renderedPosition() : held;
     cy.panBy({ x: held.x - now.x, y: held.y - now.y });
@@ -304,8 +310,9 @@ function draw(anchor) {
 function fit() {
   const whole = cy.elements().boundingBox();
   const zoom = Math.max(0.78, Math.min(1.1, (cy.width() - 60) / whole.w));
-  const open = cy.nodes("[kind = 'open']").filter((node) => /\.\d+$/.test(node.id()));
-  const middle = whole.w * zoom < cy.width() || !open.length ? whole.x1 + whole.w / 2 : open[0].position("x");
+  const layer = cy.nodes("[kind = 'open']").filter((node) => /\.\d+$/.test(node.id())).first().descendants("[width]");
+  const first = layer.sort((a, b) => a.position("y") - b.position("y")).first();
+  const middle = whole.w * zoom < cy.width() || !first.length ? whole.x1 + whole.w / 2 : first.position("x");
   cy.viewport({ zoom, pan: { x: cy.width() / 2 - zoom * middle, y: 62 - zoom * whole.y1 } });
 }
 function mark() {
@@ -397,7 +404,7 @@ function details(node) {
     text += `<h3>Region ${html(name)}</h3><dl><dt>decision</dt><dd>${decision.use ? "used" : "not used"}: ${html(decision.reason)}${decision.cached ? " (measured earlier)" : ""}${decision.doubtful ? "; doubtful" : ""}</dd>
       <dt>where</dt><dd>${html(region.at || "top level")}</dd><dt>ops</dt><dd>${region.ops.length}: <span class="mono">${html(region.ops.map(short).join(", "))}</span></dd>
       <dt>memory</dt><dd>${size(region.bytes[0])} → ${size(region.bytes[1])}, saves ${size(region.bytes[0] - region.bytes[1])}</dd>
-      ${error ? `<dt>error</dt><dd>${error.failed ? html(error.failed) : `${error.error_fused.toExponential(2)}, recorded ops ${error.error_recorded.toExponential(2)}`} ${error.ok ? "✓" : "✗ off"}</dd>` : ""}
+      ${error ? `<dt>error</dt><dd>${error.failed ? html(error.failed) : `${exact(error.error_fused)}, recorded ops ${exact(error.error_recorded)}`} ${error.ok ? "✓" : "✗ off"}</dd>` : ""}
       ${region.parts ? "<dt>parts</dt><dd>run instead of it</dd>" : ""}</dl>`;
     if (slowest) text += `<h3>Measured</h3><div class="times">${bar("recorded", decision.t_fallback, "grey")}${bar("fused", decision.t_fused, "")}</div>`;
   }
@@ -459,7 +466,7 @@ function find(region) { // where a region's op is in this stage, or in the lates
   return null;
 }
 cy.on("tap", "node", ({ target }) => {
-  const id = target.id();
+  const id = target.id().replace(/^title /, "");
   if (groups.has(id)) toggle(id);
   else if (/^n\d+$/.test(id)) select(+id.slice(1));
 });
