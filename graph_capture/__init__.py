@@ -35,6 +35,7 @@ from graph_capture.runtime.fuse import FusionScheduler, fuse
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate, unaccelerate
 from graph_capture.runtime.llm.models import register_architecture, unregister_architecture
+from graph_capture.runtime.llm.packed import quantize
 from graph_capture.runtime.load import load
 
 configure()
@@ -72,6 +73,7 @@ __all__ = [
     "fuse",
     "load",
     "pattern",
+    "quantize",
     "record",
     "register_architecture",
     "register_op",

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from graph_capture.ir.effects import is_random, written_inputs
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.ops import ATTENTION_OPS, FUSED, Kind, op
+from graph_capture.ir.ops import ATTENTION_OPS, FUSED, LINEARS, Kind, op
 from graph_capture.passes.linears import RULE as PARALLEL_LINEAR
 
 RULE = "linear_epilogue"
@@ -43,7 +43,7 @@ def decode_regions(graph: SubGraph, reason: Reason, most: int) -> Iterator[tuple
         for index in graph.by_op.get(name, ()):
             yield ATTENTION, (index,), reason([index])
     for index, node in enumerate(graph.nodes):
-        if node.op_type != "linear" and not is_merged(node):
+        if node.op_type not in LINEARS and not is_merged(node):
             continue
         group, stop = _behind(graph, index, most)
         alone = reason([index])
@@ -86,7 +86,7 @@ def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | No
         if index in group:
             continue
         node = graph.nodes[index]
-        if node.op_type != "linear" and index != start:
+        if node.op_type not in LINEARS and index != start:
             target = op(node.op_type)
             if target.kind is Kind.VIEW:
                 if not _is_part(graph, node):
@@ -96,7 +96,7 @@ def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | No
             elif (row := _row_reader(graph, node)) is not None:
                 stop = stop or f"{node.op_type} is read by {row}, which takes it"
                 continue
-        elif node.op_type == "linear" and node.inputs[0] != source:
+        elif node.op_type in LINEARS and node.inputs[0] != source:
             continue
         group.append(index)
         for name in node.outputs:
@@ -104,7 +104,7 @@ def _behind(graph: SubGraph, start: int, most: int) -> tuple[list[int], str | No
                 heapq.heappush(pending, user)
         for name in node.inputs if index != start else ():
             producer = graph.producers.get(name)
-            if producer is not None and graph.nodes[producer].op_type == "linear":
+            if producer is not None and graph.nodes[producer].op_type in LINEARS:
                 heapq.heappush(pending, producer)
     group.sort()
     views = takewhile(lambda index: op(graph.nodes[index].op_type).kind is Kind.VIEW, reversed(group))

@@ -14,7 +14,7 @@ import torch
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import flatten_outputs, prepare
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.ops import FUSED, Kind, op
+from graph_capture.ir.ops import FUSED, LINEARS, Kind, op
 from graph_capture.ir.values import Arg, TensorMeta
 from graph_capture.passes.cleanup import MemoryUse
 from graph_capture.passes.flow import Dependencies
@@ -38,7 +38,7 @@ def merge_linears(
     dependencies = dependencies or Dependencies(graph)
     found: list[Contraction] = []
     owners: dict[str, int] = {}  # weight -> linears that use it
-    for index in graph.by_op.get("linear", ()):
+    for index in (index for kind in LINEARS for index in graph.by_op.get(kind, ())):
         weight = graph.nodes[index].inputs[1]
         owners[weight] = owners.get(weight, 0) + 1
     for value in graph.values:
@@ -80,7 +80,7 @@ def _relaid(graph: SubGraph) -> SubGraph:
 
 
 def _reads(node: OpNode, value: str) -> bool:
-    return node.op_type == "linear" and node.inputs[0] == value and not node.attr("transposed")
+    return node.op_type in LINEARS and node.inputs[0] == value and not node.attr("transposed")
 
 
 def _reason(
@@ -90,6 +90,8 @@ def _reason(
     nodes = [graph.nodes[index] for index in linears]
     if len({len(node.inputs) for node in nodes}) > 1:
         return "some have a bias and some have none"
+    if len({(node.op_type, node.attr("format")) for node in nodes}) > 1:
+        return "their weights are of different formats"
     for node in nodes:
         for name in node.inputs[1:]:
             if name not in weights:
@@ -130,7 +132,7 @@ def merged_linears(graph: SubGraph, linears: Sequence[int]) -> OpNode:
         parts = tuple(node.inputs[position] for node in plain.nodes)
         nodes.append(OpNode("aten.cat.default", parts, (name,), (("tensors", listed),)))
         operands.append(name)
-    nodes.append(OpNode("linear", tuple(operands), ("product",)))
+    nodes.append(OpNode(members[0].op_type, tuple(operands), ("product",), members[0].attrs))
     sizes = tuple(graph.values[node.outputs[0]].shape[-1] for node in members)
     nodes.append(OpNode("aten.split_with_sizes.default", ("product",), outputs, (("dim", -1), ("split_sizes", sizes))))
     values |= {name: plain.values[name] for name in outputs}
@@ -149,7 +151,7 @@ def product_of(node: OpNode, values: Mapping[str, TensorMeta]) -> tuple[SubGraph
     given = dict(zip(body.input_names, (values[name] for name in node.inputs), strict=True))
     for made in body.nodes:
         metas = [given[name] for name in made.inputs]
-        if made.op_type == "linear":
+        if made.op_type in LINEARS:
             return SubGraph((made,), made.inputs, made.outputs), dict(zip(made.inputs, metas, strict=True))
         shape = (sum(meta.shape[0] for meta in metas), *metas[0].shape[1:])  # their concatenation
         stride = torch.empty(shape, device="meta").stride()

@@ -13,13 +13,13 @@ import torch
 
 from graph_capture.ir.effects import alias_set, written_inputs
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.ops import ATTENTION_OPS, FUSED, GUARD, Kind, op
+from graph_capture.ir.ops import ATTENTION_OPS, FUSED, GUARD, LINEARS, Kind, op
 from graph_capture.passes.receipts import Receipt, Tally
 from graph_capture.passes.rewrite import inline
 
 RULE = "roundings"
 HALVES = (torch.bfloat16, torch.float16)
-_PRODUCTS = frozenset({"linear", "matmul", *ATTENTION_OPS}) | {
+_PRODUCTS = frozenset({*LINEARS, "matmul", *ATTENTION_OPS}) | {
     f"aten.{name}.default" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution")
 }
 _EXACT = frozenset({"neg", "abs", "relu", "where", "aten.cat.default", "aten.stack.default", "aten.clone.default"})

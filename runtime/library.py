@@ -11,6 +11,7 @@ from graph_capture.codegen import CompiledKernel
 from graph_capture.errors import FusionError
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.interpreter import Executor, interpret
+from graph_capture.ir.ops import LINEARS
 from graph_capture.passes.cleanup import split_constants
 from graph_capture.record.guards import move
 
@@ -40,7 +41,7 @@ class LibraryKernel:
         once, rest = split_constants(body, weights) if weights else (None, body)
         self.once = once if once is not None and once.nodes else None
         self.rest = rest
-        calls = [None if product is None or node.op_type != "linear" else _spread(product) for node in rest.nodes]
+        calls = [None if product is None or node.op_type not in LINEARS else _spread(product) for node in rest.nodes]
         self._rest = Executor(list(zip(rest.nodes, calls, strict=True)), rest.input_names, rest.output_names)
 
     @property

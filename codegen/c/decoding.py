@@ -58,13 +58,13 @@ def text_of(name: str) -> str:
         for kind, field in members
     ]
     for factor, expression in factors.items():
-        value = _Printer(row, "j", padded).floats(expression, "at")
+        value = _VectorPrinter(row, "j", padded).floats(expression, "at")
         if groups == 1:
             lines.append(f"    at.{factor} = {value};")
         else:
             lines.append(f"    for (int c = 0; c < {groups}; c += LANES) store_lanes(at.{factor} + c, {value}, 0);")
     shared = "" if groups == 1 else f"[c / {row.group}]"
-    decoded = f"{_Printer(row, 'i', row.size).floats(row.value, '(*block)')} * block->scale{shared}"
+    decoded = f"{_VectorPrinter(row, 'i', row.size).floats(row.value, '(*block)')} * block->scale{shared}"
     decoded += f" - block->minimum{shared}" if row.minimum else ""
     levels = ", ".join(map(str, row.levels))
     return "\n".join(
@@ -86,7 +86,7 @@ def text_of(name: str) -> str:
     )
 
 
-class _Value(NamedTuple):
+class _Part(NamedTuple):
     """A subexpression in C, a vector or not; and what it is for each index, where it depends on nothing else."""
 
     text: str
@@ -95,7 +95,7 @@ class _Value(NamedTuple):
     floating: bool = False
 
 
-class _Printer(ast.NodeVisitor):
+class _VectorPrinter(ast.NodeVisitor):
     """Prints an expression for the indices (``i`` or ``j``, of which there are `count`) from ``c`` on."""
 
     def __init__(self, row: Format, index: str, count: int) -> None:
@@ -109,55 +109,55 @@ class _Printer(ast.NodeVisitor):
         value = self.visit(ast.parse(text, mode="eval").body)
         return value.text if value.floating else f"floats_of({self._vector(value)})"
 
-    def _known(self, text: str, vector: str, numbers: numpy.ndarray) -> _Value:
+    def _known(self, text: str, vector: str, numbers: numpy.ndarray) -> _Part:
         """What depends on the index alone; a number where it is one for each run."""
         runs = numbers.reshape(-1, RUN)
         shared = (runs == runs[:, :1]).all()
-        return _Value(text if shared else vector, not shared, numbers)
+        return _Part(text if shared else vector, not shared, numbers)
 
-    def _vector(self, value: _Value) -> str:
+    def _vector(self, value: _Part) -> str:
         return value.text if value.vector else f"((ints){{0}} + {value.text})"
 
-    def visit_Constant(self, node: ast.Constant) -> _Value:
-        return _Value(str(node.value), False, numpy.full(len(self.numbers), node.value))
+    def visit_Constant(self, node: ast.Constant) -> _Part:
+        return _Part(str(node.value), False, numpy.full(len(self.numbers), node.value))
 
-    def visit_Name(self, node: ast.Name) -> _Value:
+    def visit_Name(self, node: ast.Name) -> _Part:
         if node.id == self.index:
-            return _Value("(c + counted())", True, self.numbers)
+            return _Part("(c + counted())", True, self.numbers)
         floating = self.fields[node.id].dtype is torch.float16
-        return _Value(f"{self.block}.{node.id}", floating, floating=floating)
+        return _Part(f"{self.block}.{node.id}", floating, floating=floating)
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> _Value:
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> _Part:
         return self.visit(node.operand)._replace(text=f"-{self.visit(node.operand).text}")
 
-    def visit_BinOp(self, node: ast.BinOp) -> _Value:
+    def visit_BinOp(self, node: ast.BinOp) -> _Part:
         return self._binary(self.visit(node.left), node.op, self.visit(node.right), node)
 
-    def visit_Compare(self, node: ast.Compare) -> _Value:
+    def visit_Compare(self, node: ast.Compare) -> _Part:
         return self._binary(self.visit(node.left), node.ops[0], self.visit(node.comparators[0]), node)
 
-    def _binary(self, left: _Value, operator: ast.AST, right: _Value, node: ast.expr) -> _Value:
+    def _binary(self, left: _Part, operator: ast.AST, right: _Part, node: ast.expr) -> _Part:
         sign = _OPERATORS[type(operator)]
         if left.floating or right.floating:
             sides = [v.text if v.floating else f"floats_of({self._vector(v)})" for v in (left, right)]
-            return _Value(f"({sides[0]} {sign} {sides[1]})", True, floating=True)
+            return _Part(f"({sides[0]} {sign} {sides[1]})", True, floating=True)
         vector = f"({self._vector(left)} {sign} {self._vector(right)})"
         if left.known is not None and right.known is not None:
             numbers = self._evaluated(node)
             return self._known(f"({self._at(node)})", vector, numbers)
         either = left.vector or right.vector
-        return _Value(vector if either else f"({left.text} {sign} {right.text})", either)
+        return _Part(vector if either else f"({left.text} {sign} {right.text})", either)
 
-    def visit_Call(self, node: ast.Call) -> _Value:
+    def visit_Call(self, node: ast.Call) -> _Part:
         condition, one, other = map(self.visit, node.args)
         if not condition.vector:
-            return _Value(f"({condition.text} ? {self._vector(one)} : {self._vector(other)})", True)
-        return _Value(f"either({condition.text}, {self._vector(one)}, {self._vector(other)})", True)
+            return _Part(f"({condition.text} ? {self._vector(one)} : {self._vector(other)})", True)
+        return _Part(f"either({condition.text}, {self._vector(one)}, {self._vector(other)})", True)
 
-    def visit_Subscript(self, node: ast.Subscript) -> _Value:
+    def visit_Subscript(self, node: ast.Subscript) -> _Part:
         assert isinstance(node.value, ast.Name)
         if node.value.id == "levels":
-            return _Value(f"looked_up(levels_{symbol(self.row.name)}, {self._vector(self.visit(node.slice))})", True)
+            return _Part(f"looked_up(levels_{symbol(self.row.name)}, {self._vector(self.visit(node.slice))})", True)
         field, places = self.fields[node.value.id], self._evaluated(node.slice)
         runs = places.reshape(-1, RUN)
         kind = "signed_" if field.dtype is torch.int8 else ""
@@ -166,8 +166,8 @@ class _Printer(ast.NodeVisitor):
             first, last = field.offset + places.min(), field.offset + places.max()
             if first < 0 or last >= self.row.bytes:
                 raise FusionError(f"{self.row.name} reads beyond its block")
-            return _Value(f"{kind}bytes_at({memory} + ({self._at(node.slice)}))", True)
-        return _Value(f"{kind}bytes_from({memory}, {self._vector(self.visit(node.slice))})", True)
+            return _Part(f"{kind}bytes_at({memory} + ({self._at(node.slice)}))", True)
+        return _Part(f"{kind}bytes_from({memory}, {self._vector(self.visit(node.slice))})", True)
 
     def _evaluated(self, node: ast.expr) -> numpy.ndarray:
         """An expression of the index alone, for each."""

@@ -1,19 +1,22 @@
 """A `LinearSpec` as a C function: a unit of work is a block of columns, for all rows.
 
 Each piece of the rows that are multiplied is brought to float32 once for a block; then the block's part of the weight
-is read through once.
+is read through once, and decoded on the way where it is packed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from graph_capture.codegen.c import decoding
 from graph_capture.codegen.c import printing as c_print
 from graph_capture.codegen.c.host import Layout, place
 from graph_capture.codegen.spec.linear import LinearSpec, Product
 from graph_capture.errors import FusionError
+from graph_capture.ir.quantised import format_of
 
 ALONG_INNER = 32  # columns of a block where the weight's elements lie next to each other along K
 ALONG_COLUMNS = 512  # and where along N
@@ -66,7 +69,10 @@ class _MatvecPrinter:
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self.block = _block(spec)
-        self.piece = max(1, min(spec.inner, PIECE // (4 * spec.few)))
+        schemes = {product.scheme for product in spec.products if product.scheme}
+        step = math.lcm(*(format_of(scheme).size for scheme in schemes))
+        self.piece = max(1, min(spec.inner, PIECE // (4 * spec.few) // step * step or step))
+        self.helpers = "".join(map(decoding.text_of, sorted(schemes)))
         self.dtype = spec.dtype
         self.scalars = c_print.Scalars()
 
@@ -88,7 +94,7 @@ class _MatvecPrinter:
         ]
         lines += ["for (int64_t unit = begin; unit < end; unit++) {", *(f"    {line}" for line in body), "}"]
         head = f"void {name}(void *const *operands, const int64_t *numbers, int64_t begin, int64_t end) {{"
-        return "\n".join([head, *(f"    {line}" for line in lines), "}", ""])
+        return self.helpers + "\n".join([head, *(f"    {line}" for line in lines), "}", ""])
 
     def _piece(self) -> list[str]:
         """Multiply a piece of the rows."""
@@ -105,7 +111,10 @@ class _MatvecPrinter:
             "}",
         ]
         for number, product in enumerate(spec.products):
-            lines += self._along_inner(number) if product.unit else self._along_columns(number, product)
+            if product.scheme:
+                lines += self._decoded(number, product)
+            else:
+                lines += self._along_inner(number) if product.unit else self._along_columns(number, product)
         return lines
 
     def _along_inner(self, number: int) -> list[str]:
@@ -149,6 +158,32 @@ class _MatvecPrinter:
             *(f"        {line}" for line in (*tails, *multiplied("tail{0}", 0))),
             "    }",
             *(f"    {line}" for line in sums),
+            "}",
+        ]
+
+    def _decoded(self, number: int, product: Product) -> list[str]:
+        """A few columns at a time, block by block, the weights decoded in registers."""
+        row, own, index = format_of(product.scheme), decoding.symbol(product.scheme), 1 + number
+        columns, rows = range(4 if self.spec.few == 1 else 2 if self.spec.few <= 8 else 1), range(self.spec.few)
+        column = f"(const uint8_t *)operands[{index}] + (first + (n + {{0}} < count ? n + {{0}} : n)) * s{index}"
+        step = [f"const lanes x{m} = lanes_float(&x[{m}][k + c]);" for m in rows]
+        for c in columns:
+            step.append(f"const lanes w{c} = weights_{own}(&block{c}, c);")
+            step += [f"sum{c}_{m} += w{c} * x{m};" for m in rows]
+        return [
+            f"for (int64_t n = 0; n < count; n += {len(columns)}) {{",
+            *(f"    const uint8_t *from{c} = {column.format(c)} + start / {row.size} * {row.bytes};" for c in columns),
+            *(f"    lanes sum{c}_{m} = {{0}};" for c in columns for m in rows),
+            f"    for (int64_t k = 0; k < length; k += {row.size}) {{",
+            *(f"        const struct block_{own} block{c} = begin_{own}(from{c});" for c in columns),
+            *(f"        from{c} += {row.bytes};" for c in columns),
+            *(f"        __builtin_prefetch(from{c} + {len(columns)} * s{index}, 0, 2);" for c in columns),
+            "        #pragma GCC unroll 64",
+            f"        for (int c = 0; c < {row.size}; c += LANES) {{",
+            *(f"            {line}" for line in step),
+            "        }",
+            "    }",
+            *(f"    total{number}[{m}][n + {c}] += lanes_sum(sum{c}_{m});" for c in columns for m in rows),
             "}",
         ]
 

@@ -138,7 +138,9 @@ class NinetoothedTarget(Target):
             raise FusionError("its tensors are on the CPU, the kernel runs on CUDA")
 
     def accept(self, spec: Spec) -> None:
-        """Every spec has a printer."""
+        """Every spec has a printer, but for products with packed weights."""
+        if isinstance(spec, LinearSpec) and any(product.scheme for product in spec.products):
+            raise FusionError("packed weights have no kernels on a GPU")
 
     def source(self, spec: Spec) -> str:
         """The generated module, as it is compiled for a GPU."""

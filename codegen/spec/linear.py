@@ -18,12 +18,14 @@ from graph_capture.codegen.spec.kernel import Operand, Statement
 from graph_capture.errors import FusionError
 from graph_capture.ir.binding import arguments, expression
 from graph_capture.ir.graph import OpNode, SubGraph
-from graph_capture.ir.ops import Kind, op
-from graph_capture.ir.values import TensorMeta
+from graph_capture.ir.ops import LINEARS, Kind, op
+from graph_capture.ir.quantised import format_of
+from graph_capture.ir.values import Arg, TensorMeta
 
 MAX_ROWS = 8  # for which there are kernels of their own, on each target
 MANY_ROWS = 256  # up to which tensor cores were measured to gain by what they compute besides, on an H100
 ALONE_ROWS = 16  # and by the product alone
+PACKED_ROWS = 16  # for which a packed weight is decoded as it is read
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,6 +39,7 @@ class Product:
         start: the first row of the weight that belongs to it.
         transposed: whether the weight is given as [K, all N] rather than [all N, K].
         unit: whether the weight's elements lie next to each other along K (rather than along N) in memory.
+        scheme: the format of a packed weight, [all N, bytes of a row]; empty for any other.
     """
 
     target: str
@@ -45,6 +48,11 @@ class Product:
     start: int
     transposed: bool
     unit: bool
+    scheme: str = ""
+
+    def width(self, inner: int) -> int:
+        """Elements of a row of the weight, for K."""
+        return format_of(self.scheme).row_bytes(inner) if self.scheme else inner
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class LinearSpec:
     Attributes:
         inputs, outputs: in the region's order. Those that statements name move along ``over`` = (rows, columns).
         x: the name of the input that is multiplied, [..., K].
-        rows: M; None where it is more than `MAX_ROWS`, and known at launch.
+        rows: M; None where it is more than `MAX_ROWS` (packed: `PACKED_ROWS`), and known at launch.
         inner, columns: K and N; static.
         products: what is multiplied, [M, N] each.
         statements: the epilogue, over the products' targets and the inputs' names.
@@ -125,7 +133,7 @@ class LinearSpec:
         for product in self.products:
             weight = given[product.weight].t() if product.transposed else given[product.weight]
             part = slice(product.start, product.start + self.columns)
-            if weight.shape[1:] != (self.inner,) or weight[part].shape[0] != self.columns:
+            if weight.shape[1:] != (product.width(self.inner),) or weight[part].shape[0] != self.columns:
                 raise FusionError(f"{product.weight} is {list(given[product.weight].shape)}, which does not fit")
             if weight.stride(1 if product.unit else 0) != 1 and weight.shape[1 if product.unit else 0] != 1:
                 raise FusionError(f"{product.weight} lies in another way than the kernel's")
@@ -169,7 +177,7 @@ def _as_matrix(tensor: torch.Tensor, space: Sequence[int], over: Sequence[bool])
 
 def claims(graph: SubGraph) -> bool:
     """Whether this lowering is for `graph`: it multiplies."""
-    return any(node.op_type == "linear" for node in graph.nodes)
+    return any(node.op_type in LINEARS for node in graph.nodes)
 
 
 def check_ops(graph: SubGraph) -> None:
@@ -180,12 +188,12 @@ def check_ops(graph: SubGraph) -> None:
     """
     made: set[str] = set()
     projected: set[str] = set()  # results of linears, and views of them
-    sources = {node.inputs[0] for node in graph.nodes if node.op_type == "linear"}
+    sources = {node.inputs[0] for node in graph.nodes if node.op_type in LINEARS}
     if len(sources) > 1:
         raise FusionError("its linears read different inputs")
     for node in graph.nodes:
         kind = op(node.op_type).kind
-        if node.op_type == "linear":
+        if node.op_type in LINEARS:
             if any(name in made for name in node.inputs):
                 raise FusionError("a linear reads what the region computes")
             projected.update(node.outputs)
@@ -206,11 +214,12 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Defini
     devices = {values[name].device for name in graph.input_names}
     if len(devices) > 1:
         raise FusionError(f"its inputs are on several devices: {', '.join(sorted(map(str, devices)))}")
-    linears = {node.outputs[0]: node for node in graph.nodes if node.op_type == "linear"}
+    linears = {node.outputs[0]: node for node in graph.nodes if node.op_type in LINEARS}
+    packed = any(node.op_type != "linear" for node in linears.values())
     x = next(iter(linears.values())).inputs[0]
     count, inner = math.prod(values[x].shape[:-1]), values[x].shape[-1] if values[x].shape else 0
     most = MANY_ROWS if len(graph) > len(linears) else ALONE_ROWS
-    most = most if values[x].dtype.itemsize == 2 else MAX_ROWS
+    most = PACKED_ROWS if packed else most if values[x].dtype.itemsize == 2 else MAX_ROWS
     if count > most:
         raise FusionError(f"{count} rows are more than {most}")
     if count == 0 or inner == 0:
@@ -244,7 +253,7 @@ def lower(graph: SubGraph, values: Mapping[str, TensorMeta], define: rows.Defini
         tuple(inputs),
         tuple(outputs),
         x,
-        count if count <= MAX_ROWS else None,
+        count if packed or count <= MAX_ROWS else None,
         inner,
         space[-1],
         tuple(products),
@@ -285,9 +294,10 @@ def _parts(
 
 
 def _product(target: str, node: OpNode, start: int, values: Mapping[str, TensorMeta]) -> Product:
-    bound = {name: node.inputs[value.index] for name, value in arguments(node).items() if name != "transposed"}
-    weight, out = values[bound["weight"]], values[node.outputs[0]]
-    found = {values[name].dtype for name in bound.values()} | {out.dtype}
+    bound = {name: node.inputs[value.index] for name, value in arguments(node).items() if isinstance(value, Arg)}
+    weight, out, scheme = values[bound["weight"]], values[node.outputs[0]], node.attr("format", "")
+    weighed = {"weight"} if scheme else set()
+    found = {values[name].dtype for role, name in bound.items() if role not in weighed} | {out.dtype}
     if len(found) > 1 or out.dtype not in DTYPES:
         raise FusionError(f"a linear of {', '.join(sorted(map(str, found)))} is not supported")
     reach = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride, strict=True))
@@ -298,7 +308,9 @@ def _product(target: str, node: OpNode, start: int, values: Mapping[str, TensorM
     if 1 not in (along_k, along_n) and 1 not in weight.shape:
         raise FusionError("the weight's elements do not lie next to each other")
     unit = along_k == 1 or along_n != 1
-    return Product(target, bound["weight"], bound.get("bias", ""), start, transposed, unit)
+    if scheme and not unit:
+        raise FusionError("the bytes of a packed row do not lie next to each other")
+    return Product(target, bound["weight"], bound.get("bias", ""), start, transposed, unit, scheme)
 
 
 def _over(name: str, meta: TensorMeta, space: tuple[int, ...]) -> tuple[bool, bool]:

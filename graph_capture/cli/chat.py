@@ -333,13 +333,14 @@ def run(
     dtype: torch.dtype | None = None,
     fusion: bool = True,
     max_length: int | None = None,
+    quantize: str | None = None,
     system: str | None = None,
     **options: Any,
 ) -> bool:
     """Load a model and talk to it; whether every line got an answer.
 
     Args:
-        model, device, dtype, fusion: of `InferEngine`; without a model the tiny one that comes with the package.
+        model, device, dtype, fusion, quantize: of `InferEngine`; without a model the tiny one that comes along.
         max_length: tokens of a conversation (default: what the model was made for, and memory allows).
         system: the system message.
         options: of `InferEngine.stream`; None leaves one as the model has it.
@@ -359,6 +360,7 @@ def run(
             dtype,
             max_length="most" if max_length is None else max_length,
             progress=progress,
+            quantize=quantize,
         )
         if engine.enable_fusion:
             engine.warm_up(**options)

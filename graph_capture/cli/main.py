@@ -31,6 +31,10 @@ class _Commands(TyperGroup):
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, cls=_Commands)
 
 
+class Bits(StrEnum):
+    INT8, INT4 = "int8", "int4"
+
+
 class DType(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -202,7 +206,8 @@ def kernels(
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Option(help="A folder, llama-tiny and the like, a hub name (default: a tiny Llama of ours).")
+        str | None,
+        typer.Option(help="A folder, a GGUF file, llama-tiny and so on, a hub name (default: a tiny one)."),
     ] = None,
     dtype: StoredWeights = None,
     device: Device = "",
@@ -222,6 +227,7 @@ def chat(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random choices.")] = None,
+    quantize: Annotated[Bits | None, typer.Option(help="Round the weights to so many bits first.")] = None,
     fusion: Annotated[bool, typer.Option(help="Capture and fuse the model's steps.")] = True,
     system: Annotated[str | None, typer.Option(help="A message that says how to answer.")] = None,
 ) -> None:
@@ -234,6 +240,7 @@ def chat(
         model,
         device=device or None,
         dtype=getattr(torch, dtype) if dtype else None,
+        quantize=quantize,
         fusion=fusion,
         system=system,
         max_new_tokens=max_new_tokens,

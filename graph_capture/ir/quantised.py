@@ -199,7 +199,9 @@ def decoded(weight: torch.Tensor, name: str) -> torch.Tensor:
     blocks = weight.reshape(*weight.shape[:-1], -1, row.bytes)
     scope: dict[str, Any] = {"where": torch.where}
     for field in row.fields:
-        part = blocks[..., field.offset : field.offset + field.count * BYTES[field.dtype]].contiguous()
+        part = blocks[..., field.offset : field.offset + field.count * BYTES[field.dtype]].clone(
+            memory_format=torch.contiguous_format
+        )
         typed = part.view(field.dtype).to(torch.float32 if field.dtype.is_floating_point else torch.int32)
         scope[field.name] = typed if field.count == 1 else _Elements(typed)
     scope["levels"] = torch.tensor(row.levels, device=weight.device)

@@ -19,6 +19,7 @@ from graph_capture.runtime.llm.lookup import WIDTH
 from graph_capture.runtime.llm.memory import bucket
 from graph_capture.runtime.llm.models import load_model, load_tokenizer
 from graph_capture.runtime.llm.own import OwnSession
+from graph_capture.runtime.llm.packed import quantize as quantized
 from graph_capture.runtime.llm.phases import Pending, Progress
 from graph_capture.runtime.llm.prompts import Messages, Prompt, Prompts, Request, defaults_of
 from graph_capture.runtime.llm.sampling import Sampling, SamplingKind
@@ -39,8 +40,8 @@ class InferEnginePython(Serving):
     and `explain` says why. An engine answers one call at a time.
 
     Args:
-        model_path: a folder of safetensors, a name of `graph_capture.models.CONFIGURATIONS` (random weights), a name on
-            the hub; or a model that is there already.
+        model_path: a folder of safetensors, a GGUF file (whose weights stay packed) or a folder with one, a name of
+            `graph_capture.models.CONFIGURATIONS` (random weights), a name on the hub; or a model that is there already.
         device: of the model (default: CUDA where there is one).
         enable_fusion: False runs the model as it is; so does ``"enable_fusion": false`` in the model's config. Can be
             changed at any time, as an attribute.
@@ -50,6 +51,7 @@ class InferEnginePython(Serving):
         config: how steps are fused (default: a kernel is kept where it saves 5 % of its region; a step that is replayed
             for every token is worth it).
         progress: is told, in words, what takes long.
+        quantize: "int8" or "int4" rounds the weights first, in place, by groups of 64; see `graph_capture.quantize`.
 
     Attributes:
         model, tokenizer: transformers' own; no tokenizer where the model has none.
@@ -71,6 +73,7 @@ class InferEnginePython(Serving):
         max_length: int | Literal["most"] | None = None,
         config: FusionConfig | None = None,
         progress: Progress | None = None,
+        quantize: str | None = None,
     ) -> None:
         progress = progress or (lambda _: None)
         self.tokenizer: Any = None
@@ -83,6 +86,9 @@ class InferEnginePython(Serving):
             where = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(str(model_path), dtype=dtype, device=str(where))
             self.tokenizer = load_tokenizer(str(model_path))
+        if quantize is not None:
+            progress(f"rounding the weights to {quantize}")
+            quantized(model, quantize)
         target = generating(model)
         capacity = slots_for(target, max_length)
         super().__init__(model, target, capacity, config or ENGINE, progress)

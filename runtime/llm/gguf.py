@@ -222,11 +222,11 @@ def load_gguf(path: Path, config: Any, transformers: Any, *, dtype: torch.dtype,
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for stored, target in file.targets:
         file.put(model, stored, target)
     _tie(model)
-    return model.to(device)
+    return model.eval().to(device)
 
 
 class _Mapped:

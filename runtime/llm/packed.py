@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graph_capture.ir.quantised import dequantize, format_of, quant_linear
+from graph_capture.errors import CaptureError
+from graph_capture.ir.quantised import TILE, decoded, dequantize, format_of, quant_linear
+
+BITS = ("int8", "int4")
+LARGEST = 3e4  # magnitude of a weight: scales and minima are float16
 
 
 class PackedLinear(nn.Module):
@@ -85,3 +92,88 @@ def pack_module(model: nn.Module, name: str, packed: nn.Parameter, scheme: str) 
         made = PackedEmbedding(packed, scheme, dtype, scale)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, made.train(module.training))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What became of a weight: `error` is the RMS of its change, as a part of the RMS of the weight; `before` and
+    `after` are bytes."""
+
+    name: str
+    scheme: str
+    before: int
+    after: int
+    error: float
+
+
+def quantize(model: nn.Module, scheme: str, *, group: int = 64) -> list[PackedWeight]:
+    """Round the weights of a model's linears and embeddings to integers of few bits, in place.
+
+    Groups of weights along a row share a scale, and with 4 bits a minimum, in float16; each weight is rounded to the
+    nearest that there is. Embeddings and the head over the vocabulary have 8 bits in either scheme.
+
+    Args:
+        model: its weights in any floating dtype; in which it computes afterwards as well.
+        scheme: "int8" or "int4".
+        group: weights that share a scale: a multiple of 32, at most 1024, that divides every row.
+
+    Returns:
+        A receipt for each weight, in the model's order.
+
+    Raises:
+        CaptureError: there is no such scheme; the group does not divide a row; a weight is not finite, or too large
+            for float16; or there is nothing to quantise. The model is then as it was.
+    """
+    if scheme not in BITS:
+        raise CaptureError(f"weights are quantised to {' or '.join(BITS)}, not to {scheme!r}")
+    chosen = {name: module for name, module in model.named_modules() if packable(module)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    shared = {id(m.weight) for m in chosen.values() if isinstance(m, nn.Embedding) or m is head}
+    formats = {name: f"{'int8' if id(m.weight) in shared else scheme}:{group}" for name, m in chosen.items()}
+    if not chosen:
+        raise CaptureError(f"{type(model).__name__} has no linears or embeddings to quantise")
+    for name, module in chosen.items():
+        try:
+            format_of(formats[name]).row_bytes(module.weight.shape[1])
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be quantised: {error}") from error
+        largest = module.weight.detach().abs().max().item() if module.weight.numel() else 0.0
+        if not largest <= LARGEST:
+            raise CaptureError(f"{name} has a weight of magnitude {largest:g}; at most {LARGEST:g} can be quantised")
+    made: dict[int, nn.Parameter] = {}
+    receipts = []
+    for name, module in chosen.items():
+        weight, own = module.weight, formats[name]
+        if id(weight) not in made:
+            packed, error = packed_rows(weight.detach(), own)
+            made[id(weight)] = nn.Parameter(packed, requires_grad=False)
+            receipts.append(PackedWeight(name, own, weight.nbytes, packed.nbytes, error))
+        pack_module(model, name, made[id(weight)], own)
+    return receipts
+
+
+def packed_rows(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, float]:
+    """A weight [N, K] in one of our own formats ("int8:64"), and by how much that changed it (see `PackedWeight`)."""
+    row = format_of(scheme)
+    eight = scheme.startswith("int8")
+    out = weight.new_empty(weight.shape[0], row.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    step, changed, total = max(1, TILE // weight.shape[1]), 0.0, 0.0
+    for first in range(0, weight.shape[0], step):
+        values = weight[first : first + step].to(torch.float32)
+        groups = values.unflatten(1, (-1, row.group))
+        if eight:
+            lowest = torch.zeros_like(groups[..., :1])
+            scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+        else:
+            lowest = groups.amin(-1, keepdim=True).half()
+            scale = ((groups.amax(-1, keepdim=True) - lowest.float()) / 15).half()
+        steps = (groups - lowest.float()) / scale.float().clamp(min=torch.finfo(torch.float16).smallest_normal / 2**10)
+        whole = steps.round().clamp(-127 if eight else 0, 127 if eight else 15).to(torch.int8).view(torch.uint8)
+        parts = [scale.view(torch.uint8), whole]
+        if not eight:
+            low, high = whole.chunk(2, -1)
+            parts = [scale.view(torch.uint8), lowest.view(torch.uint8), low | high << 4]
+        out[first : first + step] = torch.cat(parts, -1).flatten(1)
+        changed += (decoded(out[first : first + step], scheme) - values).double().square().sum().item()
+        total += values.double().square().sum().item()
+    return out, math.sqrt(changed / total) if total else 0.0

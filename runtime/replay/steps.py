@@ -14,7 +14,7 @@ from graph_capture.errors import FusionError
 from graph_capture.ir.graph import OpNode, SubGraph
 from graph_capture.ir.interpreter import Executor, interpret
 from graph_capture.ir.numerics import apart, close_enough
-from graph_capture.ir.ops import ATTENTION_OPS, TABLE
+from graph_capture.ir.ops import ATTENTION_OPS, LINEARS, TABLE
 from graph_capture.ir.values import TensorMeta
 from graph_capture.log import log
 from graph_capture.passes.strides import noticed
@@ -146,7 +146,7 @@ def _inlined(
     node: OpNode, region: Region, kernel: LibraryKernel, graph: RecordedGraph, config: FusionConfig
 ) -> tuple[OpNode, KernelStep | None]:
     """An op of a library region, and what computes it: of a linear it may be a kernel of our own."""
-    if kernel.product is None or node.op_type != "linear":
+    if kernel.product is None or node.op_type not in LINEARS:
         return node, None
     node = OpNode(region.node.op_type, node.inputs, node.outputs, region.node.attrs, node.source, (node,))
     return node, KernelStep(replace(region, node=node, kernel=kernel.product), graph, config, ())
