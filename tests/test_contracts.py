@@ -29,7 +29,7 @@ def test_a_count_that_differs_comes_with_reasons(fused):
         testing.assert_fused(fused, norm_add_norm=2, add_rms_norm=4)
     assert "expected rms_norm, found linear" in str(caught.value)
     assert "add_rms_norm" not in str(caught.value).splitlines()[0].replace("norm_add_norm", "")
-    with pytest.raises(ValueError, match="no rule makes regions 'swiglue'.*swiglu"):
+    with pytest.raises(ValueError, match=r"no rule makes regions 'swiglue'.*swiglu"):
         testing.assert_fused(fused, swiglue=1)
 
 

@@ -58,6 +58,7 @@ class GraphBuilder(Names):
     ) -> None:
         super().__init__(Call(args, kwargs, surroundings), RecordingCheck() if verify else None)
         self.metadata_only = False
+        self.autocast = False  # whether it was on around the function of torch's that was called last
         self.result: SubGraph | None = None
         self.reads_of_code = Reads(self._state, grad=torch.is_grad_enabled())
         self._context = context()

@@ -1,4 +1,4 @@
-"""A torch.fx graph run node by node, each node at the module and the line of the code that the graph was traced from."""
+"""A torch.fx graph run node by node, each at the module and the line of the code that the graph was traced from."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ from graph_capture.record.builder import GraphBuilder
 from graph_capture.record.reads import is_looked_at
 from graph_capture.record.recorded import RecordedGraph
 from graph_capture.record.treatments import (
-    CASTS_INSIDE,
     PROPERTIES,
     READS_DATA,
     READS_INPUTS,
     STORAGES,
     Treatment,
     by_values,
+    casts_inside,
     read_by,
     treatment_of,
 )
@@ -122,7 +122,8 @@ class Recording:
         with contextlib.ExitStack() as stack:
             if not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.no_grad())
-            if torch._C._is_any_autocast_enabled():
+            writer.autocast = torch._C._is_any_autocast_enabled()
+            if writer.autocast:
                 stack.enter_context(_own_casts())
             if "torch._dynamo" in sys.modules:  # what is compiled runs as it is, op by op
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -238,6 +239,11 @@ class _DispatchMode(TorchDispatchMode):
         if torch.is_inference_mode_enabled() and func._can_decompose():  # elsewhere autograd's keys have done it
             with self:
                 return func.decompose(*args, **kwargs)
+        if writer.autocast and casts_inside(func, args, kwargs):
+            raise CaptureError(
+                f"autocast casts inside {func} ({writer.modules.source()}), which a recording does not see. Call it "
+                "under torch.autocast(..., enabled=False)"
+            )
         if treatment is Treatment.RECORD:
             return writer.call(op_of(func), args, kwargs, lambda: func(*args, **kwargs))
         if treatment is Treatment.CONSTANT:
@@ -285,6 +291,7 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         writer = self.writer
+        writer.autocast = torch._C._is_any_autocast_enabled()
         if func in READS_DATA:
             return writer.reads(op("values"), args[:1], {}, lambda: func(*args, **kwargs), what=READS_DATA[func])
         if func is torch._C._set_grad_enabled:
@@ -302,11 +309,6 @@ class _FunctionMode(TorchFunctionMode):
         if func is torch.Tensor.__repr__:  # for people's eyes
             with writer.suspend():
                 return func(*args, **kwargs)
-        if func in CASTS_INSIDE and torch._C._is_any_autocast_enabled() and not writer.suspended:
-            raise CaptureError(
-                f"autocast casts inside {func.__name__} ({writer.modules.source()}), which a recording does not see. "
-                "Call it under torch.autocast(..., enabled=False)"
-            )
         adapter = SEMANTIC.get(func)
         # Under autocast the casts belong to the context, not to the call: record what happens inside.
         if adapter is None or writer.suspended or torch._C._is_any_autocast_enabled():

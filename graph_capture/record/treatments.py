@@ -5,11 +5,13 @@ The dispatcher's ops are told apart by their schemas and tags; what reads a tens
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -78,9 +80,6 @@ READS_INPUTS: dict[str, tuple[int, ...]] = {
     "_ctc_loss": (2, 3),
     "ctc_loss": (2, 3),
 }
-CASTS_INSIDE = frozenset(
-    {torch.bilinear}
-)  # functions that call ops which autocast casts below the dispatch that is seen
 
 
 def read_by(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -104,3 +103,23 @@ def by_values(func: Any, args: Any) -> bool:
     return func is not aten.index.Tensor or any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     )
+
+
+@functools.cache
+def _is_composed_below(func: Any) -> bool:
+    """Whether an op's kernel calls other ops, and is for all devices."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has(func.name(), "CompositeExplicitAutogradNonFunctional"))
+
+
+def casts_inside(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether autocast, which is on, casts what an op calls in its kernel, below the dispatch that a recording sees."""
+    if not _is_composed_below(func) or func._schema.is_mutable:
+        return False
+    keys = [getattr(torch._C.DispatchKey, name) for name in ("AutocastCPU", "AutocastCUDA")]
+    with contextlib.ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        results = pytree.tree_leaves(func(*args, **kwargs))
+    pairs = zip(results, pytree.tree_leaves(func(*args, **kwargs)), strict=True)
+    return any(one.dtype is not other.dtype or not torch.equal(one, other) for one, other in pairs)

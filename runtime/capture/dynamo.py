@@ -118,7 +118,7 @@ class CompiledGraph:
                 log.warning("%s runs as it is where %s", self, reason)
             return self.module(*args)
         captured = self.captured
-        if captured is None or not all([args[i] is tensor for i, tensor in captured.held.items()]):
+        if captured is None or not all(args[i] is tensor for i, tensor in captured.held.items()):
             self._rebound += 1
             positions = self.names if self._rebound <= REBOUND else ()
             captured = self.captured = CapturedFx(self, {i: args[i] for i in positions})

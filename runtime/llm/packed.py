@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,7 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.packed, self.scheme, self.dtype = packed, scheme, dtype
         self.num_embeddings, self.embedding_dim = packed.shape[0], format_of(scheme).inner(packed.shape[1])
+        self.embed_scale: torch.Tensor | None
         self.register_buffer("embed_scale", embed_scale, persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -126,8 +128,8 @@ def quantize(model: nn.Module, scheme: str, *, group: int = 64) -> list[PackedWe
     """
     if scheme not in BITS:
         raise CaptureError(f"weights are quantised to {' or '.join(BITS)}, not to {scheme!r}")
-    chosen = {name: module for name, module in model.named_modules() if packable(module)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    chosen: dict[str, Any] = {name: module for name, module in model.named_modules() if packable(module)}
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     shared = {id(m.weight) for m in chosen.values() if isinstance(m, nn.Embedding) or m is head}
     formats = {name: f"{'int8' if id(m.weight) in shared else scheme}:{group}" for name, m in chosen.items()}
     if not chosen:
@@ -135,8 +137,8 @@ def quantize(model: nn.Module, scheme: str, *, group: int = 64) -> list[PackedWe
     for name, module in chosen.items():
         try:
             format_of(formats[name]).row_bytes(module.weight.shape[1])
-        except CaptureError as error:
-            raise CaptureError(f"{name} cannot be quantised: {error}") from error
+        except CaptureError as reason:
+            raise CaptureError(f"{name} cannot be quantised: {reason}") from reason
         largest = module.weight.detach().abs().max().item() if module.weight.numel() else 0.0
         if not largest <= LARGEST:
             raise CaptureError(f"{name} has a weight of magnitude {largest:g}; at most {LARGEST:g} can be quantised")

@@ -85,7 +85,8 @@ def copies(call):
 
 LEFT_OUT = {
     ("nn_functional_max_pool1d", "neg"),  # torch's own kernel takes the memory of a negated view for its values
-    ("linalg_cond", "autocast"),  # takes another algorithm under any mode: equal up to rounding only
+    # These take another algorithm under any mode: equal up to rounding only.
+    *((name, "autocast") for name in ("linalg_cond", "linalg_eigvalsh", "linalg_svdvals")),
 }
 
 

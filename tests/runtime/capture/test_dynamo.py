@@ -100,7 +100,10 @@ def test_architectures(name, graphs):
 
 
 def test_the_backend_is_found_without_importing_us():
-    code = "import sys, torch; assert 'graph_capture' in torch._dynamo.list_backends(); assert 'graph_capture' not in sys.modules"
+    code = (
+        "import sys, torch; assert 'graph_capture' in torch._dynamo.list_backends(); "
+        "assert 'graph_capture' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
