@@ -35,6 +35,7 @@ from graph_capture.passes.rounding import shown
 
 Supports = Callable[[SubGraph], "str | None"]
 WINDOW = 256  # nodes that a grown region may span, so that its convexity is a local question
+SEEDS = frozenset({"bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu", "scaled_residual"})  # may grow into more
 GROWN = ("pointwise", "row", "library")  # rules of the regions that no pattern names
 
 
@@ -159,7 +160,11 @@ class _Finder:
         graph = self.graph
         members = tuple(graph.nodes[index] for index in nodes)
         self.owner.update(dict.fromkeys(nodes, rule))
-        if self.grows and all(op(node.op_type).kind is Kind.POINTWISE and self._growable(node) for node in members):
+        if (
+            self.grows
+            and rule in SEEDS
+            and all(op(node.op_type).kind is Kind.POINTWISE and self._growable(node) for node in members)
+        ):
             self.seeds[_made(members)] = rule
             return
         outputs = live_outputs(graph, nodes)

@@ -94,8 +94,7 @@ def test_layers_are_found_each(function):
         return results[-1]
 
     fused = fuse(recorded(layers, tensors(function)), ALWAYS)
-    # the sine grows together with swiglu: both are pointwise
-    assert kinds(fused) == [function.__name__] + ["pointwise" if function is swiglu else function.__name__] * 3
+    assert kinds(fused).count(function.__name__) == 4
     # 4 regions; torch.eye and what it is made of, matmul and sin, three times
     assert all(node.op_type not in ("silu", "rms_norm", "add", "rsqrt") for node in fused.subgraph.nodes)
 
