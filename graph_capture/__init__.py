@@ -31,6 +31,7 @@ from graph_capture.runtime.capture.buckets import Bucket
 from graph_capture.runtime.capture.capture import capture
 from graph_capture.runtime.config import FusionConfig
 from graph_capture.runtime.decide.heuristics import FusionHeuristics
+from graph_capture.runtime.doctor import Diagnosis, doctor
 from graph_capture.runtime.fuse import FusionScheduler, fuse
 from graph_capture.runtime.fused import FusedGraph
 from graph_capture.runtime.llm import InferEngine, InferEnginePython, accelerate, unaccelerate
@@ -48,6 +49,7 @@ __all__ = [
     "CaptureError",
     "CompiledKernel",
     "DataDependentError",
+    "Diagnosis",
     "FusedGraph",
     "FusionConfig",
     "FusionError",
@@ -70,6 +72,7 @@ __all__ = [
     "create_add_rms_norm_pattern",
     "create_geglu_pattern",
     "create_swiglu_pattern",
+    "doctor",
     "fuse",
     "load",
     "pattern",

@@ -32,6 +32,7 @@ FLOORS = (
     "runtime.fuse",
     "runtime.load",
     "runtime.capture",
+    "runtime.doctor",
     "runtime.llm",
     "runtime",
     "testing",

@@ -1,4 +1,4 @@
-"""The command line: ``graph-capture demo | chat | bench | inspect | view | kernels | cache``."""
+"""The command line: ``graph-capture demo | chat | bench | inspect | view | doctor | kernels | cache``."""
 
 from __future__ import annotations
 
@@ -176,6 +176,26 @@ def view(
     steps = implementation(model, dtype=getattr(torch, dtype), device=_place(device), **sizes)
     step, fused = next(found for found in steps if prompt is None or not found[0].startswith("decode"))
     print(write(fused, output, model if step == "saved" else f"{model}: {step}"))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model's folder, llama-small and so on, a hub name.")],
+    dtype: Weights = DType.FLOAT32,
+    device: Device = "",
+    prompt: Prompt = 32,
+    layers: Layers = None,
+    compare: Annotated[bool, typer.Option(help="Also examine torch.compile.")] = True,
+    json: Json = False,
+) -> None:
+    """Run a model in several ways beside float64: which is off, by how much, since which op. Exits with 1 if one is."""
+    import torch
+
+    from graph_capture.cli.doctor import examine
+
+    diagnosis = examine(model, getattr(torch, dtype), _place(device), prompt, layers, compare)
+    print(diagnosis.to_json() if json else diagnosis)
+    raise typer.Exit(0 if diagnosis.ok else 1)
 
 
 @app.command()
