@@ -19,6 +19,7 @@ from rich.table import Table
 
 from graph_capture import CompiledKernel, FusedGraph, FusionConfig, RecordedGraph, fuse, record
 from graph_capture.cli import exchange
+from graph_capture.cli.console import show_table
 from graph_capture.ir.graph import SubGraph
 from graph_capture.ir.numerics import distance
 from graph_capture.ir.ops import FUSED
@@ -237,7 +238,7 @@ def _show_ops(console: Console, graph: RecordedGraph, fused: FusedGraph, recorde
         rest = names[18:]
         table.add_row(f"{len(rest)} others", str(sum(before[n] for n in rest)), str(sum(after[n] for n in rest)))
     table.add_row("all", str(before.total()), str(after.total()), style="bold")
-    console.print(table)
+    show_table(table, console)
     console.print(f"recorded in {recorded:.2f} s; found, compiled and timed in {took:.2f} s\n")
 
 
@@ -248,7 +249,7 @@ def _counts(graph: SubGraph) -> Counter[str]:
 def _show_receipts(console: Console, fused: FusedGraph, dtype: torch.dtype) -> None:
     table = fused.explain().table()
     table.title, table.title_justify = f"receipts, {_short(dtype)} (times are of one region)", "left"
-    console.print(table)
+    show_table(table, console)
     console.print()
 
 
@@ -273,7 +274,7 @@ def _show_checks(console: Console, report: DemoReport) -> None:
         if check["what"] == "replay, unfused" and check["ok"]:
             verdict = "bit-equal to eager"
         table.add_row(check["dtype"], check["what"], f"{check['error']:.2e}", verdict)
-    console.print(table)
+    show_table(table, console)
 
 
 def _show_times(console: Console, report: DemoReport) -> None:
@@ -282,7 +283,7 @@ def _show_times(console: Console, report: DemoReport) -> None:
         for name, seconds in ways.items():
             table.add_row(dtype, name, f"{seconds * 1e3:.2f} ms", f"{ways['eager'] / seconds:.2f} x")
     console.print()
-    console.print(table)
+    show_table(table, console)
 
 
 def _plot(report: DemoReport, file: str) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from graph_capture import InferEngine
 from graph_capture.cli.chat import Progress, hide_progress_bars
+from graph_capture.cli.console import show_table
 from graph_capture.tiny import FOLDER
 
 # Some of what it was taught (`tiny.text`), with the one right answer.
@@ -77,7 +78,7 @@ def run(console: Console) -> Exchange:
     table = Table("fusion", "tokens/s", "against off", title=f"{len(tokens[True])} tokens, one by one")
     table.add_row("off", f"{off:.0f}", "")
     table.add_row("on", f"{on:.0f}", f"{on / off:.2f} x" if off else "")
-    console.print(table)
+    show_table(table, console)
     if not exchange.same:
         console.print("[bold red]Fusion changed an answer.[/bold red]")
     return exchange

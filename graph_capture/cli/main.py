@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from graph_capture.cli.console import show_error
+from graph_capture.cli.console import quiet_downloads, show_error, show_table
 
 
 class _Commands(TyperGroup):
@@ -85,6 +85,7 @@ def options(
     ] = False,
 ) -> None:
     """Record a PyTorch forward pass, fuse it, replay it, with receipts."""
+    quiet_downloads()
 
 
 @app.command()
@@ -218,7 +219,7 @@ def kernels(
         print(text.dumps(compiled.to_dict(), indent=2))
         return
     console = Console()
-    console.print(compiled.table())
+    show_table(compiled.table(), console)
     for kind, reason in compiled.refused.items():
         console.print(f"no kernel for {kind}: {reason}", soft_wrap=True, highlight=False)
 
@@ -313,7 +314,7 @@ def bench(
     elif markdown:
         print(report.markdown())
     else:
-        Console().print(report.table())
+        show_table(report.table())
     if not json:
         for line in report.notes():
             print(line)
@@ -356,8 +357,8 @@ def cache(
     files, size = (sum(getattr(usage, name) for usage in kinds.values()) for name in ("files", "bytes"))
     table.add_row("all", "", str(files), format_bytes(size))
     table.add_row("at most", "", "", format_bytes(limit) if limit else "no limit")
-    console.print(str(path), soft_wrap=True)
-    console.print(table)
+    Console().print(str(path), soft_wrap=True)
+    show_table(table)
 
 
 def main() -> None:
