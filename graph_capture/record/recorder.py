@@ -126,7 +126,7 @@ class Recording:
             if writer.autocast:
                 stack.enter_context(_own_casts())
             if "torch._dynamo" in sys.modules:  # what is compiled runs as it is, op by op
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(_uncompiled)
             stack.enter_context(writer.modules)
             stack.enter_context(_foreign_kernels())
             for adapter in writer.exposures.adapters:
@@ -262,6 +262,29 @@ class _DispatchMode(TorchDispatchMode):
         if depends:
             writer.guard_shapes(result)
         return result
+
+
+class _Uncompiled:
+    """What torch.compile has made runs as it is. The stance is one for all threads: the first to record sets it, and
+    the last one to end takes it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._before.enter_context(torch.compiler.set_stance("force_eager"))
+            self._count += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._before.close()
+
+
+_uncompiled = _Uncompiled()
 
 
 @contextlib.contextmanager
