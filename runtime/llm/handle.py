@@ -126,7 +126,12 @@ class SessionCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         self._open()
-        return self._cut + self._session.filled if self._session is not None else 0
+        if self._session is None:  # a model that gives no cache back may have filled it all the same
+            try:
+                return int(self._own.get_seq_length())
+            except ValueError:  # layers that keep a state alone have no length
+                return 0
+        return self._cut + self._session.filled
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self._open().capacity + self._cut
@@ -136,8 +141,7 @@ class SessionCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._open()
-        if self._session is not None:
-            self._session.cache.reorder_cache(beam_idx)
+        (self._own if self._session is None else self._session.cache).reorder_cache(beam_idx)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         self._open()

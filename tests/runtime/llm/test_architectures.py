@@ -15,7 +15,7 @@ LEFT = {
     "gpt_neo": "is not what it is without a cache",  # a window in the model's own code
     "minimax": "cache of its own",
     "rwkv": "takes no cache",
-    "xlm-roberta": "",  # looks at what comes later
+    "xlm-roberta": "is not what it is without a cache",  # looks at what comes later
 }
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20):
     LEFT["bloom"] = "is not what it is without a cache"  # its biases are as long as the tokens read so far
